@@ -1,0 +1,157 @@
+"""Training arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+# They fall, or can be driven down without bound, while the student gets worse.
+_NOT_A_CRITERION = ("huber", "frozen_log_ratio", "k3", "advantage/mean")
+
+
+@dataclass
+class OfflineOPDConfig(TrainingArguments):
+    r"""
+    Configuration class for the [`OfflineOPDTrainer`].
+
+    This class includes only the parameters that are specific to offline on-policy distillation and those whose
+    defaults differ from [`~transformers.TrainingArguments`]: the paper's (Lightning OPD, arXiv 2604.13010) for the
+    optimizer, TRL's for logging, gradient checkpointing and bf16.
+
+    Parameters:
+        > Parameters that control the model
+
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used when the `model`
+            argument of the [`OfflineOPDTrainer`] is provided as a string.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to allow loading models and tokenizers that ship custom Python code.
+
+        > Parameters that control the data
+
+        max_completion_length (`int` or `None`, *optional*, defaults to `4096`):
+            Completions longer than this, in tokens, are truncated on the right together with every per-token column.
+        max_length (`int` or `None`, *optional*):
+            Limit of prompt and completion together, in tokens. The completion is truncated; a prompt that leaves it no
+            room is an error.
+        pad_to_multiple_of (`int`, *optional*):
+            If set, batches are padded to a multiple of this length.
+        teacher_logprob_floor (`float`, *optional*):
+            If set, teacher log-probabilities of `-inf` are accepted, counted, and raised to this value in nats.
+            Otherwise they are an error.
+        teacher_consistency (`str`, *optional*, defaults to `"strict"`):
+            What to do when the teacher that scored the table is not known to be the one that wrote the student's SFT
+            data: `"strict"` raises, `"warn"` warns, `"off"` does nothing.
+
+        > Parameters that control the objective
+
+        loss_type (`str`, *optional*, defaults to `"auto"`):
+            `"topk"`: exact reverse KL on the teacher's stored top-k tokens, the sampled token and a tail bucket.
+            `"sampled"`: the paper's update on the sampled token. `"auto"`: `"topk"` where the table has the columns.
+        loss_aggregation (`str`, *optional*, defaults to `"sequence_mean"`):
+            `"sequence_mean"`: mean over each sequence's tokens, then over sequences. `"token_mean"`: mean over all
+            tokens.
+        advantage_clip (`float`, *optional*, defaults to `10.0`):
+            Advantages of the sampled objective are clipped to plus or minus this many nats.
+        ratio_clip (`float`, *optional*):
+            Trust region of the sampled objective around the policy that sampled the rollouts, PPO-style, for instance
+            `0.2`. Needs a `ref_logprobs` column. `None`, the paper's choice, has none.
+    """
+
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
+
+    learning_rate: float = field(default=2e-6, metadata={"help": "The initial learning rate for AdamW."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "The scheduler type to use."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay for AdamW."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "Beta2 for AdamW."})
+    logging_steps: float = field(
+        default=10,
+        metadata={"help": "Log every X updates steps. An integer, or a float in [0, 1): a share of the total steps."},
+    )
+    gradient_checkpointing: bool = field(
+        default=True, metadata={"help": "Recompute activations in the backward pass to save memory."}
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Whether to use bf16 mixed precision. Defaults to `True` unless `fp16` is set."},
+    )
+
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments for `from_pretrained` when the model is given as a string."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Whether to allow models and tokenizers that ship custom Python code."}
+    )
+
+    max_completion_length: int | None = field(
+        default=4096,
+        metadata={"help": "Longer completions are truncated on the right, with every per-token column."},
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Limit of prompt and completion together; the completion is truncated."}
+    )
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Pad batches to a multiple of this length."}
+    )
+    teacher_logprob_floor: float | None = field(
+        default=None, metadata={"help": "Accept teacher log-probabilities of -inf and raise them to this value."}
+    )
+    teacher_consistency: str = field(
+        default="strict",
+        metadata={
+            "help": "What to do when the scoring teacher is not known to have written the student's SFT data.",
+            "choices": ["strict", "warn", "off"],
+        },
+    )
+
+    loss_type: str = field(
+        default="auto",
+        metadata={
+            "help": "'topk': reverse KL on stored teacher top-k. 'sampled': the paper's update. 'auto': 'topk' where "
+            "the table has the columns.",
+            "choices": ["auto", "topk", "sampled"],
+        },
+    )
+    loss_aggregation: str = field(
+        default="sequence_mean",
+        metadata={"help": "What the loss is the mean over.", "choices": ["sequence_mean", "token_mean"]},
+    )
+    advantage_clip: float = field(
+        default=10.0, metadata={"help": "Advantages of the sampled objective are clipped to +-this many nats."}
+    )
+    ratio_clip: float | None = field(
+        default=None,
+        metadata={"help": "PPO-style trust region of the sampled objective around `ref_logprobs`, e.g. 0.2."},
+    )
+
+    def __post_init__(self):
+        for name, choices in (
+            ("loss_type", ("auto", "topk", "sampled")),
+            ("loss_aggregation", ("sequence_mean", "token_mean")),
+            ("teacher_consistency", ("strict", "warn", "off")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+        for name in ("max_completion_length", "max_length", "advantage_clip", "ratio_clip"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        if self.teacher_logprob_floor is not None and not -float("inf") < self.teacher_logprob_floor < 0:
+            raise ValueError(f"`teacher_logprob_floor` must be negative, got {self.teacher_logprob_floor}.")
+        if self.ratio_clip is not None and self.loss_type == "topk":
+            raise ValueError("`ratio_clip` is a trust region of `loss_type='sampled'`; the top-k objective has none.")
+
+        metric = (self.metric_for_best_model or "").removeprefix("eval_")
+        if metric in _NOT_A_CRITERION:
+            raise ValueError(
+                f"`metric_for_best_model={self.metric_for_best_model!r}` does not tell whether the student got "
+                "better: on frozen rollouts it can fall while the student gets worse. Select by 'reverse_kl_topk' on "
+                "held-out rows that carry teacher top-k columns."
+            )
+        if metric.startswith("reverse_kl") and self.greater_is_better is None:
+            self.greater_is_better = False
+        # Only the trainer knows whether the evaluation rows carry the columns the better default needs.
+        self.metric_for_best_model_is_default = self.metric_for_best_model is None
+        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        super().__post_init__()

@@ -1,0 +1,242 @@
+"""The mathematics: losses and diagnostics as pure functions on tensors. No trainer, no I/O.
+
+Shapes: `(batch, time)` tensors hold one value a position, `(batch, time, support)` one value a stored teacher token.
+A boolean `mask` of shape `(batch, time)` marks the trained completion tokens; the values of all others are ignored.
+Log-probabilities are natural, at temperature 1, over the full vocabulary, in float32.
+
+Two objectives, each returned as a loss a token whose value is the true one and whose gradient is the update:
+
+- *sampled* (Lightning OPD, arXiv 2604.13010): ascend `A * grad log pi(a|s)` with the constant advantage
+  `A = clip(log pi_T(a|s) - log pi(a|s), -tau, tau)`. That is gradient descent on the Huber loss of the log-ratio.
+- *topk*: the reverse KL divergence from the teacher, both distributions coarsened to the teacher's stored top-k
+  tokens, the sampled token, and one bucket for all other tokens. It is a lower bound of the full reverse KL, exact
+  where the support is the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# A teacher tail below float32 resolution is rounding of the stored scores, not knowledge.
+_TAIL_FLOOR = torch.finfo(torch.float32).eps
+# exp of a larger log-ratio would drown every other token of a mean.
+_MAX_LOG_RATIO = 20.0
+
+
+def advantage(logprobs: Tensor, teacher_logprobs: Tensor, clip: float = 10.0) -> Tensor:
+    """The paper's advantage `clip(teacher_logprobs - logprobs, -clip, clip)` in nats, without gradient.
+
+    Lightning OPD, eq. of the offline update; `clip` is its tau. All shapes `(batch, time)`.
+    """
+    return (teacher_logprobs - logprobs.detach()).clamp(-clip, clip)
+
+
+def huber(logprobs: Tensor, teacher_logprobs: Tensor, clip: float = 10.0) -> Tensor:
+    """Huber loss of the log-ratio: `r^2/2` where `|r| <= clip`, else `clip*|r| - clip^2/2`. Shapes `(batch, time)`."""
+    return torch.nn.functional.huber_loss(logprobs, teacher_logprobs, reduction="none", delta=clip)
+
+
+def sampled_loss(
+    logprobs: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    advantage_clip: float = 10.0,
+    ref_logprobs: Tensor | None = None,
+    ratio_clip: float | None = None,
+) -> Tensor:
+    """Loss a token of the sampled-token objective, `(batch, time)` in nats squared.
+
+    Its value is always the Huber loss. Without `ratio_clip` its gradient is the Huber gradient, which is the paper's
+    update `-A * grad log pi`. With `ratio_clip` its gradient is that of the PPO surrogate
+    `-min(w*A, clip(w, 1-ratio_clip, 1+ratio_clip)*A)`, `w = pi / pi_ref`: tokens that have moved past the trust region
+    around the rollout policy in the direction of their advantage no longer push.
+
+    Raises:
+        ValueError: `ratio_clip` without `ref_logprobs`.
+    """
+    loss = huber(logprobs, teacher_logprobs, advantage_clip)
+    if ratio_clip is None:
+        return loss
+    if ref_logprobs is None:
+        raise ValueError("`ratio_clip` needs `ref_logprobs`: the trust region is around the policy that sampled.")
+    weight = (logprobs - ref_logprobs).exp()
+    a = advantage(logprobs, teacher_logprobs, advantage_clip)
+    surrogate = -torch.minimum(weight * a, weight.clamp(1 - ratio_clip, 1 + ratio_clip) * a)
+    # The surrogate's value means nothing; only its gradient is wanted.
+    return loss.detach() + surrogate - surrogate.detach()
+
+
+def teacher_support(
+    topk_ids: Tensor, topk_logprobs: Tensor, sampled_ids: Tensor, sampled_logprobs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens on which the two distributions are compared: the teacher's top-k and the sampled token.
+
+    Args:
+        topk_ids, topk_logprobs: `(batch, time, k)`.
+        sampled_ids, sampled_logprobs: `(batch, time)`.
+
+    Returns:
+        `ids`, `logprobs` (float32) and `distinct` (bool), each `(batch, time, k + 1)`. `distinct` is false on the last
+        entry where the sampled token is already among the top-k.
+    """
+    ids = torch.cat([topk_ids, sampled_ids.unsqueeze(-1)], dim=-1)
+    logprobs = torch.cat([topk_logprobs.float(), sampled_logprobs.float().unsqueeze(-1)], dim=-1)
+    distinct = torch.ones_like(ids, dtype=torch.bool)
+    distinct[..., -1] = (topk_ids != sampled_ids.unsqueeze(-1)).all(-1)
+    return ids, logprobs, distinct
+
+
+def reverse_kl_topk(
+    support_logprobs: Tensor, tail_logprobs: Tensor, teacher_logprobs: Tensor, distinct: Tensor
+) -> Tensor:
+    """Reverse KL divergence a token between the coarsened distributions, `(batch, time)`, in nats, never negative.
+
+    The teacher's tail is what its stored log-probabilities leave of 1. Float16 rounding can make them sum to more; its
+    buckets are then renormalised, so that the value stays a divergence. A tail in which the student has no mass
+    contributes nothing, whatever the teacher's.
+
+    Args:
+        support_logprobs: student, `(batch, time, support)`, differentiable.
+        tail_logprobs: student's log-probability of all other tokens together, `(batch, time)`, `-inf` if there are
+            none, differentiable.
+        teacher_logprobs: teacher on the same support, `(batch, time, support)`, finite.
+        distinct: false on repeated entries of the support, which count once.
+    """
+    teacher = teacher_logprobs.masked_fill(~distinct, -math.inf)
+    log_covered = teacher.logsumexp(-1)
+    teacher_tail = (-torch.expm1(log_covered)).clamp(min=_TAIL_FLOOR).log()
+    log_total = torch.logaddexp(log_covered, teacher_tail)
+
+    log_ratio = (support_logprobs - teacher + log_total.unsqueeze(-1)).masked_fill(~distinct, 0.0)
+    divergence = (support_logprobs.exp() * log_ratio).sum(-1)
+
+    # Filled before exp as well as after: a masked infinity would still turn the gradient into NaN.
+    empty = tail_logprobs == -math.inf
+    tail = tail_logprobs.masked_fill(empty, 0.0)
+    return divergence + (tail.exp() * (tail - teacher_tail + log_total)).masked_fill(empty, 0.0)
+
+
+def count_items(mask: Tensor, aggregation: str) -> Tensor:
+    """What a loss is the mean over: sequences for `"sequence_mean"`, trained tokens for `"token_mean"`. A scalar."""
+    return mask.any(-1).sum() if aggregation == "sequence_mean" else mask.sum()
+
+
+def aggregate(per_token: Tensor, mask: Tensor, aggregation: str, num_items: Tensor | int | None = None) -> Tensor:
+    """This micro-batch's share of the global loss; the shares of all micro-batches and processes add up to it.
+
+    Args:
+        per_token: `(batch, time)`.
+        mask: `(batch, time)` bool.
+        aggregation: `"sequence_mean"`, the mean over each sequence's tokens, then over sequences (the paper's), or
+            `"token_mean"`, the mean over all tokens.
+        num_items: [`count_items`] over the whole global batch (accumulation steps and processes). Defaults to this
+            micro-batch's own.
+    """
+    num_items = count_items(mask, aggregation) if num_items is None else num_items
+    masked = per_token.masked_fill(~mask, 0.0)
+    if aggregation == "sequence_mean":
+        masked = masked.sum(-1) / mask.sum(-1).clamp(min=1)
+    return masked.sum() / num_items
+
+
+def sequence_totals(
+    logprobs: Tensor,
+    teacher_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    per_token_loss: Tensor,
+    entropy: Tensor,
+    is_top1: Tensor,
+    advantage_clip: float = 10.0,
+    ref_logprobs: Tensor | None = None,
+    reverse_kl: Tensor | None = None,
+    top1_agreement: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Everything [`summarize`] needs, added up over each sequence's trained tokens: each value is `(batch,)`.
+
+    Totals of batches, windows and processes combine by addition (keys that end in `max` by maximum), so any average
+    made of them is weighted by tokens. All inputs `(batch, time)`; `reverse_kl` is [`reverse_kl_topk`].
+    """
+    logprobs = logprobs.detach()
+    log_ratio = teacher_logprobs - logprobs
+    a = advantage(logprobs, teacher_logprobs, advantage_clip)
+    bounded = log_ratio.clamp(max=_MAX_LOG_RATIO)
+    tokens = {
+        "loss": per_token_loss.detach(),
+        "huber": huber(logprobs, teacher_logprobs, advantage_clip),
+        "advantage": a,
+        "advantage_sq": a * a,
+        "advantage_clipped": (log_ratio.abs() > advantage_clip).float(),
+        "frozen_log_ratio": -log_ratio,
+        "k3": bounded.exp() - 1 - bounded,
+        "entropy": entropy.detach(),
+        "mean_token_accuracy": is_top1.float(),
+    }
+    if reverse_kl is not None:
+        tokens["reverse_kl_topk"] = reverse_kl.detach()
+    if top1_agreement is not None:
+        tokens["top1_agreement"] = top1_agreement.float()
+    if ref_logprobs is not None:
+        weight = (logprobs - ref_logprobs).exp()
+        tokens |= {"weight": weight, "weight_sq": weight * weight, "weighted_log_ratio": -weight * log_ratio}
+
+    totals = {name: values.masked_fill(~mask, 0.0).sum(-1) for name, values in tokens.items()}
+    if ref_logprobs is not None:
+        totals["weight_max"] = weight.masked_fill(~mask, 0.0).amax(-1)
+    totals["tokens"] = mask.sum(-1).float()
+    totals["sequences"] = mask.any(-1).float()
+    totals["sequence_loss"] = totals["loss"] / totals["tokens"].clamp(min=1)
+    return totals
+
+
+def summarize(totals: dict[str, float]) -> dict[str, float]:
+    """Metrics from combined [`sequence_totals`], each a mean over trained tokens unless it says otherwise.
+
+    - `reverse_kl_topk`: nats a token; on held-out rows, the number to select by.
+    - `huber`: nats squared a token. It can fall while the student gets worse; never select by it.
+    - `advantage/mean`, `advantage/std`: nats, after clipping. `advantage/clip_fraction`: tokens that were clipped.
+    - `frozen_log_ratio`: mean of `log pi - log pi_T` on the frozen rollouts. Not a divergence: it can be driven down
+      without bound by lowering `log pi`. Never select by it.
+    - `k3`: `pi_T/pi - 1 - log(pi_T/pi)`, the log-ratio bounded by 20 nats.
+    - `entropy`: of the student, nats. `mean_token_accuracy`: the student's most likely token is the rollout's.
+    - `top1_agreement`: the student's most likely token is the teacher's.
+    - `importance_weight/mean|std|max`: of `pi/pi_ref` a token. `importance_weight/ess`: effective sample size
+      `(sum w)^2 / (n * sum w^2)`, 1 where the student has not moved. `reverse_kl_weighted`: mean of
+      `w * (log pi - log pi_T)`, the reverse KL of the sampled tokens corrected for the policy that sampled them.
+    """
+    n = totals["tokens"]
+    mean = {name: value / n for name, value in totals.items()}
+
+    def std(first: str, second: str) -> float:
+        return math.sqrt(max(mean[second] - mean[first] ** 2, 0.0))
+
+    metrics = {
+        "huber": mean["huber"],
+        "advantage/mean": mean["advantage"],
+        "advantage/std": std("advantage", "advantage_sq"),
+        "advantage/clip_fraction": mean["advantage_clipped"],
+        "frozen_log_ratio": mean["frozen_log_ratio"],
+        "k3": mean["k3"],
+        "entropy": mean["entropy"],
+        "mean_token_accuracy": mean["mean_token_accuracy"],
+    }
+    metrics |= {name: mean[name] for name in ("reverse_kl_topk", "top1_agreement") if name in mean}
+    if "weight" in mean:
+        metrics |= {
+            "importance_weight/mean": mean["weight"],
+            "importance_weight/std": std("weight", "weight_sq"),
+            "importance_weight/max": totals["weight_max"],
+            "importance_weight/ess": mean["weight"] ** 2 / mean["weight_sq"] if mean["weight_sq"] > 0 else 0.0,
+            "reverse_kl_weighted": mean["weighted_log_ratio"],
+        }
+    return metrics
+
+
+def mean_loss(totals: dict[str, float], aggregation: str) -> float:
+    """The objective over everything that was combined into `totals`, by the trainer's `aggregation`."""
+    if aggregation == "sequence_mean":
+        return totals["sequence_loss"] / totals["sequences"]
+    return totals["loss"] / totals["tokens"]

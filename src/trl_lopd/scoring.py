@@ -1,0 +1,197 @@
+"""Rollouts and a teacher become a scored table: teacher log-probabilities of the tokens that the student sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset, concatenate_datasets
+from tqdm.auto import tqdm
+from trl.trainer.utils import create_model_from_path
+
+from .fingerprint import fingerprint_teacher
+from .head import LogitTransform, score_tokens
+from .table import TOPK_COLUMNS, TableError, lengths, table_features, validate_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .fingerprint import TeacherFingerprint
+
+
+def score_rollouts(
+    dataset: Dataset,
+    teacher: str | PreTrainedModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    top_k: int = 8,
+    ref_model: str | PreTrainedModel | None = None,
+    max_batch_tokens: int = 16384,
+    fingerprint: TeacherFingerprint | None = None,
+    model_init_kwargs: dict[str, Any] | None = None,
+) -> Dataset:
+    """
+    Scores every completion token once with a local transformers teacher (Lightning OPD, stage 2).
+
+    Log-probabilities are at temperature 1 over the full vocabulary, computed in float32 from the model's logits on
+    chunks of tokens; logits of all tokens never exist together. Rows of like length are scored together; the result
+    has the order of the input.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rollouts with `prompt_ids` and `completion_ids`, as `collect_rollouts` makes. Other columns are kept.
+        teacher (`str` or [`~transformers.PreTrainedModel`]):
+            A local directory or Hub id, loaded in its own dtype, or a loaded model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The teacher's, for its fingerprint. Loaded from the teacher's path if not given.
+        top_k (`int`, *optional*, defaults to `8`):
+            Also store the teacher's most likely tokens at each position. `0` stores none; the trainer then has only
+            the sampled-token objective.
+        ref_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            The student that sampled the rollouts; scores them into `ref_logprobs` the same way.
+        max_batch_tokens (`int`, *optional*, defaults to `16384`):
+            Tokens of a forward pass, padding included. A longer row is scored alone.
+        fingerprint ([`TeacherFingerprint`], *optional*):
+            Computed from the teacher's content if not given.
+        model_init_kwargs (`dict`, *optional*):
+            For loading models from a path, for instance `{"device_map": "auto"}`.
+
+    Returns:
+        [`~datasets.Dataset`]: The rows with the columns of `table_features` added, validated.
+
+    Raises:
+        TableError: Rows that cannot be scored: columns missing or there already, empty prompts or completions, ids
+            outside the teacher's vocabulary, or a teacher that answers with NaN.
+    """
+    added = ["teacher_logprobs", "teacher_fingerprint", *(TOPK_COLUMNS if top_k else ())]
+    added += ["ref_logprobs"] if ref_model is not None else []
+    _check_rollouts(dataset, added)
+    fingerprint = fingerprint or fingerprint_teacher(teacher, tokenizer)
+
+    prompt_lengths, completion_lengths = lengths(dataset)
+    ids = dataset.select_columns(["prompt_ids", "completion_ids"]).with_format("numpy")
+    total = int(completion_lengths.sum())
+    if total * max(top_k, 1) > np.iinfo(np.int32).max:
+        raise ValueError(
+            f"{total} completion tokens with `top_k={top_k}` do not fit one Arrow array. Score the rollouts in parts, "
+            "`dataset.shard(...)`, and join the tables with `concatenate_datasets`."
+        )
+    offsets = np.concatenate([[0], np.cumsum(completion_lengths)]).astype(np.int32)
+    batches = list(_batches(prompt_lengths + completion_lengths, max_batch_tokens))
+
+    def score(model: str | PreTrainedModel, k: int, desc: str):
+        model = _load(model, model_init_kwargs)
+        vocab = model.config.get_text_config().vocab_size
+        if k > vocab:
+            raise ValueError(f"`top_k={k}` is more than the teacher's vocabulary of {vocab} tokens.")
+        logprobs = np.empty(total, np.float32)
+        topk_ids, topk_logprobs = np.empty((total, k), np.int32), np.empty((total, k), np.float16)
+        was_training = model.training
+        model.eval()
+        with tqdm(total=total, desc=desc, unit="token") as progress:
+            for rows in batches:
+                batch = ids[rows]
+                for row, *scores in zip(rows, *_score_batch(model, batch, k, vocab, rows), strict=True):
+                    part = slice(offsets[row], offsets[row + 1])
+                    logprobs[part], topk_ids[part], topk_logprobs[part] = scores
+                progress.update(int(completion_lengths[rows].sum()))
+        model.train(was_training)
+        if np.isnan(logprobs).any():
+            row = int(np.searchsorted(offsets, np.isnan(logprobs).argmax(), side="right")) - 1
+            raise TableError(f"Row {row}: the model answers with NaN. Load it in another dtype, float32 or bfloat16.")
+        return logprobs, topk_ids, topk_logprobs
+
+    logprobs, topk_ids, topk_logprobs = score(teacher, top_k, "Scoring with the teacher")
+    columns = {
+        "teacher_logprobs": _lists(offsets, pa.array(logprobs)),
+        "teacher_fingerprint": pa.array([fingerprint.id] * len(dataset)),
+    }
+    if top_k:
+        starts = np.arange(0, total * top_k + 1, top_k, dtype=np.int32)
+        for name, values in zip(TOPK_COLUMNS, (topk_ids, topk_logprobs), strict=True):
+            columns[name] = _lists(offsets, _lists(starts, pa.array(values.ravel())))
+    if ref_model is not None:
+        columns["ref_logprobs"] = _lists(offsets, pa.array(score(ref_model, 0, "Scoring with the student")[0]))
+
+    features = table_features(top_k=top_k, ref_logprobs=ref_model is not None)
+    scores = Dataset(pa.table(columns)).cast(type(features)({name: features[name] for name in columns}))
+    table = concatenate_datasets([dataset, scores], axis=1)
+    validate_table(table)
+    return table
+
+
+def _check_rollouts(dataset: Dataset, added: list[str]) -> None:
+    missing = [name for name in ("prompt_ids", "completion_ids") if name not in dataset.column_names]
+    if missing:
+        raise TableError(f"The rollouts have no column {missing[0]!r}. `collect_rollouts` makes it from prompts.")
+    if present := [name for name in added if name in dataset.column_names]:
+        raise TableError(
+            f"The rollouts have the column {present[0]!r} already. To score them again, remove it first: "
+            f"`dataset.remove_columns({present})`."
+        )
+    if len(dataset) == 0:
+        raise TableError("There are no rollouts to score.")
+    for name, of_row in zip(("prompt_ids", "completion_ids"), lengths(dataset), strict=True):
+        if (of_row == 0).any():
+            raise TableError(f"Row {int((of_row == 0).argmax())}, column {name!r} is empty. Drop the row.")
+
+
+def _load(model: str | PreTrainedModel, model_init_kwargs: dict[str, Any] | None) -> PreTrainedModel:
+    if isinstance(model, str):
+        return create_model_from_path(model, **{"dtype": "auto", **(model_init_kwargs or {})})
+    return model
+
+
+def _batches(row_lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
+    """Rows of like length, longest first so that memory runs out at once or never; padded size within `max_tokens`."""
+    order = np.argsort(-row_lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        size = max(1, max_tokens // int(row_lengths[order[start]]))
+        yield order[start : start + size]
+        start += size
+
+
+@torch.inference_mode()
+def _score_batch(model: PreTrainedModel, batch: dict[str, Any], top_k: int, vocab: int, rows: np.ndarray):
+    """Scores of the completion tokens of each row: `(completion,)`, `(completion, k)` and `(completion, k)` arrays."""
+    sequences = [np.concatenate(pair) for pair in zip(batch["prompt_ids"], batch["completion_ids"], strict=True)]
+    for row, sequence in zip(rows, sequences, strict=True):
+        if sequence.min() < 0 or sequence.max() >= vocab:
+            raise TableError(
+                f"Row {row}: token id {sequence.max() if sequence.min() >= 0 else sequence.min()} is not in the "
+                f"vocabulary of {vocab} tokens of the model that scores. Teacher and student must share a tokenizer."
+            )
+    width = max(map(len, sequences))
+    input_ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    attention_mask, scored = torch.zeros_like(input_ids), torch.zeros(len(sequences), width, dtype=torch.bool)
+    for i, (sequence, completion) in enumerate(zip(sequences, batch["completion_ids"], strict=True)):
+        input_ids[i, : len(sequence)] = torch.from_numpy(sequence)
+        attention_mask[i, : len(sequence)] = 1
+        scored[i, len(sequence) - len(completion) : len(sequence)] = True
+    device = model.get_input_embeddings().weight.device
+    hidden = model.base_model(
+        input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False
+    ).last_hidden_state[:, :-1]
+    head = model.get_output_embeddings()
+    scored = scored[:, 1:]
+    logprobs, topk_ids, topk_logprobs = score_tokens(
+        hidden[scored.to(hidden.device)].to(head.weight.device),
+        head.weight,
+        head.bias,
+        input_ids[:, 1:][scored].to(head.weight.device),
+        top_k,
+        LogitTransform.of(model.config),
+    )
+    counts = [len(completion) for completion in batch["completion_ids"]]
+    return [
+        np.split(scores.cpu().numpy(), np.cumsum(counts)[:-1])
+        for scores in (logprobs, topk_ids.int(), topk_logprobs.half())
+    ]
+
+
+def _lists(offsets: np.ndarray, values: pa.Array) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)

@@ -1,0 +1,407 @@
+"""The scored table: one row a rollout, one place that knows its columns, its types and what makes a row valid.
+
+| column | type | meaning |
+|---|---|---|
+| `prompt_ids` | `list<int32>` | prompt tokens, at least one |
+| `completion_ids` | `list<int32>` | the tokens that the student sampled, at least one |
+| `teacher_logprobs` | `list<float32>` | log π_T of each completion token, nats, temperature 1 |
+| `teacher_fingerprint` | `string` | which teacher scored the row |
+| `ref_logprobs` (optional) | `list<float32>` | log π_ref of each completion token, nats, temperature 1 |
+| `completion_mask` (optional) | `list<bool>` | completion tokens to train on |
+| `teacher_topk_ids` (optional) | `list<list<int32>>` | the teacher's k most likely tokens at each completion token |
+| `teacher_topk_logprobs` (optional) | `list<list<float16>>` | their log π_T, nats, temperature 1 |
+
+The two top-k columns come together, with one k for the whole table. Any other column is kept and ignored. Wider types
+of the same kind (`int64`, `float64`, `large_list`, fixed-size lists) are accepted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, List, Value
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+REQUIRED_COLUMNS = ("prompt_ids", "completion_ids", "teacher_logprobs", "teacher_fingerprint")
+TOPK_COLUMNS = ("teacher_topk_ids", "teacher_topk_logprobs")
+OPTIONAL_COLUMNS = ("ref_logprobs", "completion_mask", *TOPK_COLUMNS)
+# One entry a completion token.
+TOKEN_COLUMNS = ("completion_ids", "teacher_logprobs", *OPTIONAL_COLUMNS)
+LOGPROB_COLUMNS = ("teacher_logprobs", "ref_logprobs", "teacher_topk_logprobs")
+
+# Engines round: the log-probability of a near-certain token can come out a little above 0, a total a little above 1.
+TOLERANCE = 1e-3
+
+# How many lists a leaf is nested in, the leaf's type, and its name in messages.
+_TYPES = {
+    "prompt_ids": (1, pa.types.is_integer, "integers"),
+    "completion_ids": (1, pa.types.is_integer, "integers"),
+    "teacher_logprobs": (1, pa.types.is_floating, "floats"),
+    "teacher_fingerprint": (0, lambda leaf: pa.types.is_string(leaf) or pa.types.is_large_string(leaf), "string"),
+    "ref_logprobs": (1, pa.types.is_floating, "floats"),
+    "completion_mask": (1, pa.types.is_boolean, "booleans"),
+    "teacher_topk_ids": (2, pa.types.is_integer, "integers"),
+    "teacher_topk_logprobs": (2, pa.types.is_floating, "floats"),
+}
+
+_RESCORE = "Score the row again with `score_rollouts`, or drop it."
+
+
+class TableError(ValueError):
+    """A table that cannot be trained on; the message names the row, the column, the value and the remedy."""
+
+
+@dataclass(frozen=True)
+class TableSummary:
+    """What a valid table holds.
+
+    Attributes:
+        rows (`int`): Rollouts.
+        completion_tokens (`int`): Completion tokens.
+        trainable_tokens (`int`): Completion tokens whose `completion_mask` is true; all of them without that column.
+        top_k (`int`): Teacher tokens stored a position, 0 without the top-k columns.
+        floored (`int`): Entries of `teacher_logprobs` and `teacher_topk_logprobs` that are -inf.
+        teacher_fingerprints (`dict[str, int]`): Rows of each teacher.
+    """
+
+    rows: int
+    completion_tokens: int
+    trainable_tokens: int
+    top_k: int
+    floored: int
+    teacher_fingerprints: dict[str, int]
+
+    def __add__(self, other: TableSummary) -> TableSummary:
+        """Summary of two parts of one table together."""
+        return TableSummary(
+            rows=self.rows + other.rows,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+            trainable_tokens=self.trainable_tokens + other.trainable_tokens,
+            top_k=self.top_k or other.top_k,
+            floored=self.floored + other.floored,
+            teacher_fingerprints=dict(Counter(self.teacher_fingerprints) + Counter(other.teacher_fingerprints)),
+        )
+
+
+def table_features(top_k: int = 0, ref_logprobs: bool = False, completion_mask: bool = False) -> Features:
+    """`datasets.Features` of a table with the optional columns asked for; `top_k` above 0 adds the top-k columns."""
+    features = {
+        "prompt_ids": List(Value("int32")),
+        "completion_ids": List(Value("int32")),
+        "teacher_logprobs": List(Value("float32")),
+        "teacher_fingerprint": Value("string"),
+    }
+    if ref_logprobs:
+        features["ref_logprobs"] = List(Value("float32"))
+    if completion_mask:
+        features["completion_mask"] = List(Value("bool"))
+    if top_k:
+        features["teacher_topk_ids"] = List(List(Value("int32")))
+        features["teacher_topk_logprobs"] = List(List(Value("float16")))
+    return Features(features)
+
+
+def lengths(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Prompt and completion lengths, in tokens, of a valid table: two int64 arrays of shape `(rows,)`."""
+    names = ("prompt_ids", "completion_ids")
+    parts = {name: [np.empty(0, np.int64)] for name in names}
+    for batch in dataset.select_columns(list(names)).with_format("arrow").iter(1000):
+        for name in names:
+            parts[name].append(_numpy(pc.list_value_length(batch[name].combine_chunks())).astype(np.int64))
+    return np.concatenate(parts["prompt_ids"]), np.concatenate(parts["completion_ids"])
+
+
+def vocab_limits(
+    tokenizer: PreTrainedTokenizerBase | None = None, model_config: PretrainedConfig | None = None
+) -> tuple[int | None, int | None]:
+    """Exclusive upper limits of token ids in prompts and completions, and of top-k ids; `None` where nothing limits.
+
+    A model's vocabulary is often padded beyond its tokenizer's. The teacher may give a padding id some probability,
+    so top-k ids are held against the model alone; a sampled token has to mean something to both.
+    """
+    tokenizer_size = None if tokenizer is None else len(tokenizer)
+    model_size = None if model_config is None else model_config.get_text_config().vocab_size
+    sizes = [size for size in (tokenizer_size, model_size) if size is not None]
+    return min(sizes, default=None), tokenizer_size if model_size is None else model_size
+
+
+def validate_table(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    model_config: PretrainedConfig | None = None,
+    *,
+    teacher_logprob_floor: float | None = None,
+    batch_rows: int = 256,
+) -> TableSummary:
+    """Checks every row of a table and says what it holds.
+
+    Args:
+        dataset (`datasets.Dataset`): The table; shuffled, filtered and selected ones too.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): The student's; token ids must be in its vocabulary.
+        model_config (`PretrainedConfig`, *optional*): The student's; token ids must be in its vocabulary.
+        teacher_logprob_floor (`float`, *optional*): Negative, in nats. Given, a teacher score of -inf is legal and
+            counted; the trainer clamps it to the floor.
+        batch_rows (`int`, *optional*, defaults to `256`): Rows held in memory at a time.
+
+    Returns:
+        [`TableSummary`]
+
+    Raises:
+        TableError: In the first batch where a check fails, for the first row of the first failing check, structure
+            (columns, types, nulls, lengths) before values. The row named is its index in `dataset`.
+        ValueError: If `teacher_logprob_floor` is not a finite negative number.
+    """
+    _check_schema(dataset.data.schema, len(dataset))
+    vocab_size, topk_vocab_size = vocab_limits(tokenizer, model_config)
+    ours = dataset.select_columns([name for name in _TYPES if name in dataset.column_names])
+    summary = TableSummary(0, 0, 0, 0, 0, {})
+    for batch in ours.with_format("arrow").iter(batch_rows):
+        summary += validate_rows(
+            batch,
+            first_row=summary.rows,
+            vocab_size=vocab_size,
+            topk_vocab_size=topk_vocab_size,
+            top_k=summary.top_k,
+            teacher_logprob_floor=teacher_logprob_floor,
+        )
+    return summary
+
+
+def validate_rows(
+    pa_table: pa.Table,
+    *,
+    first_row: int = 0,
+    vocab_size: int | None = None,
+    topk_vocab_size: int | None = None,
+    top_k: int = 0,
+    teacher_logprob_floor: float | None = None,
+) -> TableSummary:
+    """Checks one Arrow table, such as a batch of a stream.
+
+    Args:
+        pa_table (`pyarrow.Table`): The rows.
+        first_row (`int`, *optional*, defaults to `0`): Number that messages give the first row.
+        vocab_size (`int`, *optional*): Exclusive upper limit of prompt and completion ids, see [`vocab_limits`].
+        topk_vocab_size (`int`, *optional*): Exclusive upper limit of top-k ids, see [`vocab_limits`].
+        top_k (`int`, *optional*, defaults to `0`): `TableSummary.top_k` of the rows before; 0 if there were none.
+        teacher_logprob_floor (`float`, *optional*): As in [`validate_table`].
+
+    Returns:
+        [`TableSummary`] of these rows; add those of the batches to get the table's.
+
+    Raises:
+        TableError: For the first row of the first failing check.
+        ValueError: If `teacher_logprob_floor` is not a finite negative number.
+    """
+    if teacher_logprob_floor is not None and not -np.inf < teacher_logprob_floor < 0:
+        raise ValueError(f"teacher_logprob_floor must be a finite negative number, got {teacher_logprob_floor}.")
+    _check_schema(pa_table.schema, pa_table.num_rows)
+    columns = {name: _Column(name, pa_table[name], first_row) for name in _TYPES if name in pa_table.column_names}
+    completion = columns["completion_ids"]
+
+    remedy = "Begin the prompt with a token, such as the beginning-of-sequence one, or drop the row."
+    columns["prompt_ids"].check_not_empty("so the first completion token has no context", remedy)
+    completion.check_not_empty("so there is nothing to learn from", "Drop the row.")
+    for name in TOKEN_COLUMNS:
+        if name in columns:
+            columns[name].check_lengths(completion)
+    for name in TOPK_COLUMNS:
+        if name in columns:
+            top_k = columns[name].check_top_k(top_k)
+
+    columns["prompt_ids"].check_ids(vocab_size)
+    completion.check_ids(vocab_size)
+    if top_k:
+        columns["teacher_topk_ids"].check_ids(topk_vocab_size)
+    floored = sum(columns[name].check_logprobs(teacher_logprob_floor) for name in LOGPROB_COLUMNS if name in columns)
+    trainable_tokens = len(completion.values)
+    if "completion_mask" in columns:
+        trainable_tokens = columns["completion_mask"].check_mask()
+    if top_k:
+        _check_top_k_values(columns)
+
+    return TableSummary(
+        rows=pa_table.num_rows,
+        completion_tokens=len(completion.values),
+        trainable_tokens=trainable_tokens,
+        top_k=top_k,
+        floored=floored,
+        teacher_fingerprints=columns["teacher_fingerprint"].check_fingerprints(),
+    )
+
+
+class _Column:
+    """One column of a batch as numpy arrays, with the checks that need no other column's values.
+
+    Attributes:
+        lengths (`(rows,)` int): Entries of each row.
+        inner_lengths (`(entries,)` int, or `None`): Values of each entry of a list of lists.
+        values (`(entries,)`, or `(entries, k)` once `check_top_k` has run): All rows' entries, one after another.
+
+    Raises:
+        TableError: If a row or an element is null.
+    """
+
+    def __init__(self, name: str, column: pa.ChunkedArray, first_row: int):
+        self.name, self.first_row = name, first_row
+        levels = [column.combine_chunks()]
+        self._check_null(levels)
+        for _ in range(_TYPES[name][0]):
+            # `flatten`, unlike `values`, respects the offset and length of a sliced array.
+            levels.append(levels[-1].flatten())
+            self._check_null(levels)
+        sizes = [_numpy(pc.list_value_length(level)) for level in levels[:-1]]
+        self.lengths = sizes[0] if sizes else np.ones(len(levels[0]), np.int64)
+        self.inner_lengths = sizes[1] if len(sizes) > 1 else None
+        self.values = _numpy(levels[-1])
+        if self.values.dtype == np.float16:
+            # numpy computes float16 in software, many times slower.
+            self.values = self.values.astype(np.float32)
+
+    def error(self, row: int, problem: str, remedy: str, token: int | None = None) -> TableError:
+        place = f"Row {self.first_row + row}, column `{self.name}`" + ("" if token is None else f", token {token}")
+        return TableError(f"{place}: {problem}. {remedy}")
+
+    def error_at(self, entry: int, problem: str, remedy: str) -> TableError:
+        """The error for an entry of `values`, counted over all rows."""
+        ends = np.cumsum(self.lengths)
+        row = int(np.searchsorted(ends, entry, side="right"))
+        return self.error(row, problem, remedy, token=int(entry - (ends[row] - self.lengths[row])))
+
+    def _check_null(self, levels: list[pa.Array]) -> None:
+        if not levels[-1].null_count:
+            return
+        row = int(np.argmax(_numpy(levels[-1].is_null())))
+        for level in reversed(levels[:-1]):
+            row = int(np.searchsorted(np.cumsum(_numpy(pc.list_value_length(level))), row, side="right"))
+        raise self.error(row, "a null where a value is needed", _RESCORE)
+
+    def check_not_empty(self, why: str, remedy: str) -> None:
+        if (row := _first(self.lengths == 0)) is not None:
+            raise self.error(row, f"0 tokens, {why}", remedy)
+
+    def check_lengths(self, completion: _Column) -> None:
+        if (row := _first(self.lengths != completion.lengths)) is not None:
+            problem = f"{self.lengths[row]} entries for {completion.lengths[row]} tokens in `completion_ids`"
+            raise self.error(row, problem, _RESCORE)
+
+    def check_top_k(self, top_k: int) -> int:
+        """Checks that there are `top_k` values a token (0: as many as at the first token) and returns how many."""
+        top_k = top_k or max(int(self.inner_lengths[0]), 1)
+        if (entry := _first(self.inner_lengths != top_k)) is not None:
+            problem = f"{self.inner_lengths[entry]} top-k values, where {top_k} are needed"
+            raise self.error_at(entry, problem, "Score all rows with `score_rollouts` and one k of at least 1.")
+        self.values = self.values.reshape(-1, top_k)
+        return top_k
+
+    def check_ids(self, limit: int | None) -> None:
+        bad = self.values < 0
+        if limit is not None:
+            bad |= self.values >= limit
+        remedy = "Make the table with the tokenizer and model you train, or drop the row."
+        self._refuse(bad, "a token id is 0 or more" if limit is None else f"token ids are 0 to {limit - 1}", remedy)
+
+    def check_logprobs(self, floor: float | None) -> int:
+        """Checks that the values are log-probabilities and returns how many are -inf."""
+        self._refuse(np.isnan(self.values), "a log-probability is a number", _RESCORE)
+        remedy = "Score with `score_rollouts`, which stores natural-log probabilities at temperature 1."
+        self._refuse(self.values > TOLERANCE, "a log-probability is at most 0", remedy)
+        minus_inf = self.values == -np.inf
+        if self.name == "ref_logprobs":
+            self._refuse(minus_inf, "the reference model gave its own sample no probability", _RESCORE)
+        elif floor is None:
+            remedy = "Set `teacher_logprob_floor` to clamp such scores in training, or drop the row."
+            self._refuse(minus_inf, "the teacher gave the token no probability", remedy)
+        return int(minus_inf.sum())
+
+    def check_mask(self) -> int:
+        """Checks that each row has a token to train on and returns how many there are."""
+        starts = np.cumsum(self.lengths) - self.lengths
+        if (row := _first(~np.logical_or.reduceat(self.values, starts))) is not None:
+            raise self.error(row, f"all {self.lengths[row]} entries are False", "Drop rows with no token to train on.")
+        return int(self.values.sum())
+
+    def check_fingerprints(self) -> dict[str, int]:
+        """Checks that each row names its teacher and returns the rows of each."""
+        if (row := _first(self.values == "")) is not None:
+            raise self.error(row, "'' does not say which teacher scored the row", _RESCORE)
+        return dict(Counter(self.values.tolist()))
+
+    def _refuse(self, bad: np.ndarray, why: str, remedy: str) -> None:
+        """Raises for the first value that is `bad`, of the shape of `values`."""
+        if (at := _first(bad)) is not None:
+            raise self.error_at(at // self.values[0].size, f"{self.values.flat[at]!s}, but {why}", remedy)
+
+
+def _check_schema(schema: pa.Schema, rows: int) -> None:
+    """Raises a `TableError` for missing columns, wrong types and an empty table."""
+    if missing := [name for name in REQUIRED_COLUMNS if name not in schema.names]:
+        raise TableError(f"Missing column {_quoted(missing)}. Make the table with `score_rollouts`, which writes it.")
+    present = [name for name in TOPK_COLUMNS if name in schema.names]
+    if len(present) == 1:
+        absent = [name for name in TOPK_COLUMNS if name not in present]
+        remedy = f"Score with `score_rollouts` and a top-k, which writes both, or remove {_quoted(present)}."
+        raise TableError(f"Missing column {_quoted(absent)}, which {_quoted(present)} needs. {remedy}")
+    for name in [name for name in _TYPES if name in schema.names]:
+        depth, is_leaf, leaf_name = _TYPES[name]
+        leaf = schema.field(name).type
+        nested = 0
+        while pa.types.is_list(leaf) or pa.types.is_large_list(leaf) or pa.types.is_fixed_size_list(leaf):
+            leaf, nested = leaf.value_type, nested + 1
+        if nested != depth or not is_leaf(leaf):
+            problem = f"type {schema.field(name).type}, where {'list of ' * depth}{leaf_name} is needed"
+            remedy = "Cast it to its type in `table_features`, or make the table with `score_rollouts`."
+            raise TableError(f"Column `{name}`: {problem}. {remedy}")
+    if not rows:
+        raise TableError("The table has no rows. Check the filter or split that made it, or run `score_rollouts`.")
+
+
+def _check_top_k_values(columns: dict[str, _Column]) -> None:
+    """Raises a `TableError` unless the top-k is part of one distribution, the one that scored the sampled token."""
+    ids, logprobs, sampled = (columns[name] for name in (*TOPK_COLUMNS, "teacher_logprobs"))
+
+    ordered = np.sort(ids.values, axis=-1)
+    repeated = ordered[:, 1:] == ordered[:, :-1]
+    if (entry := _first(repeated.any(axis=-1))) is not None:
+        value = ordered[entry, 1:][repeated[entry]][0]
+        raise ids.error_at(entry, f"token id {value} twice, but the k tokens are distinct", _RESCORE)
+
+    # Rounding to float16 moves log p by at most |log p| 2^-11, and so p by about p |log p| 2^-11. Summed, that is the
+    # entropy times 2^-11: with 64 equally likely tokens already more than the tolerance.
+    p = np.exp(logprobs.values)
+    rounding = (p * np.abs(np.where(p > 0, logprobs.values, 0))).sum(axis=-1) * 2.0**-11
+    total = p.sum(axis=-1)
+    if (entry := _first(total > 1 + TOLERANCE + rounding)) is not None:
+        remedy = "Score with `score_rollouts`, which normalises over the full vocabulary at temperature 1."
+        raise logprobs.error_at(entry, f"the top-k probabilities sum to {total[entry]:.4f}, above 1", remedy)
+
+    entries, ranks = np.nonzero(ids.values == columns["completion_ids"].values[:, None])
+    # The sampled score has float32, the top-k float16: equal or adjacent float16 numbers are the same score.
+    with np.errstate(over="ignore", invalid="ignore"):
+        a = sampled.values[entries].astype(np.float16)
+        b = logprobs.values[entries, ranks].astype(np.float16)
+        agree = (a == b) | (np.abs(a - b) <= np.spacing(np.maximum(np.abs(a), np.abs(b))))
+    if (match := _first(~agree)) is not None:
+        entry = int(entries[match])
+        problem = f"{b[match]!s} for the sampled token, but `teacher_logprobs` has {sampled.values[entry]!s}"
+        raise logprobs.error_at(entry, problem, _RESCORE)
+
+
+def _first(bad: np.ndarray) -> int | None:
+    """Flat index of the first True."""
+    return int(bad.argmax()) if bad.any() else None
+
+
+def _numpy(array: pa.Array) -> np.ndarray:
+    return array.to_numpy(zero_copy_only=False)
+
+
+def _quoted(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -1,0 +1,534 @@
+"""The trainer: a Hugging Face `Trainer` whose loss reads the teacher from the table."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+from trl.trainer.utils import create_model_from_path, generate_model_card, get_config_model_id
+
+from .cards import read_model_card, stamp_model_card
+from .collator import OfflineOPDCollator
+from .config import OfflineOPDConfig
+from .consistency import check_teacher_consistency
+from .head import add_distillation_head, assert_head_is_plain
+from .objective import (
+    aggregate,
+    count_items,
+    mean_loss,
+    reverse_kl_topk,
+    sampled_loss,
+    sequence_totals,
+    summarize,
+    teacher_support,
+)
+from .table import REQUIRED_COLUMNS, TOKEN_COLUMNS, TableError, lengths, validate_rows, validate_table, vocab_limits
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig
+
+logger = logging.getLogger(__name__)
+
+_PAPER = {
+    "title": "Lightning OPD: Efficient Post-Training for Large Reasoning Models with Offline On-Policy Distillation",
+    "id": "2604.13010",
+    "citation": """@misc{wu2026lightningopd,
+    title         = {{Lightning OPD: Efficient Post-Training for Large Reasoning Models with Offline On-Policy Distillation}},
+    author        = {Yecheng Wu and Song Han and Han Cai},
+    year          = 2026,
+    eprint        = {2604.13010},
+    archivePrefix = {arXiv},
+}""",  # noqa: E501
+}
+
+
+class OfflineOPDTrainer(Trainer):
+    """
+    Trainer for offline on-policy distillation: the student learns from teacher log-probabilities stored with its own
+    rollouts; no teacher is loaded. See `trl_lopd.score_rollouts` for making the table.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer
+
+    trainer = OfflineOPDTrainer(
+        model="my-org/student-sft",
+        args=OfflineOPDConfig(output_dir="student-opd"),
+        train_dataset=load_dataset("my-org/scored-rollouts", split="train"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The SFT student: a local directory or Hub id, or a loaded model.
+        args ([`OfflineOPDConfig`], *optional*):
+            Configuration. If `None`, the defaults with an `output_dir` named after the model.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Scored rollouts, see `trl_lopd.table_features`. A `Dataset` is validated here, whole; the rows of an
+            `IterableDataset` as they arrive.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them, *optional*):
+            Held-out scored rollouts.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The student's tokenizer. If `None`, loaded from the model's path.
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
+            Added to the default ones.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and scheduler to use instead of those of `args`.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Used when the model is loaded from a path; with `peft_config`, QLoRA.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Wraps the model in adapters.
+
+    Raises:
+        TeacherConsistencyError: the table was scored by a teacher that is not known to have written the student's SFT
+            data, and `args.teacher_consistency` is `"strict"`.
+        TableError: a row is invalid, or a prompt leaves no room for its completion.
+        ValueError: options that contradict each other or the table's columns.
+    """
+
+    # `aggregate` divides by a count taken over all accumulation steps.
+    loss_is_scaled_for_ga = True
+
+    _tag_names = ["trl", "trl-lopd", "offline-opd"]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: OfflineOPDConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+    ):
+        model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+        if args is None:
+            args = OfflineOPDConfig(f"{Path(model_id).name or 'model'}-OPD")
+        if not isinstance(args, OfflineOPDConfig):
+            raise TypeError(f"`args` must be an `OfflineOPDConfig`, got `{type(args).__name__}`.")
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is required: a table of scored rollouts, see `score_rollouts`.")
+
+        init_kwargs = dict(args.model_init_kwargs or {})
+        init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+        hub_kwargs = {"revision": init_kwargs.get("revision"), "trust_remote_code": init_kwargs["trust_remote_code"]}
+        config = AutoConfig.from_pretrained(model, **hub_kwargs) if isinstance(model, str) else model.config
+        if processing_class is None:
+            if not model_id:
+                raise ValueError("The model does not say where it was loaded from: pass its `processing_class`.")
+            processing_class = AutoTokenizer.from_pretrained(model_id, **hub_kwargs)
+
+        # Everything that can be wrong with the data is found before a weight is loaded.
+        self._student_card = read_model_card(model_id, hub_kwargs["revision"]) if model_id else {}
+        self._check = _TableCheck(
+            card=self._student_card,
+            student=model_id or "the student",
+            mode=args.teacher_consistency,
+            floor=args.teacher_logprob_floor,
+            vocab=vocab_limits(processing_class, config),
+        )
+        self._table_args = {"tokenizer": processing_class, "model_config": config}
+        columns = self._prepare(train_dataset, args, "train_dataset")
+        eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+        eval_columns = [self._prepare(d, args, name) for name, d in eval_datasets.items() if d is not None]
+        loss_type = _resolve_loss_type(args, columns)
+        for cols in eval_columns:
+            _resolve_loss_type(args, cols, loss_type)
+        self.loss_type = loss_type
+        if args.metric_for_best_model_is_default and eval_columns and not isinstance(eval_dataset, dict):
+            if "teacher_topk_ids" in eval_columns[0]:
+                args.metric_for_best_model, args.greater_is_better = "eval_reverse_kl_topk", False
+            elif args.load_best_model_at_end:
+                logger.warning(
+                    "The evaluation rows have no teacher top-k columns, so the best model is chosen by `eval_loss`, "
+                    "the Huber value, which can fall while the student gets worse. Score them with `top_k=8`."
+                )
+
+        streams = any(isinstance(d, IterableDataset) for d in (train_dataset, *eval_datasets.values()))
+        set_seed(args.seed)  # adapters are initialised at random
+        if isinstance(model, str):
+            if quantization_config is not None:
+                init_kwargs["quantization_config"] = quantization_config
+            if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+                init_kwargs["device_map"] = None
+            model = create_model_from_path(model, **init_kwargs)
+        elif args.model_init_kwargs or quantization_config is not None:
+            raise ValueError(
+                "`model_init_kwargs` and `quantization_config` are used to load a model from a path; the model passed "
+                "is loaded already."
+            )
+        add_distillation_head(model.get_base_model() if is_peft_model(model) else model)
+        if peft_config is not None:
+            model = _wrap_in_adapters(model, peft_config, args)
+        if is_peft_model(model):
+            assert_head_is_plain(model)
+            if args.gradient_checkpointing:
+                model.enable_input_require_grads()
+
+        collator = OfflineOPDCollator(
+            pad_token_id=_pad_token_id(processing_class),
+            max_completion_length=args.max_completion_length,
+            max_length=args.max_length,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+            teacher_logprob_floor=args.teacher_logprob_floor,
+            validate=self._check if streams else None,
+        )
+        # Batches of different lengths cannot be concatenated and dispatched from one process.
+        args.accelerator_config.dispatch_batches = False
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.n_gpu > 1:
+            raise ValueError(
+                "`nn.DataParallel` is not supported. Launch with `accelerate launch` or `torchrun`, or make a single "
+                "GPU visible with `CUDA_VISIBLE_DEVICES`."
+            )
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+            raise ValueError("Context and sequence parallelism are not supported: set `cp_size` and `sp_size` to 1.")
+        self._window: dict[str, torch.Tensor] = {}
+        self._eval_batches: list[dict[str, torch.Tensor]] = []
+        self.model.add_model_tags(self._tag_names)
+
+    # ---- Data ----
+
+    def _prepare(self, dataset: Dataset | IterableDataset, args: OfflineOPDConfig, name: str) -> set[str]:
+        """Validates a `Dataset` whole, the head of a stream, and returns the columns."""
+        if isinstance(dataset, IterableDataset):
+            row = next(iter(dataset), None)
+            if row is None:
+                raise TableError(f"`{name}` is an empty stream.")
+            self._check.copy()([row])
+            return set(row)
+        if not isinstance(dataset, Dataset):
+            raise TypeError(f"`{name}` must be a `Dataset` or an `IterableDataset`, got `{type(dataset).__name__}`.")
+        summary = validate_table(dataset, **self._table_args, teacher_logprob_floor=args.teacher_logprob_floor)
+        self._check.teachers(summary.teacher_fingerprints)
+        if summary.floored:
+            logger.warning(
+                f"`{name}`: {summary.floored} teacher log-probabilities are -inf and will be raised to "
+                f"{args.teacher_logprob_floor}."
+            )
+        _report_truncation(dataset, args, name)
+        return set(dataset.column_names)
+
+    def _set_signature_columns_if_needed(self):
+        if self._signature_columns is None:
+            self._signature_columns = list(dict.fromkeys((*REQUIRED_COLUMNS, *TOKEN_COLUMNS)))
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        if isinstance(eval_dataset, Dataset | IterableDataset):
+            self._prepare(eval_dataset, self.args, "eval_dataset")
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    # ---- Loss ----
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
+        if not batch_samples:
+            return None
+        count = sum(
+            count_items(batch["labels"][:, 1:] != -100, self.args.loss_aggregation) for batch in batch_samples
+        ).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return count
+
+    def _forward(self, model, inputs: dict[str, torch.Tensor]):
+        """Loss a token, the trained positions, and the totals behind every metric; see `objective`."""
+        labels = inputs["labels"][:, 1:]
+        teacher = inputs["teacher_logprobs"][:, 1:]
+        ref = inputs["ref_logprobs"][:, 1:] if "ref_logprobs" in inputs else None
+        forward_args = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+        kl = agreement = None
+        if "teacher_topk_ids" in inputs:
+            topk_ids, topk_logprobs = inputs["teacher_topk_ids"][:, 1:], inputs["teacher_topk_logprobs"][:, 1:]
+            ids, support, distinct = teacher_support(topk_ids, topk_logprobs, labels.clamp(min=0), teacher)
+            out = model(**forward_args, support_ids=ids, distinct=distinct)
+            kl = reverse_kl_topk(out.support_logprobs, out.tail_logprobs, support, distinct)
+            agreement = out.top1_ids == topk_ids.gather(-1, topk_logprobs.argmax(-1, keepdim=True)).squeeze(-1)
+        else:
+            out = model(**forward_args, fused_lm_head=True)
+        logprobs = out.log_probs
+        if self.loss_type == "topk":
+            per_token = kl
+        else:
+            per_token = sampled_loss(
+                logprobs,
+                teacher,
+                advantage_clip=self.args.advantage_clip,
+                ref_logprobs=ref,
+                ratio_clip=self.args.ratio_clip,
+            )
+        with torch.no_grad():
+            totals = sequence_totals(
+                logprobs,
+                teacher,
+                out.label_mask,
+                per_token_loss=per_token,
+                entropy=out.entropy,
+                is_top1=out.is_top1,
+                advantage_clip=self.args.advantage_clip,
+                ref_logprobs=ref,
+                reverse_kl=kl,
+                top1_agreement=agreement,
+            )
+            totals["truncated"] = inputs["truncated"].float()
+        return per_token, out.label_mask, totals
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if return_outputs:
+            raise ValueError("The loss is computed without logits, so there are no outputs to return.")
+        per_token, mask, totals = self._forward(model, inputs)
+        for name, values in totals.items():
+            value, previous = _combine(name, values, 0), self._window.get(name)
+            self._window[name] = value if previous is None else _combine(name, torch.stack([previous, value]), 0)
+        loss = aggregate(per_token, mask, self.args.loss_aggregation, num_items_in_batch)
+        # The count is global, and data-parallel engines average gradients over processes.
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        return loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            per_token, mask, totals = self._forward(model, inputs)
+        # Gathered a sequence at a time, so that rows repeated to fill the last batch are dropped.
+        names = sorted(totals)
+        gathered = self.accelerator.gather_for_metrics(torch.stack([totals[name].float() for name in names], dim=-1))
+        self._eval_batches.append(dict(zip(names, gathered.unbind(-1), strict=True)))
+        return aggregate(per_token, mask, self.args.loss_aggregation), None, None
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        self._eval_batches = []
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        totals = {
+            name: _combine(name, torch.cat([batch[name] for batch in self._eval_batches]).double().cpu(), 0).item()
+            for name in (self._eval_batches[0] if self._eval_batches else ())
+        }
+        if totals:
+            metrics = {"loss": mean_loss(totals, self.args.loss_aggregation), **_metrics(totals)}
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # Totals stay on the device until they are wanted: one gather a log, none a step.
+        if "loss" in logs and self._window:
+            names = sorted(self._window)
+            window = torch.stack([self._window[name].float() for name in names]).unsqueeze(0)
+            gathered = self.accelerator.gather(window).double().cpu()
+            logs.update(_metrics({name: _combine(name, gathered[:, i], 0).item() for i, name in enumerate(names)}))
+            self._window = {}
+        super().log(logs, start_time)
+
+    # ---- Saving ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        # After the weights: PEFT writes a card of its own beside them.
+        self.create_model_card(output_dir=output_dir)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        output_dir: str | None = None,
+    ) -> None:
+        """
+        Writes a model card that cites the paper and names the teachers: those that wrote the SFT data, inherited from
+        the student's card, and those whose scores trained this model.
+
+        Args:
+            model_name (`str`, *optional*):
+                Name of the model. Defaults to that of the Hub repository or the output directory.
+            dataset_name (`str`, *optional*):
+                Name of the table.
+            tags (`str` or `list[str]`, *optional*):
+                Tags beside the trainer's own.
+            output_dir (`str`, *optional*):
+                Where to write `README.md`. Defaults to `args.output_dir`.
+        """
+        if not self.is_world_process_zero():
+            return
+        output_dir = output_dir or self.args.output_dir
+        base_model = get_config_model_id(self.model.config)
+        tags = [tags] if isinstance(tags, str) else list(tags or [])
+        card = generate_model_card(
+            base_model=base_model if base_model and not os.path.isdir(base_model) else None,
+            model_name=model_name or Path(self.args.hub_model_id or self.args.output_dir).name,
+            hub_model_id=self.hub_model_id,
+            dataset_name=dataset_name,
+            tags=list(dict.fromkeys([*tags, *self._tag_names])),
+            wandb_url=_wandb_url(),
+            trackio_url=None,
+            trainer_name="Offline OPD",
+            trainer_citation=_PAPER["citation"],
+            paper_title=_PAPER["title"],
+            paper_id=_PAPER["id"],
+        )
+        card.save(os.path.join(output_dir, "README.md"))
+        stamp_model_card(
+            output_dir,
+            sft_teachers=self._student_card.get("sft_teachers", []),
+            opd_teachers=sorted(self._check.seen),
+        )
+
+
+@dataclass
+class _TableCheck:
+    """What makes a row fit for this student; called with the rows of a stream as they arrive."""
+
+    card: dict[str, Any]
+    student: str
+    mode: str
+    floor: float | None
+    vocab: tuple[int | None, int | None]
+    seen: set[str] = field(default_factory=set)
+    rows: int = 0
+    top_k: int = 0
+
+    def copy(self) -> _TableCheck:
+        return _TableCheck(self.card, self.student, self.mode, self.floor, self.vocab, self.seen)
+
+    def teachers(self, fingerprints: Iterable[str]) -> None:
+        """Applies the consistency rule to teachers not met before."""
+        if new := set(fingerprints) - self.seen:
+            check_teacher_consistency(self.card, sorted(new), mode=self.mode, student=self.student)
+            self.seen |= new
+
+    def __call__(self, rows: list[dict[str, Any]]) -> None:
+        known = (*REQUIRED_COLUMNS, *TOKEN_COLUMNS)
+        try:
+            summary = validate_rows(
+                pa.Table.from_pylist([{name: row[name] for name in known if name in row} for row in rows]),
+                first_row=self.rows,
+                vocab_size=self.vocab[0],
+                topk_vocab_size=self.vocab[1],
+                top_k=self.top_k,
+                teacher_logprob_floor=self.floor,
+            )
+        except TableError as error:
+            raise TableError(f"{error} (Rows are counted in the order in which this process read them.)") from None
+        self.rows, self.top_k = self.rows + len(rows), summary.top_k
+        self.teachers(summary.teacher_fingerprints)
+
+
+def _resolve_loss_type(args: OfflineOPDConfig, columns: set[str], required: str | None = None) -> str:
+    has_topk = "teacher_topk_ids" in columns
+    loss_type = required or args.loss_type
+    if loss_type == "auto":
+        loss_type = "topk" if has_topk else "sampled"
+    if loss_type == "topk" and not has_topk:
+        raise ValueError(
+            "`loss_type='topk'` needs the columns `teacher_topk_ids` and `teacher_topk_logprobs` in the training and "
+            "the evaluation rows. Score them with `score_rollouts(..., top_k=8)`, or set `loss_type='sampled'`."
+        )
+    if args.ratio_clip is not None and loss_type == "topk":
+        raise ValueError(
+            "`ratio_clip` is a trust region of the sampled objective, but the table's top-k columns select "
+            "`loss_type='topk'`. Set `loss_type='sampled'`, or leave `ratio_clip` unset."
+        )
+    if args.ratio_clip is not None and "ref_logprobs" not in columns:
+        raise ValueError(
+            "`ratio_clip` needs a `ref_logprobs` column: the trust region is around the policy that sampled the "
+            "rollouts. Make it with `score_rollouts(..., ref_model=student)`."
+        )
+    return loss_type
+
+
+def _report_truncation(dataset: Dataset, args: OfflineOPDConfig, name: str) -> None:
+    prompts, completions = lengths(dataset)
+    room = np.full(len(dataset), np.iinfo(np.int64).max)
+    if args.max_completion_length is not None:
+        room = np.minimum(room, args.max_completion_length)
+    if args.max_length is not None:
+        room = np.minimum(room, args.max_length - prompts)
+    if (room < 1).any():
+        row = int((room < 1).argmax())
+        raise TableError(
+            f"`{name}`, row {row}, column 'prompt_ids': a prompt of {prompts[row]} tokens leaves no room for a "
+            f"completion within `max_length={args.max_length}` ({int((room < 1).sum())} such rows). Raise "
+            "`max_length`, or filter them out."
+        )
+    lost = np.maximum(completions - room, 0)
+    if lost.any():
+        logger.warning(
+            f"`{name}`: {int((lost > 0).sum())} of {len(dataset)} completions are truncated on the right, "
+            f"{int(lost.sum())} of {int(completions.sum())} completion tokens are lost. The limits are "
+            f"`max_completion_length={args.max_completion_length}` and `max_length={args.max_length}`."
+        )
+
+
+def _combine(name: str, values: torch.Tensor, dim: int) -> torch.Tensor:
+    return values.amax(dim) if name.endswith("max") else values.sum(dim)
+
+
+def _metrics(totals: dict[str, float]) -> dict[str, float]:
+    metrics = summarize(totals)
+    if totals["truncated"]:
+        metrics["truncated_completions"] = totals["truncated"]
+    return metrics
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    # Padding is masked everywhere, so any id will do.
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def _wrap_in_adapters(model: PreTrainedModel, peft_config: PeftConfig, args: OfflineOPDConfig) -> PeftModel:
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    if is_peft_model(model):
+        raise ValueError(
+            "You passed a `PeftModel` together with a `peft_config`. Merge the adapter into the model first, or leave "
+            "out `peft_config` to go on training it."
+        )
+    quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    if quantized:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    kwargs = {}
+    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3 and not quantized:
+        # ZeRO-3 gathers parameters into buffers of one dtype.
+        kwargs["autocast_adapter_dtype"] = False
+    return get_peft_model(model, peft_config, **kwargs)
+
+
+def _wandb_url() -> str | None:
+    from transformers import is_wandb_available
+
+    if not is_wandb_available():
+        return None
+    import wandb
+
+    return wandb.run.url if wandb.run is not None else None

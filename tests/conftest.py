@@ -1,0 +1,99 @@
+"""Tiny models, tokenizers and tables, made on the spot."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads cost more than they give on models this small.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from trl_lopd import score_rollouts, stamp_model_card
+from trl_lopd.fingerprint import fingerprint_teacher
+
+VOCAB = 32
+
+
+def make_tokenizer(size: int = VOCAB) -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocab = {"<pad>": 0, "<eos>": 1, "<bos>": 2} | {f"w{i}": i for i in range(3, size)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<pad>"
+    )
+
+
+def make_model(seed: int = 0, hidden: int = 16, scale: float = 1.0, vocab: int = VOCAB, **config) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=128,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=2,
+            **config,
+        )
+    )
+    # Fresh weights give a near-uniform softmax, in which most mistakes would not show.
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20 * scale)
+    return model.eval()
+
+
+def make_rollouts(rows: int = 12, seed: int = 0, vocab: int = VOCAB) -> Dataset:
+    """Ragged rows of random tokens."""
+    rng = np.random.default_rng(seed)
+    return Dataset.from_dict(
+        {
+            "prompt_ids": [rng.integers(2, vocab, rng.integers(1, 6)).tolist() for _ in range(rows)],
+            "completion_ids": [rng.integers(1, vocab, rng.integers(1, 12)).tolist() for _ in range(rows)],
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def teacher_dir(tmp_path_factory, tokenizer):
+    path = tmp_path_factory.mktemp("models") / "teacher"
+    make_model(seed=1).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def student_dir(tmp_path_factory, tokenizer, teacher_dir):
+    """An SFT student whose card names the teacher."""
+    path = tmp_path_factory.mktemp("models") / "student"
+    make_model(seed=2).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    stamp_model_card(path, sft_teachers=[fingerprint_teacher(str(teacher_dir))])
+    return path
+
+
+@pytest.fixture(scope="session")
+def table(teacher_dir, student_dir):
+    """Scored rollouts with every optional column but `completion_mask`."""
+    return score_rollouts(make_rollouts(24), str(teacher_dir), top_k=4, ref_model=str(student_dir))
+
+
+def without_topk(table: Dataset) -> Dataset:
+    return table.remove_columns(["teacher_topk_ids", "teacher_topk_logprobs"])

@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from trl_lopd.cards import read_model_card, stamp_model_card
+from trl_lopd.fingerprint import TeacherFingerprint
+
+A = TeacherFingerprint("teacher-a", "1" * 64, "2" * 64, "3" * 64)
+B = TeacherFingerprint("teacher-b", "4" * 64, "5" * 64, "6" * 64)
+
+FRONT = """\
+# hand-written: keep
+license:   mit   # two spaces more than a dumper writes
+tags: [b, a]
+
+title: "trl_lopd: not ours"
+text: |
+  trl_lopd:
+    not: ours either
+"""
+BODY = "\n# My model\r\n\n---\ntrl_lopd: in the body\n---\n  trailing spaces  \n\n\nno newline at the end"
+
+
+def write(directory, text):
+    (directory / "README.md").write_bytes(text.encode())
+
+
+def read(directory):
+    return (directory / "README.md").read_bytes().decode()
+
+
+def without_block(text):
+    """The card without our block, which starts at column 0 and is indented or a list from there on."""
+    front = text.split("---", 2)[1]
+    lines = front.splitlines(keepends=True)
+    start = next(i for i, line in enumerate(lines) if line.startswith("trl_lopd:"))
+    end = next((i for i in range(start + 1, len(lines)) if lines[i][0] not in " -"), len(lines))
+    return text.replace(front, "".join(lines[:start] + lines[end:]), 1)
+
+
+def test_minimal_card(tmp_path):
+    directory = tmp_path / "my-model"
+    directory.mkdir()
+    stamp_model_card(directory, sft_teachers=[A])
+    assert read_model_card(str(directory)) == {"sft_teachers": [A.to_dict()]}
+    assert ModelCard.load(directory / "README.md").text.strip() == "# my-model"
+    assert TeacherFingerprint.from_dict(read_model_card(directory)["sft_teachers"][0]) == A
+
+
+def test_record_is_what_a_person_expects_to_read(tmp_path):
+    stamp_model_card(tmp_path, sft_teachers=[A], opd_teachers=["b@0123456789abcdef"])
+    assert read(tmp_path).startswith(
+        f"---\ntrl_lopd:\n  sft_teachers:\n  - id: {A.id}\n    name: teacher-a\n    weights: '{'1' * 64}'\n"
+        f"    tokenizer: '{'2' * 64}'\n    chat_template: '{'3' * 64}'\n"
+        "  opd_teachers:\n  - id: b@0123456789abcdef\n---\n"
+    )
+
+
+def test_one_teacher_need_not_be_a_list(tmp_path):
+    stamp_model_card(tmp_path, sft_teachers=A, opd_teachers=B.id)
+    assert read_model_card(tmp_path) == {"sft_teachers": [A.to_dict()], "opd_teachers": [{"id": B.id}]}
+
+
+def test_everything_else_stays_byte_for_byte(tmp_path):
+    card = f"---\n{FRONT}---\n{BODY}"
+    write(tmp_path, card)
+    stamp_model_card(tmp_path, sft_teachers=[A])
+    assert read(tmp_path) != card and without_block(read(tmp_path)) == card
+    assert read_model_card(tmp_path) == {"sft_teachers": [A.to_dict()]}
+
+
+@pytest.mark.parametrize(
+    "ours",
+    [
+        "trl_lopd:\n  sft_teachers:\n  - id: old@1\n",
+        "trl_lopd:\n    sft_teachers:\n      - id: old@1\n",
+        "trl_lopd: {sft_teachers: [{id: old@1}]}\n",
+        "trl_lopd: {sft_teachers: [\n  {id: old@1}\n]}\n",
+        "trl_lopd:\n",
+        "trl_lopd: null\n",
+    ],
+)
+@pytest.mark.parametrize("after", ["", "# about the next key\n\nmetrics:\n- bleu\n", "\n# the end\n", "nan: .nan\n"])
+def test_our_block_is_replaced_where_it_stands(tmp_path, ours, after):
+    write(tmp_path, f"---\n{FRONT}{ours}{after}---\n{BODY}")
+    stamp_model_card(tmp_path, sft_teachers=[A])
+    head, _, tail = read(tmp_path).partition("\ntrl_lopd:\n  sft_teachers:\n  - id: teacher-a@")
+    assert head + "\n" == f"---\n{FRONT}"
+    assert tail.partition(f"'{'3' * 64}'\n")[2] == f"{after}---\n{BODY}"
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    "card",
+    [
+        "",
+        "# only a body\n",
+        "---\n---\n# empty front matter\n",
+        "---\n\n---\n# blank front matter\n",
+        "---\nlicense: mit\n---",
+        "\ufeff---\nlicense: mit\n---\nbyte order mark\n",
+        "\n\n---\nlicense: mit\n---\nblank lines first\n",
+        "---\nlicense: mit\n\n---\nblank line last\n",
+        "---\na rule, then text\n",
+    ],
+)
+def test_stamping_is_idempotent_and_keeps_odd_cards(tmp_path, card, newline):
+    card = card.replace("\n", newline)
+    write(tmp_path, card)
+    stamp_model_card(tmp_path, sft_teachers=[A, B])
+    once = read(tmp_path)
+    stamp_model_card(tmp_path, sft_teachers=[A, B])
+    assert read(tmp_path) == once
+    assert read_model_card(tmp_path) == {"sft_teachers": [A.to_dict(), B.to_dict()]}
+    assert ("\r\n" in once) == (newline == "\r\n" and bool(card)) and (
+        newline == "\n" or not card or (once.count("\n") == once.count("\r\n"))
+    )
+    stripped = without_block(once)
+    had_front_matter = "license" in card or card.startswith("---" + newline + newline)
+    assert stripped == card if had_front_matter else stripped.endswith(card.removeprefix(f"---{newline}---{newline}"))
+    assert once.startswith("\ufeff") == card.startswith("\ufeff")
+
+
+def test_none_leaves_a_list_and_a_list_replaces_it(tmp_path):
+    write(tmp_path, "---\ntrl_lopd:\n  evidence: declared\n  sft_teachers:\n  - id: old@1\n---\n")
+    stamp_model_card(tmp_path, opd_teachers=[B.id])
+    assert read_model_card(tmp_path) == {
+        "evidence": "declared",
+        "sft_teachers": [{"id": "old@1"}],
+        "opd_teachers": [{"id": B.id}],
+    }
+    stamp_model_card(tmp_path, sft_teachers=[A], opd_teachers=[])
+    assert read_model_card(tmp_path) == {"evidence": "declared", "sft_teachers": [A.to_dict()], "opd_teachers": []}
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({}, "Nothing to stamp"),
+        ({"sft_teachers": ["Qwen/Qwen3-32B"]}, "not a teacher's id"),
+        ({"opd_teachers": ["name@"]}, "not a teacher's id"),
+    ],
+)
+def test_bad_arguments_write_nothing(tmp_path, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        stamp_model_card(tmp_path, **kwargs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_stamping_what_is_not_a_directory(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not a directory"):
+        stamp_model_card(tmp_path / "nowhere", sft_teachers=[A])
+
+
+@pytest.mark.parametrize(
+    "front, message",
+    [
+        ("{license: mit}", "cannot edit this front matter in place"),
+        ("trl_lopd: &x\n  sft_teachers: []\nother: *x", "cannot edit this front matter in place"),
+        ("a: [unclosed", "cannot be read"),
+        ("- a list", "must be a mapping"),
+        ("trl_lopd: 3", "trl_lopd must be a mapping"),
+    ],
+)
+def test_cards_that_cannot_be_edited_are_left_alone(tmp_path, front, message):
+    card = f"---\n{front}\n---\n"
+    write(tmp_path, card)
+    with pytest.raises(ValueError, match=message):
+        stamp_model_card(tmp_path, sft_teachers=[A])
+    assert read(tmp_path) == card
+
+
+# Reading
+
+
+@pytest.mark.parametrize("card", [None, "# no front matter\n", "---\nlicense: mit\n---\n", "---\ntrl_lopd:\n---\n"])
+def test_no_record(tmp_path, card):
+    if card is not None:
+        write(tmp_path, card)
+    assert read_model_card(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ("text", r"README.md: trl_lopd must be a mapping, not 'text'"),
+        ({"sft_teachers": "a@1"}, r"README.md: trl_lopd.sft_teachers must be a list"),
+        ({"sft_teachers": [{"id": "a@1"}, "b@1"]}, r"README.md: trl_lopd.sft_teachers\[1\] must be a mapping"),
+        ({"opd_teachers": [{"name": "a"}]}, r"README.md: trl_lopd.opd_teachers\[0\] must be a mapping with an `id`"),
+        ({"sft_teachers": [{"id": 7}]}, r"README.md: trl_lopd.sft_teachers\[0\]"),
+    ],
+)
+def test_malformed_record(tmp_path, record, message):
+    write(tmp_path, f"---\n{yaml.safe_dump({'trl_lopd': record})}---\n")
+    with pytest.raises(ValueError, match=message):
+        read_model_card(tmp_path)
+
+
+@pytest.mark.parametrize("front", ["a: [unclosed", "- a list"])
+def test_malformed_front_matter(tmp_path, front):
+    write(tmp_path, f"---\n{front}\n---\n")
+    with pytest.raises(ValueError, match="README.md: the front matter cannot be read"):
+        read_model_card(tmp_path)
+
+
+def test_other_metadata_may_be_malformed(tmp_path):
+    write(tmp_path, "---\nmodel-index: nonsense\ntrl_lopd:\n  sft_teachers:\n  - id: a@1\n---\n")
+    assert read_model_card(tmp_path) == {"sft_teachers": [{"id": "a@1"}]}
+
+
+def test_hub_id(tmp_path, monkeypatch):
+    stamp_model_card(tmp_path, sft_teachers=[A])
+    calls = []
+
+    def hf_hub_download(repo_id, filename, revision=None):
+        calls.append((repo_id, filename, revision))
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    assert read_model_card("org/student", revision="abc") == {"sft_teachers": [A.to_dict()]}
+    assert calls == [("org/student", "README.md", "abc")]
+
+
+def test_card_out_of_reach_counts_as_none_and_says_so(monkeypatch, caplog):
+    def hf_hub_download(*args, **kwargs):
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    assert read_model_card("org/student") == {}
+    assert "org/student: no network" in caplog.text
+
+
+def test_offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert read_model_card("trl-lopd-tests/no-such-model") == {}

@@ -1,0 +1,69 @@
+"""Alignment, padding and truncation of the per-token columns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trl_lopd.collator import OfflineOPDCollator
+from trl_lopd.table import TableError
+
+ROWS = [
+    {
+        "prompt_ids": [5, 6],
+        "completion_ids": [7, 8, 9],
+        "teacher_logprobs": [-0.1, -0.2, float("-inf")],
+        "ref_logprobs": [-1.0, -2.0, -3.0],
+        "completion_mask": [True, False, True],
+        "teacher_topk_ids": [[7, 1], [8, 2], [9, 3]],
+        "teacher_topk_logprobs": [[-0.1, -3.0], [-0.2, -4.0], [-0.3, float("-inf")]],
+    },
+    {
+        "prompt_ids": [5],
+        "completion_ids": [7],
+        "teacher_logprobs": [-0.5],
+        "ref_logprobs": [-0.6],
+        "completion_mask": [True],
+        "teacher_topk_ids": [[7, 4]],
+        "teacher_topk_logprobs": [[-0.5, -1.5]],
+    },
+]
+
+
+def test_every_column_is_aligned_with_its_token():
+    batch = OfflineOPDCollator(pad_token_id=9, teacher_logprob_floor=-50.0)(ROWS)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [5, 7, 9, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 7, -100, 9], [-100, 7, -100, -100, -100]]
+    torch.testing.assert_close(
+        batch["teacher_logprobs"], torch.tensor([[0, 0, -0.1, -0.2, -50.0], [0, -0.5, 0, 0, 0]])
+    )
+    assert batch["ref_logprobs"].tolist()[0] == [0, 0, -1.0, -2.0, -3.0]
+    assert batch["teacher_topk_ids"].shape == (2, 5, 2) and batch["teacher_topk_ids"].dtype == torch.long
+    assert batch["teacher_topk_ids"][0].tolist() == [[0, 0], [0, 0], [7, 1], [8, 2], [9, 3]]
+    assert batch["teacher_topk_logprobs"][0, 4, 1] == -50.0
+    assert not batch["truncated"].any()
+
+
+def test_truncation_cuts_the_completion_and_all_its_columns():
+    batch = OfflineOPDCollator(pad_token_id=0, max_length=4)(ROWS)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [5, 7, 0, 0]]
+    assert batch["labels"].tolist()[0] == [-100, -100, 7, -100]
+    assert all(batch[name].shape[1] == 4 for name in batch if name != "truncated")
+    assert batch["truncated"].tolist() == [True, False]
+    assert OfflineOPDCollator(pad_token_id=0, max_completion_length=1)(ROWS)["input_ids"].tolist() == [
+        [5, 6, 7],
+        [5, 7, 0],
+    ]
+
+
+def test_padding_to_a_multiple():
+    assert OfflineOPDCollator(pad_token_id=0, pad_to_multiple_of=8)(ROWS)["teacher_topk_ids"].shape == (2, 8, 2)
+
+
+def test_no_room_is_an_error():
+    with pytest.raises(TableError, match="prompt of 2 tokens leaves no room.*`max_length=2`.*filter"):
+        OfflineOPDCollator(pad_token_id=0, max_length=2)(ROWS)
+    late = [ROWS[0] | {"completion_mask": [False, False, True]}]
+    with pytest.raises(TableError, match="beyond its first 2 tokens.*max_completion_length"):
+        OfflineOPDCollator(pad_token_id=0, max_completion_length=2)(late)

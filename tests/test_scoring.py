@@ -1,0 +1,107 @@
+"""Teacher scores against plain float32 log_softmax, one row at a time and without padding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import VOCAB, make_model, make_rollouts, make_tokenizer
+from datasets import Dataset
+
+from trl_lopd import TableError, fingerprint_teacher, score_rollouts, validate_table
+from trl_lopd.fingerprint import same_teacher
+
+
+def plain_logprobs(model, row):
+    ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
+    with torch.no_grad():
+        logprobs = model(ids).logits[0].float().log_softmax(-1)
+    start = len(row["prompt_ids"])
+    return logprobs[start - 1 : -1]
+
+
+@pytest.fixture(scope="module")
+def models():
+    return make_model(seed=1), make_model(seed=2)
+
+
+@pytest.mark.parametrize("max_batch_tokens", [1, 40, 16384])
+def test_scores_equal_plain_log_softmax(models, tokenizer, max_batch_tokens):
+    teacher, student = models
+    rollouts = make_rollouts(20).add_column("answer", [str(i) for i in range(20)])
+    table = score_rollouts(
+        rollouts, teacher, tokenizer=tokenizer, top_k=4, ref_model=student, max_batch_tokens=max_batch_tokens
+    )
+    assert table["answer"] == rollouts["answer"] and table["completion_ids"] == rollouts["completion_ids"]
+    for row in table:
+        expected = plain_logprobs(teacher, row)
+        sampled = torch.tensor(row["completion_ids"]).unsqueeze(-1)
+        np.testing.assert_allclose(row["teacher_logprobs"], expected.gather(-1, sampled).squeeze(-1), atol=1e-5)
+        ref = plain_logprobs(student, row).gather(-1, sampled).squeeze(-1)
+        np.testing.assert_allclose(row["ref_logprobs"], ref, atol=1e-5)
+        top = expected.topk(4)
+        assert row["teacher_topk_ids"] == top.indices.tolist()
+        np.testing.assert_allclose(row["teacher_topk_logprobs"], top.values, atol=1e-5, rtol=2**-11)
+    summary = validate_table(table, tokenizer, teacher.config)
+    assert summary.top_k == 4
+    assert same_teacher(next(iter(summary.teacher_fingerprints)), fingerprint_teacher(teacher, tokenizer).id)
+
+
+def test_top_k_zero_stores_none(models, tokenizer):
+    table = score_rollouts(make_rollouts(3), models[0], tokenizer=tokenizer, top_k=0)
+    assert set(table.column_names) == {"prompt_ids", "completion_ids", "teacher_logprobs", "teacher_fingerprint"}
+
+
+def test_shuffled_rollouts_keep_their_order(models, tokenizer):
+    rollouts = make_rollouts(10).shuffle(seed=0)
+    table = score_rollouts(rollouts, models[0], tokenizer=tokenizer)
+    assert table["prompt_ids"] == rollouts["prompt_ids"]
+    row = table[3]
+    expected = plain_logprobs(models[0], row).gather(-1, torch.tensor(row["completion_ids"]).unsqueeze(-1))
+    np.testing.assert_allclose(row["teacher_logprobs"], expected.squeeze(-1), atol=1e-5)
+
+
+def test_a_path_gives_the_scores_and_the_fingerprint_of_the_module(teacher_dir, tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_dir)
+    a, b = (score_rollouts(make_rollouts(4), t, top_k=2) for t in (str(teacher_dir), teacher))
+    assert a["teacher_logprobs"] == b["teacher_logprobs"]
+    assert same_teacher(a["teacher_fingerprint"][0], b["teacher_fingerprint"][0])
+
+
+def nan_model():
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight[3, 0] = float("nan")
+    return model
+
+
+def bad(change):
+    return change(make_rollouts(4).to_dict())
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "model", "message"),
+    [
+        (lambda d: d.pop("completion_ids") and d, make_model, "'completion_ids'.*collect_rollouts"),
+        (lambda d: d | {"teacher_logprobs": [[0.0]] * 4}, make_model, "'teacher_logprobs' already.*remove_columns"),
+        (lambda d: {k: [] for k in d}, make_model, "no rollouts"),
+        (lambda d: d | {"completion_ids": [[5], [5], [], [5]]}, make_model, "Row 2, column 'completion_ids' is empty"),
+        (lambda d: d | {"prompt_ids": [[5], [], [5], [5]]}, make_model, "Row 1, column 'prompt_ids' is empty"),
+        (
+            lambda d: d | {"completion_ids": [[5], [VOCAB], [5], [5]]},
+            make_model,
+            f"Row 1: token id {VOCAB}.*tokenizer",
+        ),
+        (lambda d: d, nan_model, "Row 0: the model answers with NaN"),
+    ],
+)
+def test_bad_rollouts(rollouts, model, message):
+    with pytest.raises(TableError, match=message):
+        score_rollouts(Dataset.from_dict(bad(rollouts)), model(), tokenizer=make_tokenizer())
+
+
+def test_top_k_beyond_the_vocabulary(models, tokenizer):
+    with pytest.raises(ValueError, match=f"`top_k={VOCAB + 1}`"):
+        score_rollouts(make_rollouts(2), models[0], tokenizer=tokenizer, top_k=VOCAB + 1)
