@@ -285,6 +285,14 @@ def test_one_k_for_the_whole_table(name, batch_rows, k):
     assert "Score all rows with `score_rollouts` and one k of at least 1." in message
 
 
+@pytest.mark.parametrize("batch_rows", [1, 3, 100])
+def test_one_k_in_both_columns_of_the_whole_table(batch_rows):
+    rows = make_rows()
+    rows[3].update({"teacher_topk_ids": [[5, 13, 6]], "teacher_topk_logprobs": [[-0.7, -1.1, -3.0]]})
+    message = refusal(make_table(rows), batch_rows=batch_rows)
+    assert message.startswith("Row 3, column `teacher_topk_ids`, token 0: 3 top-k values, where 2 are needed.")
+
+
 def test_k_of_zero():
     empty = {"teacher_topk_ids": [[]], "teacher_topk_logprobs": [[]]}
     message = refusal(make_table([{**make_row(0), **empty}]))
@@ -453,6 +461,12 @@ def test_total_probability(k, total, accepted):
     message = refusal(table)
     assert message.startswith("Row 0, column `teacher_topk_logprobs`, token 1: the top-k probabilities sum to 1.0")
     assert "over the full vocabulary at temperature 1" in message
+
+
+def test_total_probability_with_minus_inf():
+    table = make_top_k_table([[1, 2, 3]], [[np.log(0.6), np.log(0.6), -INF]])
+    message = refusal(table, teacher_logprob_floor=-20.0)
+    assert message.startswith("Row 0, column `teacher_topk_logprobs`, token 0: the top-k probabilities sum to 1.")
 
 
 def test_top_k_agrees_with_the_sampled_score():

@@ -46,10 +46,10 @@ def stamp_model_card(
 
     Args:
         model_dir (`str` or `Path`): Directory of the checkpoint.
-        sft_teachers (`Iterable[TeacherFingerprint | str | dict[str, Any]]`, *optional*): Teachers that wrote its SFT data. A
-            fingerprint is recorded in full, an id (`name@digest`) as it is. Replaces the recorded list; `None` leaves
+        sft_teachers (`Iterable`, *optional*): Teachers that wrote its SFT data: fingerprints, recorded in full; ids
+            (`name@digest`) or records read from another card, as they are. Replaces the recorded list; `None` leaves
             it.
-        opd_teachers (`Iterable[TeacherFingerprint | str | dict[str, Any]]`, *optional*): Teachers whose scores trained it, likewise.
+        opd_teachers (`Iterable`, *optional*): Teachers whose scores trained it, likewise.
 
     Raises:
         `ValueError`: if both lists are `None`, if an id is malformed, if the card's record is malformed, or if its
