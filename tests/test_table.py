@@ -325,8 +325,9 @@ def test_negative_id(name):
     assert "Make the table with the tokenizer and model you train, or drop the row." in message
 
 
-def fake_tokenizer(size: int) -> list:
-    return [None] * size
+def fake_tokenizer(size: int) -> SimpleNamespace:
+    """Its vocabulary has a gap: the largest id counts, not how many there are."""
+    return SimpleNamespace(get_vocab=lambda: {"first": 0, "last": size - 1})
 
 
 def fake_config(size: int) -> SimpleNamespace:
@@ -490,6 +491,15 @@ def test_minus_inf_agrees_with_minus_inf_only(sampled, stored):
     rows[4]["teacher_topk_logprobs"] = [[-0.7, -1.1], [-0.7, stored]]
     message = refusal(make_table(rows), teacher_logprob_floor=-20.0)
     assert message.startswith("Row 4, column `teacher_topk_logprobs`, token 1: -")
+
+
+def test_top_k_near_certainty_may_differ_by_the_noise_of_float32():
+    """float16 resolves -0.0002 to 1e-7, finer than two ways of summing a softmax agree."""
+    rows = make_rows()
+    rows[4]["teacher_topk_logprobs"] = [[-0.7, -1.1], [-0.000227, -9.0]]
+    rows[4]["teacher_topk_ids"][1] = [rows[4]["completion_ids"][1], 17]
+    rows[4]["teacher_logprobs"][1] = -0.000235
+    assert validate_table(make_table(rows)).rows == 6
 
 
 def test_sampled_token_outside_the_top_k():

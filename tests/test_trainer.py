@@ -33,7 +33,7 @@ def make_args(tmp_path, **kwargs):
         logging_steps=1,
         save_strategy="no",
         bf16=False,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
@@ -272,7 +272,7 @@ def test_lora_trains_and_saves_the_adapter_alone(tmp_path, student_dir, table):
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     trainer = make_trainer(
         tmp_path, student_dir, table, eval_dataset=table, peft_config=lora, max_steps=40, learning_rate=1e-2,
-        gradient_checkpointing=True,
+        activation_checkpointing=True,
     )  # fmt: skip
     before = trainer.evaluate()["eval_loss"]
     trainer.train()

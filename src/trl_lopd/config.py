@@ -18,7 +18,7 @@ class OfflineOPDConfig(TrainingArguments):
 
     This class includes only the parameters that are specific to offline on-policy distillation and those whose
     defaults differ from [`~transformers.TrainingArguments`]: the paper's (Lightning OPD, arXiv 2604.13010) for the
-    optimizer, TRL's for logging, gradient checkpointing and bf16.
+    optimizer, TRL's for logging, activation checkpointing (on) and bf16 (on).
 
     Parameters:
         > Parameters that control the model
@@ -69,9 +69,6 @@ class OfflineOPDConfig(TrainingArguments):
     logging_steps: float = field(
         default=10,
         metadata={"help": "Log every X updates steps. An integer, or a float in [0, 1): a share of the total steps."},
-    )
-    gradient_checkpointing: bool = field(
-        default=True, metadata={"help": "Recompute activations in the backward pass to save memory."}
     )
     bf16: bool | None = field(
         default=None,
@@ -153,5 +150,7 @@ class OfflineOPDConfig(TrainingArguments):
             self.greater_is_better = False
         # Only the trainer knows whether the evaluation rows carry the columns the better default needs.
         self.metric_for_best_model_is_default = self.metric_for_best_model is None
+        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
+            self.activation_checkpointing = True
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
         super().__post_init__()

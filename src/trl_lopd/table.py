@@ -126,7 +126,8 @@ def vocab_limits(
     A model's vocabulary is often padded beyond its tokenizer's. The teacher may give a padding id some probability,
     so top-k ids are held against the model alone; a sampled token has to mean something to both.
     """
-    tokenizer_size = None if tokenizer is None else len(tokenizer)
+    # A vocabulary may have gaps, so its length is not its limit.
+    tokenizer_size = None if tokenizer is None else max(tokenizer.get_vocab().values()) + 1
     model_size = None if model_config is None else model_config.get_text_config().vocab_size
     sizes = [size for size in (tokenizer_size, model_size) if size is not None]
     return min(sizes, default=None), tokenizer_size if model_size is None else model_size
@@ -383,11 +384,13 @@ def _check_top_k_values(columns: dict[str, _Column]) -> None:
         raise logprobs.error_at(entry, f"the top-k probabilities sum to {total[entry]:.4f}, above 1", remedy)
 
     entries, ranks = np.nonzero(ids.values == columns["completion_ids"].values[:, None])
-    # The sampled score has float32, the top-k float16: equal or adjacent float16 numbers are the same score.
+    # The sampled score has float32, the top-k float16: equal or adjacent float16 numbers are the same score. Near 0
+    # float16 is finer than the noise of two float32 sums, hence the tolerance.
     with np.errstate(over="ignore", invalid="ignore"):
         a = sampled.values[entries].astype(np.float16)
         b = logprobs.values[entries, ranks].astype(np.float16)
-        agree = (a == b) | (np.abs(a - b) <= np.spacing(np.maximum(np.abs(a), np.abs(b))))
+        ulp = np.spacing(np.maximum(np.abs(a), np.abs(b)))
+        agree = (a == b) | (np.abs(a - b) <= np.maximum(ulp, TOLERANCE))
     if (match := _first(~agree)) is not None:
         entry = int(entries[match])
         problem = f"{b[match]!s} for the sampled token, but `teacher_logprobs` has {sampled.values[entry]!s}"

@@ -186,7 +186,7 @@ class OfflineOPDTrainer(Trainer):
             model = _wrap_in_adapters(model, peft_config, args)
         if is_peft_model(model):
             assert_head_is_plain(model)
-            if args.gradient_checkpointing:
+            if args.activation_checkpointing:
                 model.enable_input_require_grads()
 
         collator = OfflineOPDCollator(

@@ -35,7 +35,7 @@ def launch(processes, student, rows, out, **options):
     options = {
         "output_dir": out,
         "bf16": False,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "report_to": "none",
         "max_steps": 10,
         "learning_rate": 1e-3,

@@ -1,0 +1,19 @@
+# `make train` runs the main job and `make test` the tests, each from nothing but Python 3.10 or newer.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: train test
+
+train: $(VENV)/.installed
+	$(BIN)/accelerate launch examples/train.py
+
+test: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+$(VENV)/.installed: pyproject.toml constraints-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints-cpu.txt -e '.[dev]'
+	touch $@

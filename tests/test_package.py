@@ -1,0 +1,80 @@
+"""The package as a user meets it: its import, its names, the bundled quickstart, the examples."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import load_dataset
+from transformers import AutoConfig, AutoTokenizer
+
+import trl_lopd
+from trl_lopd import fingerprint_teacher, read_model_card, validate_table
+from trl_lopd.fingerprint import same_teacher
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = ROOT / "examples" / "quickstart"
+
+
+def test_import_loads_no_torch():
+    code = "import sys, trl_lopd; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_every_public_name_exists_and_no_other_does():
+    for name in trl_lopd.__all__:
+        assert getattr(trl_lopd, name).__name__ == name
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = trl_lopd.nonsense
+
+
+def test_the_bundled_quickstart_is_consistent_and_small():
+    teacher = fingerprint_teacher(str(QUICKSTART / "teacher"))
+    tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "student")
+    config = AutoConfig.from_pretrained(QUICKSTART / "student")
+    for split in load_dataset(str(QUICKSTART / "table")).values():
+        summary = validate_table(split, tokenizer, config)
+        assert summary.top_k == 4
+        (scored_by,) = summary.teacher_fingerprints
+        assert same_teacher(scored_by, teacher)
+    (wrote_the_sft_data,) = read_model_card(str(QUICKSTART / "student"))["sft_teachers"]
+    assert same_teacher(wrote_the_sft_data["id"], teacher)
+    assert sum(f.stat().st_size for f in QUICKSTART.rglob("*") if f.is_file()) <= 5_000_000
+
+
+def test_the_main_job_runs(tmp_path):
+    """`accelerate launch examples/train.py`, two steps of each objective, on the bundled data."""
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", str(ROOT / "examples" / "train.py")),
+        *("--compare", "--max_steps", "2", "--output_dir", str(tmp_path / "run")),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [row["model"] for row in rows] == [
+        "SFT student",
+        "offline OPD (topk)",
+        "offline OPD (sampled)",
+        "teacher",
+    ]
+    student, *_, teacher = rows
+    assert 0.5 <= student["accuracy"] <= 0.85 < teacher["accuracy"] < 1
+    assert student["fresh"] > 0 and "fresh" not in teacher
+    for row in rows[:3]:
+        assert row["model"] in done.stdout and row["held_out"] > 0
+    assert read_model_card(str(tmp_path / "run"))["opd_teachers"]
+
+
+def test_the_readme_s_example_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(from datasets.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    code = code.replace("runs/readme", str(tmp_path / "out")).replace("max_steps=50", "max_steps=1, use_cpu=True")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, cwd=ROOT,
+                          env=os.environ | {"WANDB_MODE": "disabled"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "eval_reverse_kl_topk" in done.stdout
+    assert (tmp_path / "out" / "model.safetensors").exists()
