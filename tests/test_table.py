@@ -14,6 +14,7 @@ from trl_lopd.table import (
     REQUIRED_COLUMNS,
     TOKEN_COLUMNS,
     TableError,
+    TableRows,
     TableSummary,
     lengths,
     table_features,
@@ -561,3 +562,17 @@ def test_stream_keeps_one_k():
     batch = make_table(make_rows()).with_format("arrow")[:]
     with pytest.raises(TableError, match="^Row 8, column `teacher_topk_ids`, token 0: 2 top-k values, where 4"):
         validate_rows(batch, first_row=8, top_k=4)
+
+
+def test_rows_for_training_are_the_table_s_values():
+    table = make_table(make_rows())
+    table = concatenate_datasets([table, table]).shuffle(seed=0).add_column("note", ["x"] * 12).select(range(1, 11))
+    rows = TableRows(table)
+    assert len(rows) == 10
+    for batch in ([3, 0, 9], [4]):
+        for index, row in zip(batch, rows.__getitems__(batch), strict=True):
+            expected = table[index]
+            assert "note" not in row and "teacher_fingerprint" not in row
+            for name, values in row.items():
+                assert values.tolist() == expected[name], name
+    assert rows[2]["teacher_topk_ids"].shape == (len(table[2]["completion_ids"]), 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,13 +99,10 @@ def masked_table(table):
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
-@pytest.mark.parametrize("loss_type", ["sampled", "topk"])
-@pytest.mark.parametrize("topk_columns", [True, False])
+@pytest.mark.parametrize(("loss_type", "topk_columns"), [("topk", True), ("sampled", True), ("sampled", False)])
 def test_gradient_equals_the_plain_implementation(
     tmp_path, student_dir, masked_table, loss_type, aggregation, accumulation, topk_columns
 ):
-    if not topk_columns and loss_type == "topk":
-        pytest.skip("the objective needs the columns")
     rows = masked_table.select(range(6))
     trainer = make_trainer(
         tmp_path,
@@ -314,6 +312,30 @@ def test_the_card_cites_and_names_the_teachers_so_that_a_second_round_can_start(
     rollouts = collect_rollouts(["w5 w6", "w7"], str(tmp_path / "out"), max_completion_length=5)
     second = score_rollouts(rollouts, str(teacher_dir), top_k=2)
     OfflineOPDTrainer(str(tmp_path / "out"), make_args(tmp_path / "second", max_steps=1), second).train()
+
+
+def test_what_is_pushed_is_a_plain_model_with_its_card(tmp_path, student_dir, table, monkeypatch):
+    """The upload itself cannot happen here: the Hub client stands in, and what it is handed is loaded and read."""
+    pushed = {}
+
+    class Hub:
+        def create_repo(self, repo_id, **kwargs):
+            return type("Repo", (), {"repo_id": f"me/{repo_id.rpartition('/')[2]}"})()
+
+        def upload_folder(self, repo_id, folder_path, **kwargs):
+            pushed.update(repo_id=repo_id, folder=folder_path)
+
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    trainer = make_trainer(tmp_path, student_dir, table, hub_model_id="me/student-opd")
+    trainer.push_to_hub(dataset_name="me/rollouts")
+    card = (Path(pushed["folder"]) / "README.md").read_text()
+    assert pushed["repo_id"] == "me/student-opd"
+    assert "student-opd" in card and "me/rollouts" in card and "2604.13010" in card
+    assert read_model_card(pushed["folder"])["sft_teachers"]
+    AutoModelForCausalLM.from_pretrained(pushed["folder"])
 
 
 def test_another_teacher_is_refused_before_the_model_is_loaded(tmp_path, student_dir, tokenizer, table, monkeypatch):

@@ -34,9 +34,9 @@ class Arguments:
     output_dir: str = str(Path(__file__).parent)
     seed: int = 0
     teacher: str | None = None  # a teacher built before, to reuse
-    teacher_steps: int = 700
+    teacher_steps: int = 1_000
     sft_answers: int = 3_000
-    sft_steps: int = 800
+    sft_steps: int = 1_000
     rollouts: int = 1_800
     held_out_rollouts: int = 200
     eval_prompts: int = 400
@@ -202,7 +202,7 @@ def main(args: Arguments) -> None:
         ("train", table.select(range(args.rollouts))),
         ("test", table.select(range(args.rollouts, len(table)))),
     ):
-        rows.to_parquet(out / "table" / f"{split}.parquet", compression="zstd", compression_level=19)
+        rows.to_parquet(out / "table" / f"{split}.parquet")
     say(f"table: {len(table)} scored rollouts")
     with open(out / "prompts.jsonl", "w") as file:
         for problem in eval_problems:

@@ -64,7 +64,7 @@ class OfflineOPDCollator:
         return batch | {"truncated": torch.stack(columns["truncated"])}
 
     def _row_tensors(self, row: dict[str, Any]) -> dict[str, Tensor]:
-        prompt = torch.as_tensor(row["prompt_ids"], dtype=torch.long)
+        prompt = torch.tensor(row["prompt_ids"], dtype=torch.long)
         room = completion_room(len(prompt), self.max_completion_length, self.max_length)
         if room is not None and room < 1:
             raise TableError(
@@ -72,12 +72,12 @@ class OfflineOPDCollator:
                 f"`max_length={self.max_length}`. Raise `max_length`, or filter such rows out of the table."
             )
         cut = slice(None, room)
-        completion = torch.as_tensor(row["completion_ids"], dtype=torch.long)
+        completion = torch.tensor(row["completion_ids"], dtype=torch.long)
         truncated = room is not None and len(completion) > room
         completion = completion[cut]
         labels = completion
         if row.get("completion_mask") is not None:
-            trained = torch.as_tensor(row["completion_mask"], dtype=torch.bool)[cut]
+            trained = torch.tensor(row["completion_mask"], dtype=torch.bool)[cut]
             if not trained.any():
                 raise TableError(
                     f"All trainable tokens of a completion lie beyond its first {room} tokens and were cut. Raise "
@@ -94,7 +94,7 @@ class OfflineOPDCollator:
         for name in ("teacher_logprobs", "ref_logprobs", "teacher_topk_logprobs", "teacher_topk_ids"):
             if row.get(name) is None:
                 continue
-            values = torch.as_tensor(row[name], dtype=torch.long if name.endswith("ids") else torch.float32)[cut]
+            values = torch.tensor(row[name], dtype=torch.long if name.endswith("ids") else torch.float32)[cut]
             if name.startswith("teacher") and values.is_floating_point() and self.teacher_logprob_floor is not None:
                 values = values.clamp(min=self.teacher_logprob_floor)
             tensors[name] = torch.cat([values.new_zeros((len(prompt), *values.shape[1:])), values])

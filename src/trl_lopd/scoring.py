@@ -14,7 +14,7 @@ from trl.trainer.utils import create_model_from_path
 
 from .fingerprint import fingerprint_teacher
 from .head import LogitTransform, score_tokens
-from .table import TOPK_COLUMNS, TableError, lengths, table_features, validate_table
+from .table import TOPK_COLUMNS, TableError, TableRows, lengths, table_features, validate_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,7 +72,7 @@ def score_rollouts(
     fingerprint = fingerprint or fingerprint_teacher(teacher, tokenizer)
 
     prompt_lengths, completion_lengths = lengths(dataset)
-    ids = dataset.select_columns(["prompt_ids", "completion_ids"]).with_format("numpy")
+    rollouts = TableRows(dataset.select_columns(["prompt_ids", "completion_ids"]))
     total = int(completion_lengths.sum())
     if total * max(top_k, 1) > np.iinfo(np.int32).max:
         raise ValueError(
@@ -93,7 +93,7 @@ def score_rollouts(
         model.eval()
         with tqdm(total=total, desc=desc, unit="token") as progress:
             for rows in batches:
-                batch = ids[rows]
+                batch = rollouts.__getitems__(rows)
                 for row, *scores in zip(rows, *_score_batch(model, batch, k, vocab, rows), strict=True):
                     part = slice(offsets[row], offsets[row + 1])
                     logprobs[part], topk_ids[part], topk_logprobs[part] = scores
@@ -156,9 +156,10 @@ def _batches(row_lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
 
 
 @torch.inference_mode()
-def _score_batch(model: PreTrainedModel, batch: dict[str, Any], top_k: int, vocab: int, rows: np.ndarray):
+def _score_batch(model: PreTrainedModel, batch: list[dict[str, np.ndarray]], top_k: int, vocab: int, rows: np.ndarray):
     """Scores of the completion tokens of each row: `(completion,)`, `(completion, k)` and `(completion, k)` arrays."""
-    sequences = [np.concatenate(pair) for pair in zip(batch["prompt_ids"], batch["completion_ids"], strict=True)]
+    sequences = [np.concatenate([row["prompt_ids"], row["completion_ids"]]) for row in batch]
+    counts = [len(row["completion_ids"]) for row in batch]
     for row, sequence in zip(rows, sequences, strict=True):
         if sequence.min() < 0 or sequence.max() >= vocab:
             raise TableError(
@@ -168,10 +169,10 @@ def _score_batch(model: PreTrainedModel, batch: dict[str, Any], top_k: int, voca
     width = max(map(len, sequences))
     input_ids = torch.zeros(len(sequences), width, dtype=torch.long)
     attention_mask, scored = torch.zeros_like(input_ids), torch.zeros(len(sequences), width, dtype=torch.bool)
-    for i, (sequence, completion) in enumerate(zip(sequences, batch["completion_ids"], strict=True)):
+    for i, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
         input_ids[i, : len(sequence)] = torch.from_numpy(sequence)
         attention_mask[i, : len(sequence)] = 1
-        scored[i, len(sequence) - len(completion) : len(sequence)] = True
+        scored[i, len(sequence) - count : len(sequence)] = True
     device = model.get_input_embeddings().weight.device
     hidden = model.base_model(
         input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False
@@ -186,7 +187,6 @@ def _score_batch(model: PreTrainedModel, batch: dict[str, Any], top_k: int, voca
         top_k,
         LogitTransform.of(model.config),
     )
-    counts = [len(completion) for completion in batch["completion_ids"]]
     return [
         np.split(scores.cpu().numpy(), np.cumsum(counts)[:-1])
         for scores in (logprobs, topk_ids.int(), topk_logprobs.half())

@@ -118,6 +118,41 @@ def lengths(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(parts["prompt_ids"]), np.concatenate(parts["completion_ids"])
 
 
+class TableRows:
+    """The columns that training reads, as a map-style torch dataset of numpy rows.
+
+    Arrow buffers become arrays without passing through Python lists, which for top-k columns of long completions would
+    cost more than the training step. The rows must be valid.
+
+    Args:
+        dataset (`datasets.Dataset`): A valid table.
+    """
+
+    def __init__(self, dataset: Dataset):
+        names = [name for name in dict.fromkeys(("prompt_ids", *TOKEN_COLUMNS)) if name in dataset.column_names]
+        self.dataset = dataset.select_columns(names).with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: list[int]) -> list[dict[str, np.ndarray]]:
+        table = self.dataset[rows]
+        columns = {name: self._split(name, table[name]) for name in table.column_names}
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    @staticmethod
+    def _split(name: str, column: pa.ChunkedArray) -> list[np.ndarray]:
+        """One array a row, `(tokens,)` or `(tokens, k)`."""
+        array = column.combine_chunks()
+        ends = np.cumsum(_numpy(pc.list_value_length(array)))
+        tokens = array.flatten()
+        values = _numpy(tokens.flatten()).reshape(len(tokens), -1) if name in TOPK_COLUMNS else _numpy(tokens)
+        return np.split(values, ends[:-1])
+
+
 def vocab_limits(
     tokenizer: PreTrainedTokenizerBase | None = None, model_config: PretrainedConfig | None = None
 ) -> tuple[int | None, int | None]:

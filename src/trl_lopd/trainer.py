@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,16 @@ from .objective import (
     summarize,
     teacher_support,
 )
-from .table import REQUIRED_COLUMNS, TOKEN_COLUMNS, TableError, lengths, validate_rows, validate_table, vocab_limits
+from .table import (
+    REQUIRED_COLUMNS,
+    TOKEN_COLUMNS,
+    TableError,
+    TableRows,
+    lengths,
+    validate_rows,
+    validate_table,
+    vocab_limits,
+)
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -168,7 +177,6 @@ class OfflineOPDTrainer(Trainer):
                     "the Huber value, which can fall while the student gets worse. Score them with `top_k=8`."
                 )
 
-        streams = any(isinstance(d, IterableDataset) for d in (train_dataset, *eval_datasets.values()))
         set_seed(args.seed)  # adapters are initialised at random
         if isinstance(model, str):
             if quantization_config is not None:
@@ -195,7 +203,6 @@ class OfflineOPDTrainer(Trainer):
             max_length=args.max_length,
             pad_to_multiple_of=args.pad_to_multiple_of,
             teacher_logprob_floor=args.teacher_logprob_floor,
-            validate=self._check if streams else None,
         )
         # Batches of different lengths cannot be concatenated and dispatched from one process.
         args.accelerator_config.dispatch_batches = False
@@ -243,9 +250,12 @@ class OfflineOPDTrainer(Trainer):
         _report_truncation(dataset, args, name)
         return set(dataset.column_names)
 
-    def _set_signature_columns_if_needed(self):
-        if self._signature_columns is None:
-            self._signature_columns = list(dict.fromkeys((*REQUIRED_COLUMNS, *TOKEN_COLUMNS)))
+    def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> TableRows:
+        return TableRows(dataset)
+
+    def _get_collator_with_removed_columns(self, data_collator, description: str | None = None):
+        # Called for streams, whose rows nobody has validated yet.
+        return replace(data_collator, validate=self._check)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         if isinstance(eval_dataset, Dataset | IterableDataset):
