@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -45,6 +47,25 @@ def test_the_bundled_quickstart_is_consistent_and_small():
     (wrote_the_sft_data,) = read_model_card(str(QUICKSTART / "student"))["sft_teachers"]
     assert same_teacher(wrote_the_sft_data["id"], teacher)
     assert sum(f.stat().st_size for f in QUICKSTART.rglob("*") if f.is_file()) <= 5_000_000
+
+
+def test_the_quickstart_s_workings_are_right():
+    spec = importlib.util.spec_from_file_location("build", QUICKSTART / "build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    rng = random.Random(0)
+    tokenizer, lengths = build.make_tokenizer(), []
+    for problem in build.make_problems(rng, 500, set()):
+        text = build.write_working(problem, rng)
+        working, _, answer = text.partition("#")
+        assert answer == str(sum(map(int, problem.rstrip("=").split("+"))))
+        for column in re.split(f"[{build.SEPARATORS}]", working):
+            digits, _, total = column.partition("=")
+            assert sum(map(int, digits.split("+"))) == int(total)
+        ids = tokenizer(problem + text)["input_ids"]
+        assert tokenizer.decode(ids) == problem + text
+        lengths.append(len(tokenizer(text)["input_ids"]) + 1)
+    assert max(lengths) <= build.MAX_ANSWER_TOKENS
 
 
 def test_the_main_job_runs(tmp_path):
