@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -28,9 +27,6 @@ def rows(tmp_path_factory, teacher_dir, student_dir):
 
 
 def launch(processes, student, rows, out, **options):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     launcher = ["--multi_gpu"] if processes > 1 else ["--cpu"]  # `--cpu` ignores `--num_processes`
     options = {
         "output_dir": out,
@@ -49,7 +45,7 @@ def launch(processes, student, rows, out, **options):
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch", *launcher, "--num_processes", str(processes)),
         *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-        *("--num_cpu_threads_per_process", "1", "--main_process_port", str(port)),
+        *("--num_cpu_threads_per_process", "1", "--main_process_port", "0"),
         *(str(SCRIPT), str(student), str(rows)),
         *(word for name, value in options.items() for word in (f"--{name}", str(value))),
     ]
