@@ -8,12 +8,16 @@ BIN := $(VENV)/bin
 train: $(VENV)/.installed
 	$(BIN)/accelerate launch examples/train.py
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
 $(VENV)/.installed: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints-cpu.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install -q -c constraints-cpu.txt -e '.[dev]'
 	touch $@

@@ -58,13 +58,23 @@ def quickstart_flags() -> list[str]:
 
 
 def load_table(script_args: ScriptArguments):
-    name = script_args.dataset_name
+    """A table and, if there is one, its held-out split: from the Hub, a directory or a parquet file."""
+    name, streaming = script_args.dataset_name, script_args.dataset_streaming
     if os.path.isfile(os.path.join(name, "state.json")) or os.path.isfile(os.path.join(name, "dataset_dict.json")):
+        if streaming:
+            raise SystemExit(f"{name} was written by `save_to_disk`, which cannot be streamed; it is memory-mapped.")
         dataset = load_from_disk(name)
+    elif name.endswith(".parquet"):
+        dataset = load_dataset("parquet", data_files={"train": name}, streaming=streaming)
     else:
-        dataset = load_dataset(name, script_args.dataset_config, streaming=script_args.dataset_streaming)
+        dataset = load_dataset(name, script_args.dataset_config, streaming=streaming)
     if not isinstance(dataset, dict):
         return dataset, None
+    if script_args.dataset_train_split not in dataset:
+        raise SystemExit(
+            f"{name} has no split {script_args.dataset_train_split!r}, only {sorted(dataset)}: set "
+            "`--dataset_train_split`."
+        )
     return dataset[script_args.dataset_train_split], dataset.get(script_args.dataset_test_split)
 
 
@@ -111,8 +121,6 @@ def report(models: dict[str, str], held_out: dict[str, float], script_args: Trai
 
 
 def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, model_args: ModelConfig) -> None:
-    if not script_args.dataset_name or not model_args.model_name_or_path:
-        raise SystemExit("Give both `--model_name_or_path` and `--dataset_name`, or neither for the quickstart.")
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -120,6 +128,10 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
         **(training_args.model_init_kwargs or {}),
     }
     train_table, eval_table = load_table(script_args)
+    if script_args.compare and "teacher_topk_ids" not in next(iter(train_table)):
+        raise SystemExit("`--compare` needs a table with teacher top-k columns: score it with `top_k=8`.")
+    if (training_args.resume_from_checkpoint or "").lower() == "true":
+        training_args.resume_from_checkpoint = True
     student = model_args.model_name_or_path
     models, held_out = {"SFT student": student}, {}
 
@@ -148,7 +160,8 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
     trainer = train(training_args)
     if script_args.compare:
         other = "sampled" if trainer.loss_type == "topk" else "topk"
-        train(replace(training_args, loss_type=other, output_dir=f"{training_args.output_dir}-{other}"))
+        changes = {"loss_type": other, "output_dir": f"{training_args.output_dir}-{other}", "push_to_hub": False}
+        train(replace(training_args, **changes, ratio_clip=None, resume_from_checkpoint=None))
 
     if script_args.eval_prompts and trainer.is_world_process_zero():
         if script_args.teacher:
@@ -156,6 +169,7 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
         rows = report(models, held_out, script_args)
         with open(os.path.join(training_args.output_dir, "report.json"), "w") as file:
             json.dump(rows, file, indent=2)
+        print(f"The table is also in {file.name}")
     trainer.accelerator.wait_for_everyone()
     trainer.end()
 
@@ -163,7 +177,11 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
 if __name__ == "__main__":
     flags = sys.argv[1:]
     given = {flag.partition("=")[0] for flag in flags}
-    if not given & {"--config", "--model_name_or_path", "--dataset_name", "-h", "--help"}:
+    wanted = {"--model_name_or_path", "--dataset_name"}
+    if not given & (wanted | {"--config", "-h", "--help"}):
+        print("No model and no table given: training the bundled quickstart student.")
         flags = quickstart_flags() + flags
+    elif given & wanted and not given >= wanted and "--config" not in given:
+        raise SystemExit("Give both `--model_name_or_path` and `--dataset_name`, or neither for the quickstart.")
     parser = TrlParser((TrainScriptArguments, OfflineOPDConfig, ModelConfig))
     main(*parser.parse_args_and_config(flags, fail_with_unknown_args=False))

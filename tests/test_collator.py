@@ -45,6 +45,12 @@ def test_every_column_is_aligned_with_its_token():
     assert not batch["truncated"].any()
 
 
+def test_the_floor_stands_in_for_minus_infinity_only():
+    row = ROWS[0] | {"teacher_logprobs": [-0.1, -80.0, float("-inf")]}
+    batch = OfflineOPDCollator(pad_token_id=9, teacher_logprob_floor=-50.0)([row])
+    torch.testing.assert_close(batch["teacher_logprobs"][0, 2:], torch.tensor([-0.1, -80.0, -50.0]))
+
+
 def test_truncation_cuts_the_completion_and_all_its_columns():
     batch = OfflineOPDCollator(pad_token_id=0, max_length=4)(ROWS)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [5, 7, 0, 0]]

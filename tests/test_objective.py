@@ -103,6 +103,12 @@ def test_trust_region_stops_tokens_that_left_it():
         sampled_loss(logprobs, teacher, ratio_clip=0.2)
 
 
+def test_a_weight_beyond_float32_gives_no_nan():
+    logprobs = torch.tensor([[-0.1]], requires_grad=True)
+    loss = sampled_loss(logprobs, torch.tensor([[-0.05]]), ref_logprobs=torch.tensor([[-95.0]]), ratio_clip=0.2)
+    assert torch.isfinite(torch.autograd.grad(loss.sum(), logprobs)[0]).all()
+
+
 @pytest.mark.parametrize("k", [1, 4, VOCAB - 1, VOCAB])
 def test_topk_is_the_coarsened_reverse_kl(case, k):
     logits, teacher, sampled, _ = case

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer
 from datasets import Dataset
+from transformers import GenerationConfig
 
 from trl_lopd import collect_rollouts
 
@@ -68,6 +69,26 @@ def test_samples_follow_the_model_s_distribution(student, tokenizer):
     assert chi2 < often.sum() + 5 * (2 * often.sum()) ** 0.5
 
 
+@pytest.mark.parametrize("option", [{"repetition_penalty": 5.0}, {"min_p": 0.5}, {"no_repeat_ngram_size": 1}])
+def test_the_model_s_own_generation_config_does_not_change_the_policy(student, tokenizer, option):
+    kwargs = dict(tokenizer=tokenizer, temperature=1.0, max_completion_length=12)
+    plain = collect_rollouts(PROMPTS, student, **kwargs)
+    own = student.generation_config
+    student.generation_config = GenerationConfig(**own.to_dict() | option)
+    try:
+        assert collect_rollouts(PROMPTS, student, **kwargs)["completion_ids"] == plain["completion_ids"]
+        assert all(getattr(student.generation_config, name) == value for name, value in option.items())
+    finally:
+        student.generation_config = own
+
+
+def test_neighbouring_seeds_share_no_batch(student, tokenizer):
+    kwargs = dict(tokenizer=tokenizer, temperature=1.0, max_completion_length=12, batch_size=4)
+    a = collect_rollouts(["w5 w6"] * 8, student, seed=0, **kwargs)["completion_ids"]
+    b = collect_rollouts(["w5 w6"] * 8, student, seed=4, **kwargs)["completion_ids"]
+    assert a[4:] != b[:4]
+
+
 def test_chat_prompts_go_through_the_template(student):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (
@@ -90,3 +111,9 @@ def test_chat_prompts_go_through_the_template(student):
 def test_bad_prompts(student, tokenizer, prompts, message):
     with pytest.raises(ValueError, match=message):
         collect_rollouts(prompts, student, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("option", [{"temperature": -1}, {"top_p": 0}, {"num_generations": 0}, {"batch_size": 0}])
+def test_bad_options(student, tokenizer, option):
+    with pytest.raises(ValueError, match=f"`{next(iter(option))}`"):
+        collect_rollouts(PROMPTS, student, tokenizer=tokenizer, **option)

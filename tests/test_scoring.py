@@ -94,7 +94,7 @@ def bad(change):
             make_model,
             f"Row 1: token id {VOCAB}.*tokenizer",
         ),
-        (lambda d: d, nan_model, "Row 0: the model answers with NaN"),
+        (lambda d: d, nan_model, r"Row \d: the model answers with NaN"),
     ],
 )
 def test_bad_rollouts(rollouts, model, message):
@@ -105,3 +105,51 @@ def test_bad_rollouts(rollouts, model, message):
 def test_top_k_beyond_the_vocabulary(models, tokenizer):
     with pytest.raises(ValueError, match=f"`top_k={VOCAB + 1}`"):
         score_rollouts(make_rollouts(2), models[0], tokenizer=tokenizer, top_k=VOCAB + 1)
+
+
+@pytest.mark.parametrize("option", [{"top_k": -1}, {"max_batch_tokens": 0}])
+def test_bad_options(models, tokenizer, option):
+    with pytest.raises(ValueError, match=f"`{next(iter(option))}`"):
+        score_rollouts(make_rollouts(2), models[0], tokenizer=tokenizer, **option)
+
+
+def test_an_adapter_scores_as_its_merged_model(models, tokenizer, student_dir, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(student_dir),
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+    )
+    adapted.save_pretrained(tmp_path)
+    rollouts = make_rollouts(4)
+    loaded, saved = (
+        score_rollouts(rollouts, models[0], tokenizer=tokenizer, top_k=0, ref_model=m)["ref_logprobs"]
+        for m in (adapted, str(tmp_path))
+    )
+    plain = score_rollouts(rollouts, models[0], tokenizer=tokenizer, top_k=0, ref_model=str(student_dir))
+    merged = adapted.merge_and_unload()
+    for row, a, b in zip(rollouts, loaded, saved, strict=True):
+        sampled = torch.tensor(row["completion_ids"]).unsqueeze(-1)
+        expected = plain_logprobs(merged, row).gather(-1, sampled).squeeze(-1)
+        np.testing.assert_allclose(a, expected, atol=1e-5)
+        np.testing.assert_allclose(b, expected, atol=1e-5)
+    assert np.abs(np.concatenate(plain["ref_logprobs"]) - np.concatenate(loaded)).max() > 1e-3
+
+
+def test_tokens_without_any_probability_are_counted_not_fatal(tokenizer, caplog):
+    class Masked(torch.nn.Linear):
+        def __init__(self, head):
+            super().__init__(head.in_features, head.out_features)
+            with torch.no_grad():
+                self.weight.copy_(head.weight)
+                self.bias.zero_()[5] = float("-inf")
+
+    teacher = make_model(seed=1)
+    teacher.lm_head = Masked(teacher.lm_head)
+    rollouts = Dataset.from_dict({"prompt_ids": [[3]], "completion_ids": [[5, 6]]})
+    fingerprint = fingerprint_teacher(make_model(seed=1), tokenizer)
+    table = score_rollouts(rollouts, teacher, tokenizer=tokenizer, top_k=2, fingerprint=fingerprint)
+    assert table["teacher_logprobs"][0][0] == float("-inf")
+    assert "1 teacher log-probabilities are -inf" in caplog.text

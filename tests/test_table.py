@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets, load_from_disk
+from datasets import Dataset, DatasetDict, Features, LargeList, List, Value, concatenate_datasets, load_from_disk
 
 from trl_lopd.table import (
     OPTIONAL_COLUMNS,
@@ -562,6 +562,13 @@ def test_stream_keeps_one_k():
     batch = make_table(make_rows()).with_format("arrow")[:]
     with pytest.raises(TableError, match="^Row 8, column `teacher_topk_ids`, token 0: 2 top-k values, where 4"):
         validate_rows(batch, first_row=8, top_k=4)
+
+
+def test_only_a_dataset_can_be_validated_whole():
+    table = make_table(make_rows())
+    for other in (DatasetDict(train=table), table.to_iterable_dataset()):
+        with pytest.raises(TypeError, match=f"{type(other).__name__}.*one split"):
+            validate_table(other)
 
 
 def test_rows_for_training_are_the_table_s_values():

@@ -338,6 +338,18 @@ def test_what_is_pushed_is_a_plain_model_with_its_card(tmp_path, student_dir, ta
     AutoModelForCausalLM.from_pretrained(pushed["folder"])
 
 
+def test_the_card_names_all_teachers_that_trained_the_model_and_no_other(tmp_path, student_dir, tokenizer, table):
+    other = score_rollouts(make_rollouts(4), make_model(seed=9), tokenizer=tokenizer, top_k=4)
+    (first,), (second,) = table.unique("teacher_fingerprint"), other.unique("teacher_fingerprint")
+    kwargs = dict(teacher_consistency="off", max_steps=1)
+    make_trainer(tmp_path, student_dir, table, eval_dataset=other, **kwargs).save_model()
+    assert [t["id"] for t in read_model_card(str(tmp_path / "out"))["opd_teachers"]] == [first]
+    make_trainer(tmp_path / "second", tmp_path / "out", other, **kwargs).save_model()
+    record = read_model_card(str(tmp_path / "second" / "out"))
+    assert [t["id"] for t in record["opd_teachers"]] == [first, second]
+    assert "[None]" not in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_another_teacher_is_refused_before_the_model_is_loaded(tmp_path, student_dir, tokenizer, table, monkeypatch):
     other = score_rollouts(make_rollouts(4), make_model(seed=9), tokenizer=tokenizer)
 
@@ -426,6 +438,64 @@ def test_a_bad_row_stops_the_trainer_and_a_floor_admits_minus_infinity(tmp_path,
     assert math.isfinite(trainer.evaluate()["eval_loss"])
     with pytest.raises(TableError, match="token ids are 0 to 15"):
         OfflineOPDTrainer(make_model(vocab=16), make_args(tmp_path), table, processing_class=make_tokenizer())
+
+
+def test_rows_given_later_are_checked_too(tmp_path, student_dir, table):
+    trainer = make_trainer(tmp_path, student_dir, table)
+    with pytest.raises(ValueError, match="loss_type='topk'"):
+        trainer.evaluate(without_topk(table))
+    rows = table.to_list()
+    rows[2]["teacher_logprobs"].pop()
+    with pytest.raises(TableError, match="`test_dataset`: Row 2"):
+        trainer.predict(Dataset.from_list(rows, features=table.features))
+    assert trainer.predict(table).metrics["test_loss"] > 0
+
+
+def test_a_bad_row_says_which_dataset_it_is_in(tmp_path, student_dir, table):
+    rows = table.to_list()
+    rows[2]["ref_logprobs"].pop()
+    bad = Dataset.from_list(rows, features=table.features)
+    rejects(TableError, "`eval_dataset`: Row 2", tmp_path, student_dir, table, eval_dataset=bad)
+
+
+def test_a_mask_that_truncation_leaves_empty_is_found_before_training(tmp_path, student_dir, table):
+    row = next(i for i, ids in enumerate(table["completion_ids"]) if len(ids) > 6)
+    masks = [[i != row or j >= 6 for j in range(len(ids))] for i, ids in enumerate(table["completion_ids"])]
+    late = table.add_column("completion_mask", masks)
+    rejects(TableError, f"row {row}, column 'completion_mask'.*max_completion_length", tmp_path, student_dir, late,
+            max_completion_length=6)  # fmt: skip
+    make_trainer(tmp_path, student_dir, late, max_completion_length=7)
+
+
+def test_several_evaluation_sets_need_a_criterion(tmp_path, student_dir, table):
+    rejects(ValueError, "eval_a_reverse_kl_topk", tmp_path, student_dir, table, eval_dataset={"a": table, "b": table},
+            load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps")  # fmt: skip
+
+
+def test_an_adapter_s_directory_is_refused_with_the_way_to_load_it(tmp_path, student_dir, table):
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(student_dir)
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    rejects(ValueError, "AutoPeftModelForCausalLM", tmp_path, tmp_path / "adapter", table)
+
+
+def test_rows_can_be_grouped_by_length(tmp_path, student_dir, table):
+    trainer = make_trainer(tmp_path, student_dir, table, train_sampling_strategy="group_by_length", max_steps=1)
+    order = list(trainer._get_train_sampler())
+    assert sorted(order) == list(range(len(table)))
+    trainer.train()
+
+
+def test_a_second_training_starts_a_new_window(tmp_path, student_dir, table):
+    trainer = make_trainer(tmp_path, student_dir, table, max_steps=3, logging_steps=2)
+    trainer.train()
+    assert trainer._window
+    trainer.train()
+    log = next(x for x in trainer.state.log_history if "loss" in x)
+    fresh = make_trainer(tmp_path, student_dir, table, max_steps=3, logging_steps=2, learning_rate=1e-12)
+    fresh.train()
+    assert log["importance_weight/max"] > 1.0 + 1e-3 > fresh.state.log_history[0]["importance_weight/max"]
 
 
 def test_config_survives_json(tmp_path):

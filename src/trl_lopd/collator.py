@@ -34,7 +34,7 @@ class OfflineOPDCollator:
         max_completion_length: limit of the completion, in tokens.
         max_length: limit of prompt and completion together, in tokens.
         pad_to_multiple_of: the padded length is a multiple of this.
-        teacher_logprob_floor: teacher log-probabilities below it, `-inf` too, are raised to it.
+        teacher_logprob_floor: stands in for teacher log-probabilities of `-inf`.
         validate: called with each batch's rows before anything else; for rows nobody has validated yet.
 
     Raises:
@@ -96,6 +96,6 @@ class OfflineOPDCollator:
                 continue
             values = torch.tensor(row[name], dtype=torch.long if name.endswith("ids") else torch.float32)[cut]
             if name.startswith("teacher") and values.is_floating_point() and self.teacher_logprob_floor is not None:
-                values = values.clamp(min=self.teacher_logprob_floor)
+                values = values.masked_fill(values == -torch.inf, self.teacher_logprob_floor)
             tensors[name] = torch.cat([values.new_zeros((len(prompt), *values.shape[1:])), values])
         return tensors

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
 
 # They fall, or can be driven down without bound, while the student gets worse.
 _NOT_A_CRITERION = ("huber", "frozen_log_ratio", "k3", "advantage/mean")
@@ -18,7 +19,8 @@ class OfflineOPDConfig(TrainingArguments):
 
     This class includes only the parameters that are specific to offline on-policy distillation and those whose
     defaults differ from [`~transformers.TrainingArguments`]: the paper's (Lightning OPD, arXiv 2604.13010) for the
-    optimizer, TRL's for logging, activation checkpointing (on) and bf16 (on).
+    optimizer, TRL's for logging, activation checkpointing (on) and bf16 (on where the
+    accelerator has it).
 
     Parameters:
         > Parameters that control the model
@@ -39,7 +41,7 @@ class OfflineOPDConfig(TrainingArguments):
         pad_to_multiple_of (`int`, *optional*):
             If set, batches are padded to a multiple of this length.
         teacher_logprob_floor (`float`, *optional*):
-            If set, teacher log-probabilities of `-inf` are accepted, counted, and raised to this value in nats.
+            If set, teacher log-probabilities of `-inf` are accepted, counted, and replaced by this value in nats.
             Otherwise they are an error.
         teacher_consistency (`str`, *optional*, defaults to `"strict"`):
             What to do when the teacher that scored the table is not known to be the one that wrote the student's SFT
@@ -57,7 +59,7 @@ class OfflineOPDConfig(TrainingArguments):
             Advantages of the sampled objective are clipped to plus or minus this many nats.
         ratio_clip (`float`, *optional*):
             Trust region of the sampled objective around the policy that sampled the rollouts, PPO-style, for instance
-            `0.2`. Needs a `ref_logprobs` column. `None`, the paper's choice, has none.
+            `0.2`. Needs `loss_type="sampled"` and a `ref_logprobs` column. `None`, the paper's choice, has none.
     """
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
@@ -72,7 +74,9 @@ class OfflineOPDConfig(TrainingArguments):
     )
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "Whether to use bf16 mixed precision. Defaults to `True` unless `fp16` is set."},
+        metadata={
+            "help": "bf16 mixed precision. Defaults to `True` on accelerators that have it unless `fp16` is set."
+        },
     )
 
     model_init_kwargs: dict[str, Any] | str | None = field(
@@ -93,7 +97,7 @@ class OfflineOPDConfig(TrainingArguments):
         default=None, metadata={"help": "Pad batches to a multiple of this length."}
     )
     teacher_logprob_floor: float | None = field(
-        default=None, metadata={"help": "Accept teacher log-probabilities of -inf and raise them to this value."}
+        default=None, metadata={"help": "Accept teacher log-probabilities of -inf and replace them by this value."}
     )
     teacher_consistency: str = field(
         default="strict",
@@ -140,7 +144,7 @@ class OfflineOPDConfig(TrainingArguments):
             raise ValueError("`ratio_clip` is a trust region of `loss_type='sampled'`; the top-k objective has none.")
 
         metric = (self.metric_for_best_model or "").removeprefix("eval_")
-        if metric in _NOT_A_CRITERION:
+        if metric.endswith(_NOT_A_CRITERION):
             raise ValueError(
                 f"`metric_for_best_model={self.metric_for_best_model!r}` does not tell whether the student got "
                 "better: on frozen rollouts it can fall while the student gets worse. Select by 'reverse_kl_topk' on "
@@ -152,5 +156,6 @@ class OfflineOPDConfig(TrainingArguments):
         self.metric_for_best_model_is_default = self.metric_for_best_model is None
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True
-        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()

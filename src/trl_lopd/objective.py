@@ -20,9 +20,10 @@ import math
 import torch
 from torch import Tensor
 
-# A teacher tail below float32 resolution is rounding of the stored scores, not knowledge.
+# What the stored scores leave of 1 carries their rounding (float16: up to about 2e-4); a tail below float32
+# resolution, or below 0, is that rounding and not knowledge.
 _TAIL_FLOOR = torch.finfo(torch.float32).eps
-# exp of a larger log-ratio would drown every other token of a mean.
+# exp of a larger log-ratio would drown every other token of a mean, and overflow turns into NaN in a gradient.
 _MAX_LOG_RATIO = 20.0
 
 
@@ -62,7 +63,7 @@ def sampled_loss(
         return loss
     if ref_logprobs is None:
         raise ValueError("`ratio_clip` needs `ref_logprobs`: the trust region is around the policy that sampled.")
-    weight = (logprobs - ref_logprobs).exp()
+    weight = (logprobs - ref_logprobs).clamp(max=_MAX_LOG_RATIO).exp()
     a = advantage(logprobs, teacher_logprobs, advantage_clip)
     surrogate = -torch.minimum(weight * a, weight.clamp(1 - ratio_clip, 1 + ratio_clip) * a)
     # The surrogate's value means nothing; only its gradient is wanted.
@@ -180,7 +181,7 @@ def sequence_totals(
     if top1_agreement is not None:
         tokens["top1_agreement"] = top1_agreement.float()
     if ref_logprobs is not None:
-        weight = (logprobs - ref_logprobs).exp()
+        weight = (logprobs - ref_logprobs).clamp(max=_MAX_LOG_RATIO).exp()
         tokens |= {"weight": weight, "weight_sq": weight * weight, "weighted_log_ratio": -weight * log_ratio}
 
     totals = {name: values.masked_fill(~mask, 0.0).sum(-1) for name, values in tokens.items()}
@@ -195,7 +196,8 @@ def sequence_totals(
 def summarize(totals: dict[str, float]) -> dict[str, float]:
     """Metrics from combined [`sequence_totals`], each a mean over trained tokens unless it says otherwise.
 
-    - `reverse_kl_topk`: nats a token; on held-out rows, the number to select by.
+    - `reverse_kl_topk`: nats a token; on held-out rows, the number to select by. It grows with the stored k: compare
+      it on the same rows only.
     - `huber`: nats squared a token. It can fall while the student gets worse; never select by it.
     - `advantage/mean`, `advantage/std`: nats, after clipping. `advantage/clip_fraction`: tokens that were clipped.
     - `frozen_log_ratio`: mean of `log pi - log pi_T` on the frozen rollouts. Not a divergence: it can be driven down
@@ -205,7 +207,8 @@ def summarize(totals: dict[str, float]) -> dict[str, float]:
     - `top1_agreement`: the student's most likely token is the teacher's.
     - `importance_weight/mean|std|max`: of `pi/pi_ref` a token. `importance_weight/ess`: effective sample size
       `(sum w)^2 / (n * sum w^2)`, 1 where the student has not moved. `reverse_kl_weighted`: mean of
-      `w * (log pi - log pi_T)`, the reverse KL of the sampled tokens corrected for the policy that sampled them.
+      `w * (log pi - log pi_T)`, the reverse KL estimated from tokens sampled from `pi_ref`. Where rollouts were
+      sampled at another temperature than 1, `pi_ref` at temperature 1 is not quite the policy that sampled them.
     """
     n = totals["tokens"]
     mean = {name: value / n for name, value in totals.items()}

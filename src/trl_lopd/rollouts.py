@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, GenerationConfig
 from trl.data_utils import is_conversational
-from trl.trainer.utils import create_model_from_path
+
+from .models import load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,7 +43,8 @@ def collect_rollouts(
             Plain texts or lists of chat messages; or a dataset with such a `prompt` column, whose other columns are
             kept. Messages go through the tokenizer's chat template.
         student (`str` or [`~transformers.PreTrainedModel`]):
-            A local directory or Hub id, or a loaded model.
+            A local directory or Hub id (of an adapter too), or a loaded model. Its own generation config is set aside,
+            but for its end-of-sequence tokens: a repetition penalty there would make the samples another policy's.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Loaded from the student's path if not given.
         num_generations (`int`, *optional*, defaults to `1`):
@@ -55,7 +58,8 @@ def collect_rollouts(
         batch_size (`int`, *optional*, defaults to `64`):
             Sequences generated together.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the sampling. The caller's random state is left as it was.
+            Seed of the sampling; with another `batch_size` it gives other samples. The caller's random state is left
+            as it was.
         chat_template_kwargs (`dict`, *optional*):
             For the chat template, for instance `{"enable_thinking": False}`.
         model_init_kwargs (`dict`, *optional*):
@@ -66,8 +70,14 @@ def collect_rollouts(
         (`list<int32>`, an end-of-sequence token kept), and `completion`, the decoded text.
 
     Raises:
-        ValueError: No prompts, an empty prompt, or no `prompt` column.
+        ValueError: No prompts, an empty prompt, no `prompt` column, or an option out of range.
     """
+    if temperature < 0 or not 0 < top_p <= 1 or min(num_generations, max_completion_length, batch_size) < 1:
+        raise ValueError(
+            "`temperature` is 0 or more, `top_p` above 0 and at most 1, `num_generations`, `max_completion_length` "
+            f"and `batch_size` at least 1; got {temperature}, {top_p}, {num_generations}, {max_completion_length} "
+            f"and {batch_size}."
+        )
     if not isinstance(prompts, Dataset):
         prompts = Dataset.from_dict({"prompt": list(prompts)})
     if "prompt" not in prompts.column_names:
@@ -76,7 +86,7 @@ def collect_rollouts(
         raise ValueError("There are no prompts to answer.")
     if isinstance(student, str):
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(student)
-        student = create_model_from_path(student, **{"dtype": "auto", **(model_init_kwargs or {})})
+        student = load_model(student, model_init_kwargs)
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(student.config._name_or_path)
 
     prompt_ids = [_encode(row, tokenizer, chat_template_kwargs or {}) for row in prompts.select_columns("prompt")]
@@ -95,18 +105,26 @@ def collect_rollouts(
     # Prompts of like length together waste the least padding.
     jobs = sorted(rows, key=lambda i: len(prompt_ids[i]), reverse=True)
     completions: list[list[list[int]]] = [[] for _ in prompt_ids]
-    was_training = student.training
+    was_training, own_config = student.training, student.generation_config
     student.eval()
+    # `generate` would fill what ours leaves open from the model's.
+    student.generation_config = GenerationConfig()
     devices = [student.device] if student.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), tqdm(total=len(jobs), desc="Sampling rollouts", unit="rollout") as progress:
-        for start in range(0, len(jobs), batch_size):
-            torch.manual_seed(seed + start)
-            batch = jobs[start : start + batch_size]
-            sampled = _generate(student, [prompt_ids[i] for i in batch], generation_config)
-            for i, ids in zip(batch, sampled, strict=True):
-                completions[i].append(_until_eos(ids, set(eos_ids)))
-            progress.update(len(batch))
-    student.train(was_training)
+    try:
+        with (
+            torch.random.fork_rng(devices),
+            tqdm(total=len(jobs), desc="Sampling rollouts", unit="rollout") as progress,
+        ):
+            for start in range(0, len(jobs), batch_size):
+                torch.manual_seed(int(np.random.SeedSequence([seed, start]).generate_state(1)[0]))
+                batch = jobs[start : start + batch_size]
+                sampled = _generate(student, [prompt_ids[i] for i in batch], generation_config)
+                for i, ids in zip(batch, sampled, strict=True):
+                    completions[i].append(_until_eos(ids, set(eos_ids)))
+                progress.update(len(batch))
+    finally:
+        student.generation_config = own_config
+        student.train(was_training)
 
     flat = [ids for of_prompt in completions for ids in of_prompt]
     result = prompts.select(rows).remove_columns([c for c in _FEATURES if c in prompts.column_names])

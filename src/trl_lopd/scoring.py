@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
-from trl.trainer.utils import create_model_from_path
 
 from .fingerprint import fingerprint_teacher
 from .head import LogitTransform, score_tokens
+from .models import load_model
 from .table import TOPK_COLUMNS, TableError, TableRows, lengths, table_features, validate_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .fingerprint import TeacherFingerprint
+
+logger = logging.getLogger(__name__)
 
 
 def score_rollouts(
@@ -51,11 +55,12 @@ def score_rollouts(
             Also store the teacher's most likely tokens at each position. `0` stores none; the trainer then has only
             the sampled-token objective.
         ref_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            The student that sampled the rollouts; scores them into `ref_logprobs` the same way.
+            The student that sampled the rollouts, or an adapter; scores them into `ref_logprobs` the same way.
         max_batch_tokens (`int`, *optional*, defaults to `16384`):
             Tokens of a forward pass, padding included. A longer row is scored alone.
         fingerprint ([`TeacherFingerprint`], *optional*):
-            Computed from the teacher's content if not given.
+            Computed if not given: from the checkpoint that a path names, whatever dtype or quantization
+            `model_init_kwargs` load it in, or from a loaded model as it is in memory.
         model_init_kwargs (`dict`, *optional*):
             For loading models from a path, for instance `{"device_map": "auto"}`.
 
@@ -65,11 +70,15 @@ def score_rollouts(
     Raises:
         TableError: Rows that cannot be scored: columns missing or there already, empty prompts or completions, ids
             outside the teacher's vocabulary, or a teacher that answers with NaN.
+        ValueError: An option out of range.
     """
+    if top_k < 0 or max_batch_tokens < 1:
+        raise ValueError(f"`top_k` is 0 or more and `max_batch_tokens` positive; got {top_k} and {max_batch_tokens}.")
     added = ["teacher_logprobs", "teacher_fingerprint", *(TOPK_COLUMNS if top_k else ())]
     added += ["ref_logprobs"] if ref_model is not None else []
     _check_rollouts(dataset, added)
-    fingerprint = fingerprint or fingerprint_teacher(teacher, tokenizer)
+    revision = (model_init_kwargs or {}).get("revision")
+    fingerprint = fingerprint or fingerprint_teacher(teacher, tokenizer, revision=revision)
 
     prompt_lengths, completion_lengths = lengths(dataset)
     rollouts = TableRows(dataset.select_columns(["prompt_ids", "completion_ids"]))
@@ -83,7 +92,7 @@ def score_rollouts(
     batches = list(_batches(prompt_lengths + completion_lengths, max_batch_tokens))
 
     def score(model: str | PreTrainedModel, k: int, desc: str):
-        model = _load(model, model_init_kwargs)
+        model = load_model(model, model_init_kwargs)
         vocab = model.config.get_text_config().vocab_size
         if k > vocab:
             raise ValueError(f"`top_k={k}` is more than the teacher's vocabulary of {vocab} tokens.")
@@ -95,15 +104,18 @@ def score_rollouts(
             for rows in batches:
                 batch = rollouts.__getitems__(rows)
                 for row, *scores in zip(rows, *_score_batch(model, batch, k, vocab, rows), strict=True):
+                    if np.isnan(scores[0]).any():
+                        raise TableError(
+                            f"Row {row}: the model answers with NaN. Load it in another dtype, float32 or bfloat16."
+                        )
                     part = slice(offsets[row], offsets[row + 1])
                     logprobs[part], topk_ids[part], topk_logprobs[part] = scores
                 progress.update(int(completion_lengths[rows].sum()))
         model.train(was_training)
-        if np.isnan(logprobs).any():
-            row = int(np.searchsorted(offsets, np.isnan(logprobs).argmax(), side="right")) - 1
-            raise TableError(f"Row {row}: the model answers with NaN. Load it in another dtype, float32 or bfloat16.")
         return logprobs, topk_ids, topk_logprobs
 
+    # The student first: if it cannot be scored, that shows before the teacher's hours are spent.
+    ref_logprobs = None if ref_model is None else score(ref_model, 0, "Scoring with the student")[0]
     logprobs, topk_ids, topk_logprobs = score(teacher, top_k, "Scoring with the teacher")
     columns = {
         "teacher_logprobs": _lists(offsets, pa.array(logprobs)),
@@ -113,13 +125,18 @@ def score_rollouts(
         starts = np.arange(0, total * top_k + 1, top_k, dtype=np.int32)
         for name, values in zip(TOPK_COLUMNS, (topk_ids, topk_logprobs), strict=True):
             columns[name] = _lists(offsets, _lists(starts, pa.array(values.ravel())))
-    if ref_model is not None:
-        columns["ref_logprobs"] = _lists(offsets, pa.array(score(ref_model, 0, "Scoring with the student")[0]))
+    if ref_logprobs is not None:
+        columns["ref_logprobs"] = _lists(offsets, pa.array(ref_logprobs))
 
     features = table_features(top_k=top_k, ref_logprobs=ref_model is not None)
     scores = Dataset(pa.table(columns)).cast(type(features)({name: features[name] for name in columns}))
     table = concatenate_datasets([dataset, scores], axis=1)
-    validate_table(table)
+    # Scores of -inf are the trainer's to accept or refuse; any floor lets them pass here.
+    if floored := validate_table(table, teacher_logprob_floor=-1.0).floored:
+        logger.warning(
+            f"{floored} teacher log-probabilities are -inf: the teacher gives those tokens no probability at all. The "
+            "trainer accepts them only with `teacher_logprob_floor`."
+        )
     return table
 
 
@@ -137,12 +154,6 @@ def _check_rollouts(dataset: Dataset, added: list[str]) -> None:
     for name, of_row in zip(("prompt_ids", "completion_ids"), lengths(dataset), strict=True):
         if (of_row == 0).any():
             raise TableError(f"Row {int((of_row == 0).argmax())}, column {name!r} is empty. Drop the row.")
-
-
-def _load(model: str | PreTrainedModel, model_init_kwargs: dict[str, Any] | None) -> PreTrainedModel:
-    if isinstance(model, str):
-        return create_model_from_path(model, **{"dtype": "auto", **(model_init_kwargs or {})})
-    return model
 
 
 def _batches(row_lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
@@ -173,6 +184,8 @@ def _score_batch(model: PreTrainedModel, batch: list[dict[str, np.ndarray]], top
         input_ids[i, : len(sequence)] = torch.from_numpy(sequence)
         attention_mask[i, : len(sequence)] = 1
         scored[i, len(sequence) - count : len(sequence)] = True
+    # Adapters live in the layers of the model that PEFT wraps.
+    model = model.get_base_model() if is_peft_model(model) else model
     device = model.get_input_embeddings().weight.device
     hidden = model.base_model(
         input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False

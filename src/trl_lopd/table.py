@@ -192,8 +192,14 @@ def validate_table(
     Raises:
         TableError: In the first batch where a check fails, for the first row of the first failing check, structure
             (columns, types, nulls, lengths) before values. The row named is its index in `dataset`.
+        TypeError: If `dataset` is not a `datasets.Dataset`.
         ValueError: If `teacher_logprob_floor` is not a finite negative number.
     """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"Expected a `datasets.Dataset`, got `{type(dataset).__name__}`. Pass one split of a `DatasetDict`; the "
+            "rows of a stream are checked by `validate_rows`, and by the trainer as they arrive."
+        )
     _check_schema(dataset.data.schema, len(dataset))
     vocab_size, topk_vocab_size = vocab_limits(tokenizer, model_config)
     ours = dataset.select_columns([name for name in _TYPES if name in dataset.column_names])

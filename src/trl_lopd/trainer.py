@@ -23,12 +23,15 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.utils import find_adapter_config_file
 from trl.trainer.utils import create_model_from_path, generate_model_card, get_config_model_id
 
 from .cards import read_model_card, stamp_model_card
 from .collator import OfflineOPDCollator
 from .config import OfflineOPDConfig
 from .consistency import check_teacher_consistency
+from .fingerprint import content_id
 from .head import add_distillation_head, assert_head_is_plain
 from .objective import (
     aggregate,
@@ -144,6 +147,14 @@ class OfflineOPDTrainer(Trainer):
 
         init_kwargs = dict(args.model_init_kwargs or {})
         init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+        if (
+            isinstance(model, str)
+            and find_adapter_config_file(model, revision=init_kwargs.get("revision")) is not None
+        ):
+            raise ValueError(
+                f"{model} is an adapter. Pass the model: `AutoPeftModelForCausalLM.from_pretrained({model!r}, "
+                "is_trainable=True)` to go on training it, or the base model with it merged."
+            )
         hub_kwargs = {"revision": init_kwargs.get("revision"), "trust_remote_code": init_kwargs["trust_remote_code"]}
         config = AutoConfig.from_pretrained(model, **hub_kwargs) if isinstance(model, str) else model.config
         if processing_class is None:
@@ -153,29 +164,24 @@ class OfflineOPDTrainer(Trainer):
 
         # Everything that can be wrong with the data is found before a weight is loaded.
         self._student_card = read_model_card(model_id, hub_kwargs["revision"]) if model_id else {}
-        self._check = _TableCheck(
-            card=self._student_card,
-            student=model_id or "the student",
-            mode=args.teacher_consistency,
-            floor=args.teacher_logprob_floor,
-            vocab=vocab_limits(processing_class, config),
-        )
+        check_args = {
+            "card": self._student_card,
+            "student": model_id or "the student",
+            "mode": args.teacher_consistency,
+            "floor": args.teacher_logprob_floor,
+            "vocab": vocab_limits(processing_class, config),
+        }
+        # Two, so that the card names the teachers that trained the model and not those that only evaluated it.
+        self._check, self._eval_check = _TableCheck(**check_args), _TableCheck(**check_args)
         self._table_args = {"tokenizer": processing_class, "model_config": config}
-        columns = self._prepare(train_dataset, args, "train_dataset")
+        self.loss_type = _resolve_loss_type(args, self._prepare(train_dataset, args, "train_dataset", self._check))
         eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
-        eval_columns = [self._prepare(d, args, name) for name, d in eval_datasets.items() if d is not None]
-        loss_type = _resolve_loss_type(args, columns)
-        for cols in eval_columns:
-            _resolve_loss_type(args, cols, loss_type)
-        self.loss_type = loss_type
-        if args.metric_for_best_model_is_default and eval_columns and not isinstance(eval_dataset, dict):
-            if "teacher_topk_ids" in eval_columns[0]:
-                args.metric_for_best_model, args.greater_is_better = "eval_reverse_kl_topk", False
-            elif args.load_best_model_at_end:
-                logger.warning(
-                    "The evaluation rows have no teacher top-k columns, so the best model is chosen by `eval_loss`, "
-                    "the Huber value, which can fall while the student gets worse. Score them with `top_k=8`."
-                )
+        eval_columns = {
+            name: self._prepare(dataset, args, name, self._eval_check)
+            for name, dataset in eval_datasets.items()
+            if dataset is not None
+        }
+        _choose_best_model_metric(args, self.loss_type, eval_columns, several=isinstance(eval_dataset, dict))
 
         set_seed(args.seed)  # adapters are initialised at random
         if isinstance(model, str):
@@ -230,21 +236,29 @@ class OfflineOPDTrainer(Trainer):
 
     # ---- Data ----
 
-    def _prepare(self, dataset: Dataset | IterableDataset, args: OfflineOPDConfig, name: str) -> set[str]:
+    def _prepare(
+        self, dataset: Dataset | IterableDataset, args: OfflineOPDConfig, name: str, check: _TableCheck
+    ) -> set[str]:
         """Validates a `Dataset` whole, the head of a stream, and returns the columns."""
         if isinstance(dataset, IterableDataset):
             row = next(iter(dataset), None)
             if row is None:
                 raise TableError(f"`{name}` is an empty stream.")
-            self._check.copy()([row])
-            return set(row)
+            replace(check)([row])
+            columns = set(row)
+            _resolve_loss_type(args, columns, getattr(self, "loss_type", None))
+            return columns
         if not isinstance(dataset, Dataset):
             raise TypeError(f"`{name}` must be a `Dataset` or an `IterableDataset`, got `{type(dataset).__name__}`.")
-        summary = validate_table(dataset, **self._table_args, teacher_logprob_floor=args.teacher_logprob_floor)
-        self._check.teachers(summary.teacher_fingerprints)
+        try:
+            summary = validate_table(dataset, **self._table_args, teacher_logprob_floor=args.teacher_logprob_floor)
+        except TableError as error:
+            raise TableError(f"`{name}`: {error}") from None
+        check.teachers(summary.teacher_fingerprints)
+        _resolve_loss_type(args, set(dataset.column_names), getattr(self, "loss_type", None))
         if summary.floored:
             logger.warning(
-                f"`{name}`: {summary.floored} teacher log-probabilities are -inf and will be raised to "
+                f"`{name}`: {summary.floored} teacher log-probabilities are -inf and will be replaced by "
                 f"{args.teacher_logprob_floor}."
             )
         _report_truncation(dataset, args, name)
@@ -255,12 +269,29 @@ class OfflineOPDTrainer(Trainer):
 
     def _get_collator_with_removed_columns(self, data_collator, description: str | None = None):
         # Called for streams, whose rows nobody has validated yet.
-        return replace(data_collator, validate=self._check)
+        return replace(data_collator, validate=self._check if description == "Training" else self._eval_check)
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy == "group_by_length" and isinstance(self.train_dataset, Dataset):
+            prompts, completions = lengths(self.train_dataset)
+            return LengthGroupedSampler(
+                self.args.train_batch_size * self.args.gradient_accumulation_steps,
+                lengths=(prompts + completions).tolist(),
+            )
+        return super()._get_train_sampler(train_dataset)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         if isinstance(eval_dataset, Dataset | IterableDataset):
-            self._prepare(eval_dataset, self.args, "eval_dataset")
+            self._prepare(eval_dataset, self.args, "eval_dataset", self._eval_check)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        self._prepare(test_dataset, self.args, "test_dataset", self._eval_check)
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+
+    def train(self, *args, **kwargs):
+        self._window = {}
+        return super().train(*args, **kwargs)
 
     # ---- Loss ----
 
@@ -392,12 +423,15 @@ class OfflineOPDTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         output_dir = output_dir or self.args.output_dir
-        base_model = get_config_model_id(self.model.config)
+        base_model = get_config_model_id(self.model.config) or "an unnamed model"
+        is_local = os.path.isdir(base_model)
+        base_model = Path(base_model).name if is_local else base_model
+        model_name = model_name or Path(self.args.hub_model_id or self.args.output_dir).name
         tags = [tags] if isinstance(tags, str) else list(tags or [])
         card = generate_model_card(
-            base_model=base_model if base_model and not os.path.isdir(base_model) else None,
-            model_name=model_name or Path(self.args.hub_model_id or self.args.output_dir).name,
-            hub_model_id=self.hub_model_id,
+            base_model=base_model,
+            model_name=model_name,
+            hub_model_id=self.hub_model_id or model_name,
             dataset_name=dataset_name,
             tags=list(dict.fromkeys([*tags, *self._tag_names])),
             wandb_url=_wandb_url(),
@@ -407,11 +441,17 @@ class OfflineOPDTrainer(Trainer):
             paper_title=_PAPER["title"],
             paper_id=_PAPER["id"],
         )
+        if is_local:
+            # A directory is no Hub id: name it, but neither link it nor list it.
+            card.data.base_model = None
+            card.text = card.text.replace(f"[{base_model}](https://huggingface.co/{base_model})", f"`{base_model}`")
         card.save(os.path.join(output_dir, "README.md"))
+        before = self._student_card.get("opd_teachers") or []
+        known = {content_id(record["id"]) for record in before}
         stamp_model_card(
             output_dir,
-            sft_teachers=self._student_card.get("sft_teachers", []),
-            opd_teachers=sorted(self._check.seen),
+            sft_teachers=self._student_card.get("sft_teachers") or [],
+            opd_teachers=[*before, *sorted(id for id in self._check.seen if content_id(id) not in known)],
         )
 
 
@@ -427,9 +467,6 @@ class _TableCheck:
     seen: set[str] = field(default_factory=set)
     rows: int = 0
     top_k: int = 0
-
-    def copy(self) -> _TableCheck:
-        return _TableCheck(self.card, self.student, self.mode, self.floor, self.vocab, self.seen)
 
     def teachers(self, fingerprints: Iterable[str]) -> None:
         """Applies the consistency rule to teachers not met before."""
@@ -477,6 +514,26 @@ def _resolve_loss_type(args: OfflineOPDConfig, columns: set[str], required: str 
     return loss_type
 
 
+def _choose_best_model_metric(
+    args: OfflineOPDConfig, loss_type: str, eval_columns: dict[str, set[str]], several: bool
+) -> None:
+    """Sets the default criterion, or says what is wrong with the one there is."""
+    if several and args.metric_for_best_model_is_default and args.load_best_model_at_end:
+        name = next(iter(eval_columns))
+        raise ValueError(
+            "With several evaluation datasets, `load_best_model_at_end` needs `metric_for_best_model` to say which "
+            f"one decides, for instance 'eval_{name}_reverse_kl_topk'."
+        )
+    has_topk = not several and any("teacher_topk_ids" in columns for columns in eval_columns.values())
+    if args.metric_for_best_model_is_default and has_topk:
+        args.metric_for_best_model, args.greater_is_better = "eval_reverse_kl_topk", False
+    elif args.load_best_model_at_end and loss_type == "sampled" and args.metric_for_best_model.endswith("loss"):
+        logger.warning(
+            "The best model is chosen by the loss of the sampled objective, the Huber value, which can fall while the "
+            "student gets worse. Score the evaluation rows with `top_k=8` and leave `metric_for_best_model` unset."
+        )
+
+
 def _report_truncation(dataset: Dataset, args: OfflineOPDConfig, name: str) -> None:
     prompts, completions = lengths(dataset)
     room = np.full(len(dataset), np.iinfo(np.int64).max)
@@ -492,6 +549,15 @@ def _report_truncation(dataset: Dataset, args: OfflineOPDConfig, name: str) -> N
             "`max_length`, or filter them out."
         )
     lost = np.maximum(completions - room, 0)
+    if "completion_mask" in dataset.column_names:
+        cut = np.flatnonzero(lost)
+        for row, mask in zip(cut, dataset.select(cut)["completion_mask"], strict=True):
+            if not any(mask[: room[row]]):
+                raise TableError(
+                    f"`{name}`, row {row}, column 'completion_mask': all trainable tokens lie beyond the first "
+                    f"{room[row]} of the completion and would be cut. Raise `max_completion_length` or `max_length`, "
+                    "or filter such rows out."
+                )
     if lost.any():
         logger.warning(
             f"`{name}`: {int((lost > 0).sum())} of {len(dataset)} completions are truncated on the right, "
