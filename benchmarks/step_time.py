@@ -1,7 +1,8 @@
 """One training step of `OfflineOPDTrainer` beside one of TRL's `SFTTrainer`, on the same model and tokens.
 
-Steps of the variants alternate in one process, so that whatever else the machine does falls on all of them; the ratio
-of medians is the result. Peak memory is measured a process a variant. Prints a table and, with `--json`, writes one.
+Steps of the variants alternate in one process, in random order, so that whatever else the machine does falls on all of
+them; the ratio of medians is the result. Peak memory is measured a process a variant. Prints a table and, with
+`--json`, writes one.
 
     python benchmarks/step_time.py
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import resource
 import statistics
 import subprocess
@@ -138,7 +140,7 @@ def main():
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--completion", type=int, default=480)
     parser.add_argument("--top_k", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=15, help="timed steps of each variant, after 2 untimed ones")
+    parser.add_argument("--steps", type=int, default=9, help="timed steps of each variant, after 2 untimed ones")
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast")
     parser.add_argument("--dtype", default="float32", type=lambda name: getattr(torch, name), help="of the weights")
     parser.add_argument("--json", help="also write the figures to this file")
@@ -162,9 +164,11 @@ def main():
             memory[name] = json.loads(child.stdout.splitlines()[-1])["peak"]
         steppers = {name: Stepper(make_trainer(name, a, tmp)) for name in VARIANTS}
         times = {name: [] for name in VARIANTS}
+        rng = random.Random(0)
         for step in range(a.steps + 2):
-            for name, stepper in steppers.items():
-                seconds = stepper()
+            # In a fixed order each variant would always find the memory as the same other one left it.
+            for name in rng.sample(list(steppers), len(steppers)):
+                seconds = steppers[name]()
                 if step >= 2:
                     times[name].append(seconds)
 
