@@ -174,7 +174,8 @@ class OfflineOPDTrainer(Trainer):
         # Two, so that the card names the teachers that trained the model and not those that only evaluated it.
         self._check, self._eval_check = _TableCheck(**check_args), _TableCheck(**check_args)
         self._table_args = {"tokenizer": processing_class, "model_config": config}
-        self.loss_type = _resolve_loss_type(args, self._prepare(train_dataset, args, "train_dataset", self._check))
+        self.loss_type: str | None = None  # the training columns decide it
+        self._prepare(train_dataset, args, "train_dataset", self._check)
         eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
         eval_columns = {
             name: self._prepare(dataset, args, name, self._eval_check)
@@ -239,14 +240,14 @@ class OfflineOPDTrainer(Trainer):
     def _prepare(
         self, dataset: Dataset | IterableDataset, args: OfflineOPDConfig, name: str, check: _TableCheck
     ) -> set[str]:
-        """Validates a `Dataset` whole, the head of a stream, and returns the columns."""
+        """Validates a `Dataset` whole, or the head of a stream, against the objective; returns the columns."""
         if isinstance(dataset, IterableDataset):
             row = next(iter(dataset), None)
             if row is None:
                 raise TableError(f"`{name}` is an empty stream.")
             replace(check)([row])
             columns = set(row)
-            _resolve_loss_type(args, columns, getattr(self, "loss_type", None))
+            self.loss_type = _resolve_loss_type(args, columns, self.loss_type)
             return columns
         if not isinstance(dataset, Dataset):
             raise TypeError(f"`{name}` must be a `Dataset` or an `IterableDataset`, got `{type(dataset).__name__}`.")
@@ -255,14 +256,15 @@ class OfflineOPDTrainer(Trainer):
         except TableError as error:
             raise TableError(f"`{name}`: {error}") from None
         check.teachers(summary.teacher_fingerprints)
-        _resolve_loss_type(args, set(dataset.column_names), getattr(self, "loss_type", None))
+        columns = set(dataset.column_names)
+        self.loss_type = _resolve_loss_type(args, columns, self.loss_type)
         if summary.floored:
             logger.warning(
                 f"`{name}`: {summary.floored} teacher log-probabilities are -inf and will be replaced by "
                 f"{args.teacher_logprob_floor}."
             )
         _report_truncation(dataset, args, name)
-        return set(dataset.column_names)
+        return columns
 
     def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> TableRows:
         return TableRows(dataset)
@@ -352,8 +354,8 @@ class OfflineOPDTrainer(Trainer):
             raise ValueError("The loss is computed without logits, so there are no outputs to return.")
         per_token, mask, totals = self._forward(model, inputs)
         for name, values in totals.items():
-            value, previous = _combine(name, values, 0), self._window.get(name)
-            self._window[name] = value if previous is None else _combine(name, torch.stack([previous, value]), 0)
+            value, previous = _combine(name, values), self._window.get(name)
+            self._window[name] = value if previous is None else _combine(name, torch.stack([previous, value]))
         loss = aggregate(per_token, mask, self.args.loss_aggregation, num_items_in_batch)
         # The count is global, and data-parallel engines average gradients over processes.
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -363,18 +365,19 @@ class OfflineOPDTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            per_token, mask, totals = self._forward(model, inputs)
+            _, _, totals = self._forward(model, inputs)
         # Gathered a sequence at a time, so that rows repeated to fill the last batch are dropped.
         names = sorted(totals)
         gathered = self.accelerator.gather_for_metrics(torch.stack([totals[name].float() for name in names], dim=-1))
         self._eval_batches.append(dict(zip(names, gathered.unbind(-1), strict=True)))
-        return aggregate(per_token, mask, self.args.loss_aggregation), None, None
+        # `Trainer` averages losses over batches; `evaluation_loop` adds the exact one.
+        return None, None, None
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         self._eval_batches = []
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         totals = {
-            name: _combine(name, torch.cat([batch[name] for batch in self._eval_batches]).double().cpu(), 0).item()
+            name: _combine(name, torch.cat([batch[name] for batch in self._eval_batches]).double().cpu()).item()
             for name in (self._eval_batches[0] if self._eval_batches else ())
         }
         if totals:
@@ -388,7 +391,7 @@ class OfflineOPDTrainer(Trainer):
             names = sorted(self._window)
             window = torch.stack([self._window[name].float() for name in names]).unsqueeze(0)
             gathered = self.accelerator.gather(window).double().cpu()
-            logs.update(_metrics({name: _combine(name, gathered[:, i], 0).item() for i, name in enumerate(names)}))
+            logs.update(_metrics({name: _combine(name, gathered[:, i]).item() for i, name in enumerate(names)}))
             self._window = {}
         super().log(logs, start_time)
 
@@ -566,8 +569,8 @@ def _report_truncation(dataset: Dataset, args: OfflineOPDConfig, name: str) -> N
         )
 
 
-def _combine(name: str, values: torch.Tensor, dim: int) -> torch.Tensor:
-    return values.amax(dim) if name.endswith("max") else values.sum(dim)
+def _combine(name: str, values: torch.Tensor) -> torch.Tensor:
+    return values.amax(0) if name.endswith("max") else values.sum(0)
 
 
 def _metrics(totals: dict[str, float]) -> dict[str, float]:
