@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
@@ -21,9 +25,21 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    core_model_loading,
 )
 
-from trl_lopd.fingerprint import TeacherFingerprint, content_id, fingerprint_teacher, same_teacher
+from trl_lopd import fingerprint as fingerprint_module
+from trl_lopd.fingerprint import (
+    EVIDENCE,
+    TeacherFingerprint,
+    content_id,
+    diff_ids,
+    evidence_of,
+    fingerprint_teacher,
+    is_id,
+    same_teacher,
+    with_evidence,
+)
 
 VOCAB = {"<unk>": 0, "</s>": 1, "a": 2, "b": 3, "c": 4}
 
@@ -71,35 +87,100 @@ def rewrite(directory, change):
 # The fingerprint and its id
 
 
+def make_fingerprint(weights="a", tokenizer="b", chat_template="c", **fields):
+    return TeacherFingerprint(64 * weights, 64 * tokenizer, 64 * chat_template, **fields)
+
+
 def test_id_names_content_not_name():
-    a = TeacherFingerprint("qwen", "w", "t", "c")
-    b = TeacherFingerprint("renamed@home", "w", "t", "c")
-    assert a.id.startswith("qwen@") and len(content_id(a.id)) == 16
-    assert int(content_id(a.id), 16) >= 0
-    assert a.id != b.id and content_id(a.id) == content_id(b.id)
-    assert same_teacher(a, b) and same_teacher(a.id, b) and same_teacher(a.id, b.id)
+    a = make_fingerprint(model_id="org/qwen")
+    b = make_fingerprint(model_id="renamed@home", revision="main", dtype="bfloat16")
+    assert a.id == "qwen@1-aaaaaaaaaaaa-bbbbbbbb-cccccccc" and a.name == "qwen"
+    assert b.id == "renamed@home@1-aaaaaaaaaaaa-bbbbbbbb-cccccccc"
+    assert a == b and hash(a) == hash(b) and content_id(a.id) == content_id(b.id)
+    assert same_teacher(a, b) and same_teacher(a.id, b) and same_teacher(a.id, with_evidence(b.id, "probed"))
 
 
-@pytest.mark.parametrize("field", ["weights", "tokenizer", "chat_template"])
+@pytest.mark.parametrize("field", ["weights", "tokenizer", "chat_template", "adapter"])
 def test_id_follows_every_digest(field):
-    fields = {"name": "n", "weights": "w", "tokenizer": "t", "chat_template": "c"}
-    assert not same_teacher(TeacherFingerprint(**fields), TeacherFingerprint(**(fields | {field: "other"})))
+    a, b = make_fingerprint(adapter=64 * "d"), make_fingerprint(**({"adapter": 64 * "d"} | {field: "e"}))
+    assert a != b and not same_teacher(a, b) and is_id(a.id)
+    assert a.id != make_fingerprint().id
+
+
+def test_an_id_is_one_word():
+    for name in ("a b", "a#declared", "a\nb", "", "é@1"):
+        fingerprint = make_fingerprint(model_id=name)
+        assert is_id(fingerprint.id) and evidence_of(fingerprint.id) == "verified"
+        assert content_id(fingerprint.id) == "1-aaaaaaaaaaaa-bbbbbbbb-cccccccc"
+
+
+def test_evidence_of_an_id():
+    verified = make_fingerprint(model_id="m").id
+    assert EVIDENCE == ("verified", "probed", "declared")
+    for evidence in EVIDENCE:
+        marked = with_evidence(with_evidence(verified, "declared"), evidence)
+        assert evidence_of(marked) == evidence and content_id(marked) == content_id(verified) and is_id(marked)
+    assert with_evidence(verified, "probed") == f"{verified}#probed"
+    assert with_evidence(f"{verified}#probed", "verified") == verified
+    with pytest.raises(ValueError, match="#guessed"):
+        evidence_of(f"{verified}#guessed")
+    with pytest.raises(ValueError, match="guessed"):
+        with_evidence(verified, "guessed")
+
+
+@pytest.mark.parametrize("text", ["", "qwen", "qwen@", "qwen@1", "qwen@0123456789abcdef", "a b@1-{w}-{t}-{t}"])
+def test_what_is_no_id(text):
+    text = text.format(w="a" * 12, t="b" * 8)
+    assert (
+        not is_id(text) and not is_id(make_fingerprint().id + "#guessed") and not is_id(make_fingerprint().id + "\n")
+    )
+    assert diff_ids(text, make_fingerprint().id) == ["the content differs"]
+
+
+def test_ids_without_content_name_no_teacher():
+    assert content_id("qwen") == content_id("qwen@") == content_id("qwen@#declared") == ""
+    assert not same_teacher("qwen", "qwen") and not same_teacher("a@", "b@")
+    assert same_teacher("a@foreign", "b@foreign")
+
+
+def test_diff_in_words():
+    a = make_fingerprint(model_id="org/a", revision="abc")
+    assert a.diff(a) == a.diff(a.id) == a.diff(with_evidence(a.id, "declared")) == []
+    b = make_fingerprint("1", "2", "3", adapter=64 * "4")
+    words = ["the weights differ", "the adapter differs", "the tokenizer differs", "the chat template differs"]
+    assert a.diff(b) == words
+    assert a.diff(b.id) == diff_ids(b.id, a.id) == [words[0], *words[2:]]
+    assert a.diff(make_fingerprint(adapter="4")) == ["the adapter differs"]
+    assert a.diff(make_fingerprint(tokenizer="2")) == a.diff(make_fingerprint(tokenizer="2").id) == [words[2]]
+    assert a.diff(make_fingerprint(model_id="org/a", revision="def")) == ["only the revision (abc -> def)"]
+    assert a.diff(make_fingerprint(model_id="b", revision="abc")) == ["only the model id (org/a -> b)"]
+    both = make_fingerprint(model_id="b", revision="def")
+    assert a.diff(both) == ["only the revision (abc -> def) and the model id (org/a -> b)"]
+    assert a.diff(make_fingerprint(schema=2)) == a.diff(make_fingerprint(schema=2).id)
+    assert a.diff(make_fingerprint(schema=2)) == ["written under another fingerprint schema"]
 
 
 def test_dict_round_trip():
-    fingerprint = TeacherFingerprint("n", "w", "t", "c")
+    fingerprint = make_fingerprint(model_id="org/n", parameters=7, adapter="d")
     record = fingerprint.to_dict()
-    assert record == {"id": fingerprint.id, "name": "n", "weights": "w", "tokenizer": "t", "chat_template": "c"}
-    assert TeacherFingerprint.from_dict(json.loads(json.dumps(record))) == fingerprint
-    assert TeacherFingerprint.from_dict(record | {"evidence": "declared"}) == fingerprint
+    assert list(record)[0] == "id" and record["id"] == fingerprint.id
+    assert record["parameters"] == 7 and "revision" not in record
+    for extra in ({}, {"evidence": "declared"}):
+        again = TeacherFingerprint.from_dict(json.loads(json.dumps(record)) | extra)
+        assert again == fingerprint and again.to_dict() == record
 
 
 def test_from_dict_refuses_a_record_that_contradicts_itself_or_lacks_a_field():
-    record = TeacherFingerprint("n", "w", "t", "c").to_dict()
-    with pytest.raises(ValueError, match="edited by hand"):
-        TeacherFingerprint.from_dict(record | {"weights": "x"})
+    record = make_fingerprint(model_id="n").to_dict()
+    for change in ({"weights": "x"}, {"adapter": "x"}, {"model_id": "other"}):
+        with pytest.raises(ValueError, match="edited by hand"):
+            TeacherFingerprint.from_dict(record | change)
     with pytest.raises(ValueError, match="weights, tokenizer, chat_template missing"):
-        TeacherFingerprint.from_dict({"name": "n"})
+        TeacherFingerprint.from_dict({"model_id": "n"})
+    with pytest.raises(ValueError, match="adapter missing or not a string"):
+        TeacherFingerprint.from_dict(record | {"adapter": 3})
+    with pytest.raises(ValueError, match="schema 2.*another version.*fingerprint the teacher again"):
+        TeacherFingerprint.from_dict(make_fingerprint(schema=2).to_dict())
 
 
 # Weights: the same whatever holds them
@@ -151,13 +232,13 @@ def test_equal_tensors_that_are_not_tied_both_count():
     assert len({weights(m) for m in (model, other, tied)}) == 3
 
 
-def test_mixture_of_experts_whose_checkpoint_is_laid_out_unlike_the_module(tmp_path):
+def test_mixture_of_experts_whose_checkpoint_is_laid_out_unlike_the_module(tmp_path, monkeypatch):
     config = Qwen3MoeConfig(
         vocab_size=8,
         hidden_size=8,
         intermediate_size=16,
         moe_intermediate_size=4,
-        num_hidden_layers=1,
+        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=4,
@@ -170,6 +251,14 @@ def test_mixture_of_experts_whose_checkpoint_is_laid_out_unlike_the_module(tmp_p
     with safe_open(directory / "model.safetensors", "pt") as file:
         assert set(file.keys()) - set(model.state_dict())
     assert weights(directory) == weights(model) == weights(AutoModelForCausalLM.from_pretrained(directory))
+
+    # What is merged into other tensors for a checkpoint is copied: a layer at a time, never the whole model.
+    sizes, revert = [], core_model_loading.revert_weight_conversion
+    monkeypatch.setattr(
+        core_model_loading, "revert_weight_conversion", lambda m, group: sizes.append(len(group)) or revert(m, group)
+    )
+    assert weights(model) == weights(directory)
+    assert max(sizes) == len(model.model.layers[0].state_dict())
 
 
 def test_tied_names_that_the_checkpoint_spells_unlike_the_module(tmp_path):
@@ -276,10 +365,32 @@ def test_a_tensor_in_two_shards(tmp_path):
         fingerprint_teacher(directory)
 
 
-def test_adapter_directory(tmp_path):
+def test_missing_directory(tmp_path):
+    for path in (tmp_path / "none", "./none"):
+        with pytest.raises(FileNotFoundError, match="no directory .*none"):
+            fingerprint_teacher(path)
+
+
+@pytest.mark.parametrize("bytes_left", [4, 100, -1])
+def test_truncated_shard(tmp_path, bytes_left):
+    directory = save(make_model(), tmp_path, max_shard_size="1KB")
+    shard = sorted(directory.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:bytes_left])
+    with pytest.raises(ValueError, match=rf"{shard.name} is truncated or corrupt"):
+        fingerprint_teacher(directory)
+
+
+def test_file_that_shrinks_while_it_is_read(tmp_path, monkeypatch):
     directory = save(make_model(), tmp_path)
-    (directory / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="adapter"):
+    layout = fingerprint_module._layout
+
+    def truncate(file):
+        tensors = layout(file)
+        os.truncate(file, file.stat().st_size - 4)
+        return tensors
+
+    monkeypatch.setattr(fingerprint_module, "_layout", truncate)
+    with pytest.raises(ValueError, match="model.safetensors was truncated while it was read"):
         fingerprint_teacher(directory)
 
 
@@ -288,7 +399,7 @@ def test_adapter_directory(tmp_path):
     [
         (lambda m: setattr(m, "hf_quantizer", object()), "quantized.*Fingerprint the directory"),
         (lambda m: setattr(m, "is_quantized", True), "quantized.*Fingerprint the directory"),
-        (lambda m: setattr(m.lm_head.weight, "ds_id", 0), "sharded.*lm_head.weight.*Fingerprint the directory"),
+        (lambda m: setattr(m, "_tp_size", 2), "tensor parallelism.*Fingerprint the directory"),
         (lambda m: m.lm_head.to("meta"), "lm_head.weight is on the meta device.*Fingerprint the directory"),
         (lambda m: setattr(m, "_hf_peft_config_loaded", True), "unmerged adapter"),
     ],
@@ -300,20 +411,30 @@ def test_modules_that_do_not_hold_their_checkpoint(mark, message):
         fingerprint_teacher(model, make_tokenizer())
 
 
-def test_fsdp2_and_tensor_parallel_modules_are_refused(tmp_path):
+@pytest.fixture
+def process_group(tmp_path):
     import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import distribute_tensor
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = make_model()
-        mesh = init_device_mesh("cpu", (1,))
-        model.lm_head.weight = torch.nn.Parameter(distribute_tensor(model.lm_head.weight.data, mesh))
-        with pytest.raises(ValueError, match="sharded.*lm_head.weight"):
-            fingerprint_teacher(model, make_tokenizer())
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+def test_fsdp1_is_refused(process_group):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(make_model(), device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match="FSDP1.*Use FSDP2"):
+        fingerprint_teacher(model, make_tokenizer())
+
+
+def test_wrapped_modules(process_group):
+    model = make_model()
+    wrapped = [torch.nn.parallel.DistributedDataParallel(model), torch.compile(model)]
+    assert {weights(m) for m in wrapped} == {weights(model)}
+    before = weights(model)
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+    assert weights(model) == before
 
 
 def test_other_objects():
@@ -388,7 +509,7 @@ def test_chat_template(tmp_path):
 def test_directory_and_the_module_loaded_from_it_have_one_id(tmp_path):
     directory = save(make_model(), tmp_path / "my-teacher")
     from_directory = fingerprint_teacher(str(directory))
-    assert from_directory.name == "my-teacher"
+    assert from_directory.name == from_directory.model_id == "my-teacher"
     assert fingerprint_teacher(AutoModelForCausalLM.from_pretrained(directory)) == from_directory
     assert fingerprint_teacher(directory, name="other").id == f"other@{content_id(from_directory.id)}"
 
@@ -414,6 +535,7 @@ def test_hub_id(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     fingerprint = fingerprint_teacher("some-org/Teacher-8B", revision="abc")
+    assert fingerprint.model_id == "some-org/Teacher-8B" and fingerprint.revision == "5f1c0ffee"
     assert fingerprint.name == "Teacher-8B" and same_teacher(fingerprint, fingerprint_teacher(directory))
     assert calls[0][0] == "some-org/Teacher-8B" and calls[0][1]["revision"] == "abc"
 
@@ -424,6 +546,322 @@ def test_hub_id(tmp_path, monkeypatch):
     unwanted = ["pytorch_model.bin", "consolidated.safetensors", "original/params.json", "model.gguf", "README.md"]
     patterns = {key: calls[0][1][key] for key in ("allow_patterns", "ignore_patterns")}
     assert set(filter_repo_objects(wanted + unwanted, **patterns)) == set(wanted)
+
+
+def test_snapshot_in_the_hub_cache_is_named_after_its_repository(tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    directory = save(make_model(), tmp_path / "models--org--Teacher-8B" / "snapshots" / commit)
+    for teacher in (directory, AutoModelForCausalLM.from_pretrained(directory)):
+        fingerprint = fingerprint_teacher(teacher)
+        assert (fingerprint.model_id, fingerprint.revision) == ("org/Teacher-8B", commit)
+
+
+def test_loaded_model_names_its_hub_id_or_no_path(tmp_path):
+    model = make_model()
+    model.config._name_or_path = str(tmp_path / "gone" / "teacher")
+    assert fingerprint_teacher(model, make_tokenizer()).model_id == "teacher"
+    model.config._name_or_path, model.config._commit_hash = "org/teacher", "abc"
+    fingerprint = fingerprint_teacher(model, make_tokenizer())
+    assert (fingerprint.model_id, fingerprint.revision) == ("org/teacher", "abc")
+
+
+def test_what_a_person_wants_to_know(tmp_path):
+    model = make_model(tied=True)
+    model.model.norm.float()
+    directory = save(model, tmp_path / "teacher")
+    for teacher in (model, directory):
+        fingerprint = fingerprint_teacher(teacher, make_tokenizer())
+        assert fingerprint.dtype == "bfloat16" and fingerprint.architecture == "LlamaForCausalLM"
+        assert fingerprint.parameters == sum(p.numel() for p in model.parameters())
+        assert fingerprint.library == f"transformers {transformers.__version__}"
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_remote_code_runs_only_when_it_is_trusted(tmp_path):
+    directory = save(make_model(), tmp_path / "teacher")
+    expected = fingerprint_teacher(directory)
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "own.py").write_text(CODE)
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        fingerprint_teacher(directory)
+    fingerprint = fingerprint_teacher(directory, trust_remote_code=True)
+    assert fingerprint == expected and fingerprint.architecture == "OwnForCausalLM"
+
+
+def test_saved_quantized_checkpoint_counts_as_its_files_are(tmp_path):
+    directory = save(make_model(), tmp_path)
+    quantize = {"model.layers.0.mlp.up_proj.weight": torch.zeros(64, 1, dtype=torch.uint8)}
+    rewrite(directory, lambda t: t.update(quantize | {"model.layers.0.mlp.up_proj.weight.absmax": torch.ones(2)}))
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (directory / "config.json").write_text(json.dumps(config))
+    before = weights(directory)
+    rewrite(directory, lambda t: t["model.layers.0.mlp.up_proj.weight.absmax"].mul_(2))
+    assert weights(directory) != before
+
+
+# Adapters
+
+
+def make_adapter(teacher, r=2, alpha=4, seed=0, **options):
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_pretrained(teacher)
+    targets = options.pop("target_modules", ["q_proj", "down_proj"])
+    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, init_lora_weights=False, **options)
+    return get_peft_model(base, config)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return save(make_model(tied=True), tmp_path_factory.mktemp("base") / "teacher")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_dora": True},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"modules_to_save": ["norm"]},
+        {"trainable_token_indices": [1, 2]},
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_loaded_adapter_equals_its_saved_directory(tmp_path, teacher, options):
+    model = make_adapter(teacher, **options)
+    model.save_pretrained(tmp_path / "adapter")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    saved, loaded = fingerprint_teacher(tmp_path / "adapter"), fingerprint_teacher(model)
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(teacher), tmp_path / "adapter")
+    base = fingerprint_teacher(teacher)
+    assert saved == loaded == fingerprint_teacher(again)
+    assert saved.weights == base.weights and saved.adapter is not None and saved.parameters == base.parameters
+    assert saved.diff(base) == ["the adapter differs"] and diff_ids(saved.id, base.id) == ["the weights differ"]
+    assert saved.model_id == "teacher+adapter" and loaded.model_id == "teacher+default"
+    # The model is left as it was.
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_adapters_that_differ(tmp_path, teacher):
+    directory = tmp_path / "adapter"
+    make_adapter(teacher).save_pretrained(directory)
+    found = [fingerprint_teacher(directory)]
+    for options in ({"r": 3}, {"alpha": 5}, {"seed": 1}, {"use_rslora": True}, {"target_modules": ["q_proj"]}):
+        found.append(fingerprint_teacher(make_adapter(teacher, **options)))
+    file = directory / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(torch.uint8)[0, 0] ^= 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    found.append(fingerprint_teacher(directory))
+    assert len({f.adapter for f in found}) == len(found) == len({f.id for f in found})
+    assert len({f.weights for f in found}) == 1
+
+
+def test_bookkeeping_and_new_default_options_are_no_part_of_an_adapter(tmp_path, teacher):
+    make_adapter(teacher).save_pretrained(tmp_path)
+    before = fingerprint_teacher(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config |= {"peft_version": "99", "inference_mode": False, "revision": "main", "option_of_next_year": None}
+    config["target_modules"].reverse()
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert fingerprint_teacher(tmp_path) == before
+
+
+def test_sixteen_bit_adapter_loads_as_float32_of_the_same_values(tmp_path, teacher):
+    make_adapter(teacher).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({k: v.bfloat16() for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(teacher), tmp_path)
+    assert fingerprint_teacher(model) == fingerprint_teacher(tmp_path)
+
+
+def test_base_of_an_adapter_by_relative_path_and_its_own_tokenizer(tmp_path, teacher, monkeypatch):
+    directory = tmp_path / "adapter"
+    make_adapter(teacher).save_pretrained(directory)
+    before = fingerprint_teacher(directory)
+    config = json.loads((directory / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = os.path.relpath(teacher, directory)
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    assert fingerprint_teacher(directory) == before
+    monkeypatch.chdir(teacher.parent)
+    (directory / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "teacher"}))
+    assert fingerprint_teacher(directory) == before
+    make_tokenizer(chat_template="{{ a }}").save_pretrained(directory)
+    assert fingerprint_teacher(directory).diff(before) == ["the chat template differs"]
+
+
+def test_adapter_over_a_hub_model(tmp_path, teacher, monkeypatch):
+    directory = tmp_path / "adapter"
+    make_adapter(teacher).save_pretrained(directory)
+    before = fingerprint_teacher(directory)
+    config = json.loads((directory / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": "org/Base-8B", "revision": "v1"}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(FileNotFoundError, match="adapter.* over the base model org/Base-8B, which is out of reach"):
+        fingerprint_teacher(directory)
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda repo, **kw: asked.append((repo, kw["revision"])) or str(teacher)
+    )
+    fingerprint = fingerprint_teacher(directory)
+    assert fingerprint == before and asked == [("org/Base-8B", "v1")]
+    assert (fingerprint.model_id, fingerprint.revision) == ("Base-8B+adapter", "teacher+?")
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"base_model_name_or_path": None}, ValueError, "names no base model"),
+        ({"base_model_name_or_path": "/gone/base"}, FileNotFoundError, "over the base model /gone/base.*out of reach"),
+        ({"base_model_name_or_path": "."}, ValueError, "itself an adapter"),
+    ],
+)
+def test_adapters_whose_base_is_not_there(tmp_path, teacher, monkeypatch, change, error, message):
+    monkeypatch.chdir(tmp_path)
+    make_adapter(teacher).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(error, match=message):
+        fingerprint_teacher(tmp_path)
+
+
+def test_adapter_without_safetensors(tmp_path, teacher):
+    make_adapter(teacher).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    file.rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match="never loaded"):
+        fingerprint_teacher(tmp_path)
+    file.write_bytes(b"short")
+    with pytest.raises(ValueError, match="adapter_model.safetensors is truncated"):
+        fingerprint_teacher(tmp_path)
+
+
+def test_the_active_adapter_counts(teacher):
+    model = make_adapter(teacher)
+    first = fingerprint_teacher(model)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    assert fingerprint_teacher(model) == first
+    model.set_adapter("other")
+    second = fingerprint_teacher(model)
+    assert second.diff(first)[0] == "the adapter differs" and second.name == "teacher+other"
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="2 active adapters .default, other.*set_adapter"):
+        fingerprint_teacher(model)
+
+
+def test_adapters_that_have_changed_their_base(teacher):
+    model = make_adapter(teacher)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged into its base"):
+        fingerprint_teacher(model)
+    with pytest.raises(ValueError, match="trains biases"):
+        fingerprint_teacher(make_adapter(teacher, bias="all"))
+
+
+# The cache
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(fingerprint_module, "CACHE_MIN_BYTES", 0)
+    monkeypatch.setattr(fingerprint_module, "CACHE_MIN_AGE_SECONDS", 0)
+    return tmp_path / "home" / "trl_lopd" / "fingerprints"
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Names of the tensors whose bytes were read."""
+    names, hash_tensor = [], fingerprint_module._hash_tensor
+
+    def spy(tensor, advance):
+        names.append(tensor.name)
+        return hash_tensor(tensor, advance)
+
+    monkeypatch.setattr(fingerprint_module, "_hash_tensor", spy)
+    return names
+
+
+def test_a_file_is_read_once(tmp_path, cache, reads):
+    directory = save(make_model(), tmp_path / "teacher", max_shard_size="1KB")
+    first = fingerprint_teacher(directory)
+    assert len(reads) == 21 and len(list(cache.iterdir())) == len(list(directory.glob("*.safetensors")))
+    reads.clear()
+    assert fingerprint_teacher(directory) == first and reads == []
+    assert fingerprint_teacher(directory, use_cache=False) == first and len(reads) == 21
+
+
+def test_the_cache_is_not_touched_unless_asked(tmp_path, cache, monkeypatch):
+    directory = save(make_model(), tmp_path / "teacher")
+    fingerprint_teacher(directory, use_cache=False)
+    assert not cache.exists()
+    monkeypatch.setattr(fingerprint_module, "CACHE_MIN_BYTES", 10**6)
+    fingerprint_teacher(directory)
+    assert not cache.exists()
+    monkeypatch.setattr(fingerprint_module, "CACHE_MIN_BYTES", 0)
+    monkeypatch.setattr(fingerprint_module, "CACHE_MIN_AGE_SECONDS", 3600)
+    fingerprint_teacher(directory)
+    assert not cache.exists()
+
+
+def test_one_bit_flipped_in_place_is_seen_past_the_cache(tmp_path, cache):
+    directory = save(make_model(), tmp_path / "teacher")
+    first, file = fingerprint_teacher(directory), directory / "model.safetensors"
+    before = file.stat()
+    time.sleep(0.05)
+    with open(file, "r+b") as handle:
+        handle.seek(-1, os.SEEK_END)
+        byte = handle.read(1)[0]
+        handle.seek(-1, os.SEEK_END)
+        handle.write(bytes([byte ^ 1]))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_mtime_ns, file.stat().st_size) == (before.st_mtime_ns, before.st_size)
+    assert fingerprint_teacher(directory).diff(first) == ["the weights differ"]
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_file_that_changes_while_it_is_hashed_is_not_remembered(tmp_path, cache, monkeypatch):
+    directory = save(make_model(), tmp_path / "teacher")
+    hash_tensor = fingerprint_module._hash_tensor
+
+    def touch(tensor, advance):
+        os.utime(tensor.file)
+        return hash_tensor(tensor, advance)
+
+    monkeypatch.setattr(fingerprint_module, "_hash_tensor", touch)
+    fingerprint_teacher(directory)
+    assert not cache.exists()
+
+
+def test_a_broken_cache_is_ignored(tmp_path, cache, reads):
+    directory = save(make_model(), tmp_path / "teacher")
+    first = fingerprint_teacher(directory)
+    (entry,) = cache.iterdir()
+    whole = entry.read_text()
+    for broken in ("", "{", "[]", "{}", whole[:-9], whole.replace("bfloat16", "float16", 1)):
+        entry.write_text(broken)
+        reads.clear()
+        assert fingerprint_teacher(directory) == first and len(reads) == 21
+        assert entry.read_text() == whole
+    entry.write_bytes(b"\xff\xfe")
+    assert fingerprint_teacher(directory) == first
+
+
+def test_a_cache_that_cannot_be_written_is_ignored(tmp_path, cache):
+    cache.parent.mkdir(parents=True)
+    cache.write_text("a file where the directory should be")
+    fingerprint_teacher(save(make_model(), tmp_path / "teacher"))
 
 
 @pytest.mark.parametrize("module", ["fingerprint", "cards", "consistency"])

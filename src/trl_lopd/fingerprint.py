@@ -3,63 +3,116 @@
 Lightning OPD (arXiv 2604.13010) holds only if the teacher that wrote the SFT answers is the teacher that scores the
 rollouts. Names do not settle that question (a directory is renamed, a Hub repository is updated in place), so a
 teacher is named by what it contains. Two copies of a model agree however they are stored: as one file or in shards, on
-disk or loaded, with a tied head written out or left out.
+disk, loaded or sharded over processes, with a tied head written out or left out.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
+import math
+import os
 import re
-from dataclasses import dataclass
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from blake3 import blake3
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Part of every id: a change in what is hashed must never make two different definitions compare equal.
 SCHEMA_VERSION = 1
+# How a fingerprint is known, strongest first: computed from content, matched by behaviour, stated by a person.
+EVIDENCE = ("verified", "probed", "declared")
+
+ID = re.compile(r"[^#\s]*@\d+-[0-9a-f]{12}-[0-9a-f]{8}-[0-9a-f]{8}(#(probed|declared))?")
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges*"]
 # A second copy of the weights in another layout, which transformers does not read.
 HUB_FILES_TO_SKIP = ["consolidated*", "original/*", "onnx/*"]
 
+ADAPTER_CONFIG = "adapter_config.json"
+# What does not decide an adapter's function, or is told by the names and shapes of its tensors.
+ADAPTER_CONFIG_TO_SKIP = {
+    *("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "task_type"),
+    *("target_modules", "exclude_modules", "modules_to_save", "lora_dropout"),
+}
+# Components that PEFT puts into the names of a base model's tensors.
+PEFT_WRAPPERS = {"base_layer", "original_module", "token_adapter"}
+
+# Bytes read at a time by each thread: little enough to be hashed while still in the processor's cache.
+CHUNK_BYTES = 2**20
+# More threads than this read no faster from any one disk.
+MAX_THREADS = 8
+# Smaller checkpoints are hashed before a bar would be seen.
+PROGRESS_MIN_BYTES = 10**9
+# Hashing a smaller file costs about as much as looking it up.
+CACHE_MIN_BYTES = 64 * 2**20
+# A file written twice within the resolution of its timestamps looks like one written once; the coarsest is 2 s (FAT).
+CACHE_MIN_AGE_SECONDS = 2.0
+
 
 @dataclass(frozen=True)
 class TeacherFingerprint:
     """
-    Identity of a teacher: three content digests, and a name for people.
+    Identity of a teacher: its content digests, and what a person wants to know of it. Two fingerprints are equal if
+    their content is: `model_id` and what follows it are never compared.
 
     Args:
-        name (`str`): Last component of the model id or directory. Never compared.
-        weights (`str`): Hex digest of the weights.
+        weights (`str`): Hex digest of the weights; for an adapter, of its base's.
         tokenizer (`str`): Hex digest of what turns text into token ids.
         chat_template (`str`): Hex digest of the chat template; that of the empty string if there is none.
+        adapter (`str`, *optional*): Hex digest of the adapter over the base. `None` for a whole model.
+        schema (`int`): Version of the digests' definition.
+        model_id (`str`): Hub id, or last component of the directory; for an adapter `base+adapter`, last components.
+        revision (`str`, *optional*): Commit on the Hub; for an adapter `base+adapter`, with `?` for one not known.
+        dtype (`str`, *optional*): The dtype that holds most of the weights' elements.
+        parameters (`int`, *optional*): Elements of the weights, each tied tensor counted once.
+        architecture (`str`, *optional*): Model class.
+        library (`str`, *optional*): What read the model, and its version.
     """
 
-    name: str
     weights: str
     tokenizer: str
     chat_template: str
+    adapter: str | None = None
+    schema: int = SCHEMA_VERSION
+    model_id: str = field(default="", compare=False)
+    revision: str | None = field(default=None, compare=False)
+    dtype: str | None = field(default=None, compare=False)
+    parameters: int | None = field(default=None, compare=False)
+    architecture: str | None = field(default=None, compare=False)
+    library: str | None = field(default=None, compare=False)
 
     @property
     def id(self) -> str:
-        """`name@digest`, 16 hex characters: the string in the table's `teacher_fingerprint` column."""
-        content = [SCHEMA_VERSION, self.weights, self.tokenizer, self.chat_template]
-        return f"{self.name}@{_json_digest(content)[:16]}"
+        """
+        `name@schema-weights-tokenizer-template`, with 12, 8 and 8 hex characters: the string in the table's
+        `teacher_fingerprint` column.
+        """
+        weights = self.weights if self.adapter is None else _json_digest([self.weights, self.adapter])
+        # `#` starts the evidence, and an id must stay one word.
+        name = re.sub(r"[#\s]", "-", self.name)
+        return f"{name}@{self.schema}-{weights[:12]}-{self.tokenizer[:8]}-{self.chat_template[:8]}"
 
-    def to_dict(self) -> dict[str, str]:
-        """The record that a card holds: `id`, `name`, `weights`, `tokenizer`, `chat_template`."""
-        return {
-            "id": self.id,
-            "name": self.name,
-            "weights": self.weights,
-            "tokenizer": self.tokenizer,
-            "chat_template": self.chat_template,
-        }
+    @property
+    def name(self) -> str:
+        """Last component of `model_id`."""
+        return self.model_id.rpartition("/")[2]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record that a card holds: `id`, then the fields that are not `None`."""
+        return {"id": self.id} | {key: value for key, value in asdict(self).items() if value is not None}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> TeacherFingerprint:
@@ -67,30 +120,107 @@ class TeacherFingerprint:
         The inverse of [`to_dict`]. Keys it does not know are ignored.
 
         Raises:
-            `ValueError`: if a field is missing or not a string, or if `id` is given and does not follow from the
-                digests.
+            `ValueError`: if a digest is missing or not a string, if the record has another schema, or if `id` is given
+                and does not follow from the digests.
         """
-        fields = ("name", "weights", "tokenizer", "chat_template")
-        if bad := [field for field in fields if not isinstance(record.get(field), str)]:
+        if (schema := record.get("schema", SCHEMA_VERSION)) != SCHEMA_VERSION:
+            raise ValueError(
+                f"The teacher record {record.get('id', '')!r} has fingerprint schema {schema!r}, this version of "
+                f"trl-lopd has {SCHEMA_VERSION}: it was written by another version. Install that version, or "
+                "fingerprint the teacher again with this one."
+            )
+        digests = ["weights", "tokenizer", "chat_template"] + ["adapter"] * (record.get("adapter") is not None)
+        if bad := [key for key in digests if not isinstance(record.get(key), str)]:
             raise ValueError(f"Not a full teacher record: {', '.join(bad)} missing or not a string in {record!r}.")
-        fingerprint = cls(**{field: record[field] for field in fields})
+        fingerprint = cls(**{key: record[key] for key in cls.__dataclass_fields__ if key in record})
         if "id" in record and record["id"] != fingerprint.id:
             raise ValueError(
                 f"The teacher record says id {record['id']!r}, but its digests give {fingerprint.id!r}: it was edited "
-                "by hand, or written under another fingerprint schema."
+                "by hand, or written by another version of trl-lopd. Fingerprint the teacher again."
             )
         return fingerprint
 
+    def diff(self, other: TeacherFingerprint | str) -> list[str]:
+        """What differs from another fingerprint, or from an id, in words: a phrase each. Empty if nothing does."""
+        if isinstance(other, str):
+            return diff_ids(self.id, other)
+        if self.schema != other.schema:
+            return diff_ids(self.id, other.id)
+        phrases = {
+            "weights": "the weights differ",
+            "adapter": "the adapter differs",
+            "tokenizer": "the tokenizer differs",
+            "chat_template": "the chat template differs",
+        }
+        differences = [phrase for key, phrase in phrases.items() if getattr(self, key) != getattr(other, key)]
+        names = [
+            f"the {key.replace('_', ' ')} ({getattr(self, key)} -> {getattr(other, key)})"
+            for key in ("revision", "model_id")
+            if getattr(self, key) != getattr(other, key)
+        ]
+        return differences or ([f"only {' and '.join(names)}"] if names else [])
+
 
 def content_id(fingerprint_id: str) -> str:
-    """The part of a fingerprint id after its last `@`. Two ids name the same teacher iff these are equal."""
-    return fingerprint_id.rpartition("@")[2]
+    """The part of an id that names the content: after its last `@`, without evidence. Empty if there is none."""
+    _, at, content = fingerprint_id.rpartition("@")
+    return content.partition("#")[0] if at else ""
+
+
+def evidence_of(fingerprint_id: str) -> str:
+    """
+    How an id is known, one of [`EVIDENCE`]: `"verified"` if it carries no suffix.
+
+    Raises:
+        `ValueError`: if its suffix is none of `#probed` and `#declared`.
+    """
+    _, mark, evidence = fingerprint_id.rpartition("@")[2].partition("#")
+    if not mark:
+        return EVIDENCE[0]
+    if evidence not in EVIDENCE[1:]:
+        raise ValueError(
+            f"The teacher id {fingerprint_id!r} ends in #{evidence}. An id ends in "
+            f"{' or '.join(f'#{kind}' for kind in EVIDENCE[1:])}, or in no suffix if it is {EVIDENCE[0]}."
+        )
+    return evidence
+
+
+def with_evidence(fingerprint_id: str, evidence: str) -> str:
+    """
+    The id with another suffix for how it is known.
+
+    Raises:
+        `ValueError`: if `evidence` is not in [`EVIDENCE`].
+    """
+    if evidence not in EVIDENCE:
+        raise ValueError(f"Evidence is one of {', '.join(EVIDENCE)}, not {evidence!r}.")
+    name, at, content = fingerprint_id.rpartition("@")
+    suffix = "" if evidence == EVIDENCE[0] else f"#{evidence}"
+    return f"{name}{at}{content.partition('#')[0]}{suffix}"
+
+
+def is_id(text: str) -> bool:
+    """Whether a string is a full id, of whichever schema: see [`TeacherFingerprint.id`]."""
+    return ID.fullmatch(text) is not None
 
 
 def same_teacher(a: TeacherFingerprint | str, b: TeacherFingerprint | str) -> bool:
     """Whether two fingerprints, or ids of fingerprints, name the same teacher, whatever names they carry."""
     first, second = (content_id(x if isinstance(x, str) else x.id) for x in (a, b))
-    return first == second
+    return first == second != ""
+
+
+def diff_ids(a: str, b: str) -> list[str]:
+    """What differs between the contents that two ids name, in words: a phrase each. Empty if nothing does."""
+    if same_teacher(a, b):
+        return []
+    if not (is_id(a) and is_id(b)):
+        return ["the content differs"]
+    (schema, *digests), (other_schema, *others) = (content_id(x).split("-") for x in (a, b))
+    if schema != other_schema:
+        return ["written under another fingerprint schema"]
+    phrases = ("the weights differ", "the tokenizer differs", "the chat template differs")
+    return [phrase for phrase, x, y in zip(phrases, digests, others, strict=True) if x != y]
 
 
 def fingerprint_teacher(
@@ -99,66 +229,197 @@ def fingerprint_teacher(
     *,
     name: str | None = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
+    use_cache: bool = True,
 ) -> TeacherFingerprint:
     """
     Fingerprint a teacher from its content.
 
-    A directory is hashed from its safetensors files, by memory map, so it may be larger than memory. A loaded model
-    gets the digest of the directory that its `save_pretrained` would write.
+    A directory is hashed from its safetensors files, in 1 MiB pieces, so it may be larger than memory. A loaded model
+    gets the digest of the directory that its `save_pretrained` would write. If it is sharded over processes (DeepSpeed
+    ZeRO-3, FSDP2), every process has to call this; all get the same answer, and each holds one layer at a time.
 
     Args:
-        model (`str`, `Path` or `PreTrainedModel`): Local directory, Hub model id, or loaded model.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): Defaults to the one in the directory, or for a loaded model
-            the one at `model.config._name_or_path`.
-        name (`str`, *optional*): Defaults to the last component of the model id or directory.
+        model (`str`, `Path`, `PreTrainedModel` or `PeftModel`): Local directory, Hub model id, or loaded model, which
+            may be wrapped (DDP, DeepSpeed, `torch.compile`). May be a PEFT adapter over a base model: then both count.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Defaults to the one in the directory (an adapter's own, else
+            its base's), or for a loaded model the one at `model.config._name_or_path`.
+        name (`str`, *optional*): Replaces the model id, for people.
         revision (`str`, *optional*): Hub revision. Ignored for a local directory and for a loaded model.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Run the model and tokenizer code that comes with
+            the weights.
+        use_cache (`bool`, *optional*, defaults to `True`): Remember the digests of large files, in
+            `$HF_HOME/trl_lopd/fingerprints`, and reuse them while path, inode, size and timestamps are the same.
 
     Raises:
-        `FileNotFoundError`: if the directory has no safetensors weights, or if one of its shards is missing.
-        `ValueError`: if the directory or the model is an unmerged adapter, if a sharded checkpoint contradicts its
-            index, if the model is quantized, sharded over processes or not in memory, or if it says nothing of where
-            its tokenizer is.
-        `TypeError`: if `model` is none of the three.
+        `FileNotFoundError`: if there are no safetensors weights, if one of the shards is missing, or if an adapter's
+            base is out of reach.
+        `ValueError`: if a file is truncated or corrupt, if a sharded checkpoint contradicts its index, if a loaded
+            model is quantized, wrapped by FSDP1, not in memory or has several active adapters or merged ones, or if it
+            says nothing of where its tokenizer is; from transformers, if the model needs `trust_remote_code`.
+        `TypeError`: if `model` is none of those.
     """
-    from transformers import AutoTokenizer, PreTrainedModel
+    import transformers
 
+    adapter = None
     if isinstance(model, str | Path):
-        directory = Path(model)
-        if directory.is_dir():
-            source = str(directory.resolve())
-        else:
-            from huggingface_hub import snapshot_download
-
-            source = str(model)
-            directory = Path(
-                snapshot_download(
-                    source, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_FILES_TO_SKIP
-                )
-            )
-        weights = _directory_digest(directory)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(directory)
-    elif isinstance(model, PreTrainedModel):
-        source = model.config._name_or_path or type(model).__name__
-        if tokenizer is None:
-            if not model.config._name_or_path:
-                raise ValueError(
-                    f"This {type(model).__name__} does not say where it was loaded from (config._name_or_path is "
-                    "empty), so its tokenizer cannot be found. Pass `tokenizer`."
-                )
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        weights = _module_digest(model)
+        origin = base = _locate(model, revision, trust_remote_code)
+        tokenizer_source = origin.path
+        if (origin.path / ADAPTER_CONFIG).is_file():
+            base = _locate_base(origin, trust_remote_code)
+            adapter = _saved_adapter_digest(origin.path)
+            if not any((origin.path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+                tokenizer_source = base.path
+            origin = _over(base, origin)
+        weights = _saved_weights(base.path, trust_remote_code, use_cache)
     else:
-        raise TypeError(
-            "Expected a local directory, a Hub model id or a transformers PreTrainedModel, got "
-            f"{type(model).__name__}. Unwrap a wrapped model first; merge adapters into it (PEFT: "
-            "`model.merge_and_unload()`)."
+        module, peft_model = _unwrap(model)
+        origin = base = _origin_of_loaded(module)
+        tokenizer_source = module.config._name_or_path
+        if tokenizer is None and not tokenizer_source:
+            raise ValueError(
+                f"This {type(module).__name__} does not say where it was loaded from (config._name_or_path is empty), "
+                "so its tokenizer cannot be found. Pass `tokenizer`."
+            )
+        if peft_model is not None:
+            active = _active_adapter(peft_model)
+            adapter = _loaded_adapter_digest(peft_model, active)
+            origin = _over(base, _Origin(None, active, None))
+        weights = _loaded_weights(module, is_peft_base=peft_model is not None)
+    if tokenizer is None:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            tokenizer_source, revision=base.revision, trust_remote_code=trust_remote_code
         )
     return TeacherFingerprint(
-        name=name or Path(source).name,
-        weights=weights,
+        weights=weights.digest,
         tokenizer=_tokenizer_digest(tokenizer),
         chat_template=_chat_template_digest(tokenizer.chat_template),
+        adapter=adapter,
+        model_id=name or origin.model_id,
+        revision=origin.revision,
+        dtype=weights.dtype,
+        parameters=weights.parameters,
+        architecture=weights.architecture,
+        library=f"transformers {transformers.__version__}",
     )
+
+
+class _Origin(NamedTuple):
+    path: Path | None
+    model_id: str
+    revision: str | None
+
+
+class _Weights(NamedTuple):
+    digest: str
+    dtype: str | None
+    parameters: int
+    architecture: str
+
+
+# Where a model comes from
+
+
+def _locate(model: str | Path, revision: str | None, trust_remote_code: bool) -> _Origin:
+    path = Path(model)
+    if path.is_dir():
+        return _origin_of_directory(path)
+    if path.is_absolute() or str(model).startswith("."):
+        raise FileNotFoundError(f"There is no directory {model}. Pass a local directory or a Hub model id.")
+
+    from huggingface_hub import snapshot_download
+
+    files = HUB_FILES + ["*.py"] * trust_remote_code
+    path = Path(
+        snapshot_download(str(model), revision=revision, allow_patterns=files, ignore_patterns=HUB_FILES_TO_SKIP)
+    )
+    return _Origin(path, str(model), path.name)
+
+
+def _origin_of_directory(path: Path) -> _Origin:
+    path = path.resolve()
+    if path.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", path.name):
+        # A snapshot in the Hub's cache is named after its commit, and lies under the name of its repository.
+        return _Origin(path, path.parent.parent.name.removeprefix("models--").replace("--", "/"), path.name)
+    return _Origin(path, path.name, None)
+
+
+def _origin_of_loaded(model: PreTrainedModel) -> _Origin:
+    source, commit = model.config._name_or_path, getattr(model.config, "_commit_hash", None)
+    if source and Path(source).is_dir():
+        return _origin_of_directory(Path(source))
+    if commit is not None:
+        return _Origin(None, source, commit)
+    # Nothing says that this is a Hub id: it may be the path of a directory that is gone.
+    return _Origin(None, Path(source).name or type(model).__name__, None)
+
+
+def _locate_base(adapter: _Origin, trust_remote_code: bool) -> _Origin:
+    config = json.loads((adapter.path / ADAPTER_CONFIG).read_text())
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"{adapter.path / ADAPTER_CONFIG} names no base model, so there is nothing to fingerprint the adapter "
+            "over. Set its base_model_name_or_path to the directory or Hub id of the base."
+        )
+    if (adapter.path / base).is_dir() and not Path(base).is_dir():
+        base = adapter.path / base
+    try:
+        origin = _locate(base, config.get("revision"), trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"The adapter {adapter.path} is over the base model {base}, which is out of reach: {error} Download the "
+            f"base, or set base_model_name_or_path in {ADAPTER_CONFIG} to where it is."
+        ) from error
+    if (origin.path / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"The adapter {adapter.path} is over {origin.path}, which is itself an adapter. Merge that one into its "
+            "base, save the result, and name it as the base."
+        )
+    return origin
+
+
+def _over(base: _Origin, adapter: _Origin) -> _Origin:
+    """The origin of an adapter over its base."""
+    model_id = "+".join(origin.model_id.rpartition("/")[2] for origin in (base, adapter))
+    revisions = [base.revision, adapter.revision]
+    revision = "+".join(revision or "?" for revision in revisions) if any(revisions) else None
+    return _Origin(adapter.path, model_id, revision)
+
+
+def _unwrap(model: Any) -> tuple[PreTrainedModel, Any]:
+    """The transformers model inside whatever wraps it, and the `PeftModel` around it or `None`."""
+    import torch
+    from transformers import PreTrainedModel
+
+    # Who has a PeftModel has imported peft.
+    peft = sys.modules.get("peft")
+    kinds = (PreTrainedModel,) if peft is None else (PreTrainedModel, peft.PeftModel)
+    if isinstance(model, torch.nn.Module):
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+            raise ValueError(
+                "The model is wrapped by FSDP1 (FullyShardedDataParallel), which flattens its tensors. Use FSDP2 "
+                "(`fully_shard`; accelerate: `fsdp_version: 2`), or fingerprint the directory or Hub id that it was "
+                "loaded from."
+            )
+        if not isinstance(model, kinds):
+            from accelerate.utils import extract_model_from_parallel
+
+            model = extract_model_from_parallel(model, keep_torch_compile=False)
+    peft_model = model if peft is not None and isinstance(model, peft.PeftModel) else None
+    if peft_model is not None:
+        model = peft_model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            "Expected a local directory, a Hub model id, a transformers PreTrainedModel or a PeftModel over one, got "
+            f"{type(model).__name__}."
+        )
+    return model, peft_model
+
+
+# Tokenizer and chat template
 
 
 def _json_digest(value: Any) -> str:
@@ -187,29 +448,38 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return _json_digest({**parts, "special_tokens": special_tokens})
 
 
+# Weights: digests of tensors, and of the whole
+
+
+def _entry(dtype: torch.dtype, shape: Iterable[int], digest: str) -> str:
+    return f"{str(dtype).removeprefix('torch.')} [{'x'.join(map(str, shape))}] {digest}"
+
+
 def _tensor_entry(tensor: torch.Tensor) -> str:
-    """`dtype shape digest` of one tensor. Reads its bytes where they lie if it is contiguous and on the CPU."""
+    """`dtype [shape] digest` of one tensor. Reads its bytes where they lie if it is contiguous and on the CPU."""
     import torch
 
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    shape = "x".join(map(str, tensor.shape))
-    return f"{dtype} [{shape}] {blake3(data, max_threads=blake3.AUTO).hexdigest()}"
+    return _entry(tensor.dtype, tensor.shape, blake3(data, max_threads=blake3.AUTO).hexdigest())
 
 
-def _weights_digest(entries: dict[str, str], model: PreTrainedModel) -> str:
+def _summarize(
+    entries: dict[str, str], model: PreTrainedModel, tensors: dict[str, torch.Tensor], architecture: str
+) -> _Weights:
     """
-    Digest of a checkpoint.
+    The digest of a checkpoint, and what a person wants to know of it.
 
     Args:
         entries (`dict[str, str]`): Tensor entry by the name that the tensor has in a saved checkpoint.
         model (`PreTrainedModel`): Says which names are tied; may be on the meta device.
+        tensors (`dict[str, torch.Tensor]`): The model's tensors by their names in the model. Only the names of the
+            tied ones count, and that transformers can rename them.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
     def saved_name(name: str) -> str:
         # The name in the module is not the name in the file for models whose checkpoints transformers converts.
-        return next(iter(revert_weight_conversion(model, {name: model.get_parameter_or_buffer(name)})))
+        return next(iter(revert_weight_conversion(model, {name: tensors[name]})))
 
     entries = dict(entries)
     for tied, kept in model.all_tied_weights_keys.items():
@@ -218,46 +488,91 @@ def _weights_digest(entries: dict[str, str], model: PreTrainedModel) -> str:
         # differ: then both count.
         if tied in entries and entries.setdefault(kept, entries[tied]) == entries[tied]:
             del entries[tied]
-    return blake3("\n".join(f"{name} {entry}" for name, entry in sorted(entries.items())).encode()).hexdigest()
+
+    elements = Counter()
+    for entry in entries.values():
+        dtype, shape, _ = entry.split(" ")
+        elements[dtype] += math.prod(int(size) for size in shape[1:-1].split("x") if size)
+    return _Weights(
+        digest=blake3("\n".join(f"{name} {entry}" for name, entry in sorted(entries.items())).encode()).hexdigest(),
+        dtype=max(elements, key=elements.get, default=None),
+        parameters=elements.total(),
+        architecture=architecture,
+    )
 
 
-def _directory_digest(directory: Path) -> str:
+def _adapter_digest(config: dict[str, Any], entries: dict[str, str]) -> str:
+    """Digest of an adapter's tensors, and of the part of its config that decides what they do."""
+    # An option that PEFT adds later is off by default, and must not change the digest of adapters that lack it.
+    config = {key: value for key, value in config.items() if value and key not in ADAPTER_CONFIG_TO_SKIP}
+    return _json_digest([config, sorted(entries.items())])
+
+
+def _as_peft_loads(tensor: torch.Tensor) -> torch.Tensor:
+    """PEFT loads 16-bit adapters as float32, which holds the same values: so they count as float32."""
+    import torch
+
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+# Weights on disk
+
+
+def _meta_model(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    """A model without memory, which knows what transformers ties, drops and renames."""
     import torch
     import transformers
-    from safetensors import safe_open
 
-    files = _safetensors_files(directory)
-    config = transformers.AutoConfig.from_pretrained(directory)
     # The class that wrote the checkpoint knows what it tied; the auto class stands in for one transformers lacks.
-    model_class = getattr(transformers, (config.architectures or [""])[0], None)
+    architecture = (config.architectures or [""])[0]
+    model_class = getattr(transformers, architecture, None)
     with torch.device("meta"):
         if model_class is not None:
-            model = model_class(config)
-        else:
-            model = transformers.AutoModelForCausalLM.from_config(config)
+            return model_class(config)
+        classes = getattr(config, "auto_map", None) or {}
+        auto = next(
+            (auto for auto, ref in classes.items() if ref == architecture or ref.endswith(f".{architecture}")),
+            "AutoModelForCausalLM",
+        )
+        return getattr(transformers, auto).from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _saved_weights(directory: Path, trust_remote_code: bool, use_cache: bool) -> _Weights:
+    import transformers
+
+    files = _safetensors_files(directory)
+    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    model = _meta_model(config, trust_remote_code)
     # What transformers drops on loading is no part of the teacher: a loaded copy does not have it. The second pattern
     # is a buffer of old checkpoints, which transformers drops for all models rather than model by model.
     dropped = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
 
     entries: dict[str, str] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (not a dict)
-                if any(re.search(pattern, key) for pattern in dropped):
-                    continue
-                if key in entries:
-                    raise ValueError(f"{directory}: {key!r} is in more than one safetensors file.")
-                entries[key] = _tensor_entry(tensors.get_tensor(key))
-    return _weights_digest(entries, model)
+    for of_file in _file_entries(files, use_cache):
+        kept = {key: entry for key, entry in of_file.items() if not any(re.search(x, key) for x in dropped)}
+        if twice := entries.keys() & kept.keys():
+            raise ValueError(f"{directory}: {min(twice)!r} is in more than one safetensors file.")
+        entries |= kept
+    return _summarize(entries, model, model.state_dict(), (config.architectures or [type(model).__name__])[0])
+
+
+def _saved_adapter_digest(directory: Path) -> str:
+    from safetensors.torch import load_file
+
+    file = directory / "adapter_model.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{directory} holds an adapter without adapter_model.safetensors. Pickled weights (.bin) are never "
+            "loaded: re-save the adapter as safetensors with `model.save_pretrained(directory)`."
+        )
+    _layout(file)  # says what is wrong with a broken file
+    config = json.loads((directory / ADAPTER_CONFIG).read_text())
+    entries = {name: _tensor_entry(_as_peft_loads(tensor)) for name, tensor in load_file(file).items()}
+    return _adapter_digest(config, entries)
 
 
 def _safetensors_files(directory: Path) -> list[Path]:
     """The weight files that transformers would load, in the order in which it looks for them."""
-    if (directory / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{directory} holds an adapter, not a whole model. Merge it into its base model, save that, and "
-            "fingerprint the result."
-        )
     single = directory / "model.safetensors"
     if single.is_file():
         return [single]
@@ -273,25 +588,251 @@ def _safetensors_files(directory: Path) -> list[Path]:
     )
 
 
-def _module_digest(model: PreTrainedModel) -> str:
-    from torch.distributed.tensor import DTensor
+class _Tensor(NamedTuple):
+    file: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    """Offset in the file, in bytes."""
+    size: int
+    """Bytes."""
+
+
+def _layout(file: Path) -> list[_Tensor]:
+    """The tensors of a safetensors file in the order of their bytes. Reads the header only."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            # Memory maps: their bytes are not touched.
+            views = {name: tensors.get_tensor(name) for name in tensors.offset_keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is truncated or corrupt ({error}). Download or save it again.") from error
+    # safe_open has checked that the tensors fill the file behind its header without gap or overlap.
+    start = file.stat().st_size - sum(tensor.nbytes for tensor in views.values())
+    layout = []
+    for name, tensor in views.items():
+        layout.append(_Tensor(file, name, tensor.dtype, tuple(tensor.shape), start, tensor.nbytes))
+        start += tensor.nbytes
+    return layout
+
+
+def _hash_tensor(tensor: _Tensor, advance: Callable[[int], Any]) -> str:
+    """
+    Digest of a tensor's bytes in its file. Reads them into a small buffer: a memory map is no faster, and counts as
+    memory of this process until the system wants it back.
+    """
+    digest = blake3()
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, tensor.size)))
+    left = tensor.size
+    with open(tensor.file, "rb", buffering=0) as file:
+        file.seek(tensor.start)
+        while left:
+            read = file.readinto(buffer[:left])
+            if not read:
+                raise ValueError(f"{tensor.file} was truncated while it was read. Fingerprint it when it is complete.")
+            digest.update(buffer[:read])
+            left -= read
+            advance(read)
+    return digest.hexdigest()
+
+
+def _threads() -> int:
+    """Two a processor: while one waits for the disk, the other hashes."""
+    return min(MAX_THREADS, 2 * (os.cpu_count() or 1))
+
+
+def _file_entries(files: list[Path], use_cache: bool) -> list[dict[str, str]]:
+    """Tensor entries by name, of each file."""
+    from huggingface_hub.utils import tqdm
+
+    before = {file: _FileCache(file) for file in files}
+    entries = {file: before[file].read() if use_cache else None for file in files}
+    todo = [file for file in files if entries[file] is None]
+    tensors = [tensor for file in todo for tensor in _layout(file)]
+    total = sum(tensor.size for tensor in tensors)
+    entries |= {file: {} for file in todo}
+    with (
+        # None: shown on a terminal only.
+        tqdm(
+            total=total,
+            desc="Fingerprinting",
+            unit="B",
+            unit_scale=True,
+            disable=None if total >= PROGRESS_MIN_BYTES else True,
+        ) as bar,
+        ThreadPoolExecutor(_threads()) as threads,
+    ):
+        # By tensor, not by file: a checkpoint in one file is as fast as one in many.
+        digests = threads.map(lambda tensor: _hash_tensor(tensor, bar.update), tensors)
+        for tensor, digest in zip(tensors, digests, strict=True):
+            entries[tensor.file][tensor.name] = _entry(tensor.dtype, tensor.shape, digest)
+    if use_cache:
+        for file in todo:
+            before[file].write(entries[file])
+    return [entries[file] for file in files]
+
+
+class _FileCache:
+    """
+    The tensor entries of a large file, kept while the file is the same: in one small JSON a file, whose name follows
+    from the file's path, so that a new version replaces the old one. Never fatal: what cannot be read or written is
+    hashed again.
+    """
+
+    def __init__(self, file: Path):
+        from huggingface_hub.constants import HF_HOME
+
+        self.file = file.resolve()
+        self.identity = self._identity()
+        name = blake3(os.fsencode(self.file)).hexdigest()[:32]
+        self.path = Path(HF_HOME) / "trl_lopd" / "fingerprints" / f"{name}.json"
+        # Changed too recently: another write could leave the same timestamps behind.
+        self.age = time.time() - max(self.identity["mtime_ns"], self.identity["ctime_ns"]) / 1e9
+        self.large = self.identity["size"] >= CACHE_MIN_BYTES
+
+    def _identity(self) -> dict[str, Any]:
+        stat = self.file.stat()
+        numbers = {key: getattr(stat, f"st_{key}") for key in ("dev", "ino", "size", "mtime_ns", "ctime_ns")}
+        return {"schema": SCHEMA_VERSION, "path": os.fsdecode(self.file)} | numbers
+
+    def read(self) -> dict[str, str] | None:
+        if not self.large:
+            return None
+        try:
+            record = json.loads(self.path.read_text())
+            whole = record["digest"] == _json_digest([record["identity"], record["entries"]])
+            return record["entries"] if whole and record["identity"] == self.identity else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write(self, entries: dict[str, str]) -> None:
+        if not self.large or self.age < CACHE_MIN_AGE_SECONDS or self._identity() != self.identity:
+            return
+        record = {
+            "identity": self.identity,
+            "entries": entries,
+            "digest": _json_digest([self.identity, entries]),
+        }
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Other processes may be reading or writing it.
+            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as temporary:
+                json.dump(record, temporary)
+            os.replace(temporary.name, self.path)
+
+
+# Weights in memory
+
+
+def _loaded_weights(model: PreTrainedModel, is_peft_base: bool) -> _Weights:
     from transformers.core_model_loading import revert_weight_conversion
 
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError("The model carries an unmerged adapter. Merge it, save the result, and fingerprint that.")
-
+        raise ValueError(
+            "The model carries an unmerged adapter that transformers attached. Load it with "
+            "`peft.PeftModel.from_pretrained(base, adapter)`, or fingerprint the adapter's directory or Hub id."
+        )
     advice = "Fingerprint the directory or Hub id that it was loaded from instead."
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         raise ValueError(f"The model is quantized: its tensors are not those of its checkpoint. {advice}")
+    if getattr(model, "_tp_size", None):
+        raise ValueError(f"The model is split by tensor parallelism: this process holds a part of it. {advice}")
     for name, parameter in model.named_parameters():
-        # DeepSpeed ZeRO-3 marks the parameters it partitions with `ds_id`; FSDP2 and tensor parallelism use DTensor.
-        if isinstance(parameter, DTensor) or hasattr(parameter, "ds_id"):
-            raise ValueError(f"The model is sharded over processes ({name}): this one holds a part of it. {advice}")
         if parameter.device.type == "meta":
             raise ValueError(f"The model is not in memory ({name} is on the meta device). {advice}")
 
-    state_dict = model.state_dict()
-    for key in model._keys_to_ignore_on_save or ():
-        state_dict.pop(key, None)
-    state_dict = revert_weight_conversion(model, state_dict)
-    return _weights_digest({name: _tensor_entry(tensor) for name, tensor in state_dict.items()}, model)
+    # The parameters themselves, not copies of their data: DeepSpeed marks the ones it partitions.
+    tensors = _base_tensors(model) if is_peft_base else model.state_dict(keep_vars=True)
+    # torch.compile of a part of the model leaves this component in its names.
+    tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
+    ignored = set(model._keys_to_ignore_on_save or ())
+    saved = {name: tensor for name, tensor in tensors.items() if name not in ignored}
+    entries = _tensor_entries(saved, lambda group: revert_weight_conversion(model, group))
+    # FSDP2 puts its own class over the model's.
+    return _summarize(entries, model, tensors, type(model).__name__.removeprefix("FSDP"))
+
+
+def _base_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tensors of the model that a `PeftModel` is over, under the names that they have without it."""
+    import torch
+
+    with torch.device("meta"):
+        plain = type(model)(copy.deepcopy(model.config)).state_dict()
+    tensors = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        name = ".".join(part for part in name.split(".") if part not in PEFT_WRAPPERS | {"_orig_mod"})
+        if name in plain:
+            tensors[name] = tensor
+    if missing := plain.keys() - tensors.keys():
+        raise ValueError(
+            f"{min(missing)} of the base model is not found under the adapter. Fingerprint the adapter's directory or "
+            "Hub id instead."
+        )
+    return tensors
+
+
+def _tensor_entries(
+    tensors: dict[str, torch.Tensor], convert: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+) -> dict[str, str]:
+    """
+    Entries of a model's tensors as they are saved, a layer at a time: what is sharded over processes is gathered, and
+    what `convert` copies is made, for no more than that. A collective if anything is sharded.
+    """
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        layer = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name)
+        # Tensors that transformers merges or splits lie in one layer.
+        groups.setdefault(layer[0] if layer else name.rpartition(".")[0], {})[name] = tensor
+    entries = {}
+    for group in groups.values():
+        with _gathered(group.values()):
+            saved = convert({name: _whole(tensor) for name, tensor in group.items()})
+            entries |= {name: _tensor_entry(tensor) for name, tensor in saved.items()}
+            del saved  # or this layer would live on while the next one is gathered
+    return entries
+
+
+def _gathered(tensors: Iterable[torch.Tensor]) -> contextlib.AbstractContextManager:
+    """Has the tensors that DeepSpeed ZeRO-3 partitions (marked with `ds_id`) whole in every process."""
+    if partitioned := [tensor for tensor in tensors if hasattr(tensor, "ds_id")]:
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(partitioned)
+    return contextlib.nullcontext()
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    from torch.distributed.tensor import DTensor
+
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # FSDP2 may keep its shards on the CPU, where the process group need not communicate.
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()
+
+
+def _active_adapter(model: Any) -> str:
+    active = model.active_adapters
+    if len(active) != 1:
+        raise ValueError(
+            f"The PeftModel has {len(active)} active adapters ({', '.join(active)}). Choose the teacher's with "
+            "`model.set_adapter(name)`, or merge them."
+        )
+    advice = "Fingerprint the adapter's directory or Hub id instead."
+    if any(getattr(module, "merged", False) for module in model.modules()):
+        raise ValueError(f"An adapter is merged into its base's tensors: `model.unmerge_adapter()` first. {advice}")
+    if getattr(model.peft_config[active[0]], "bias", "none") != "none":
+        raise ValueError(f"The adapter trains biases of its base in place, so the base's own are gone. {advice}")
+    return active[0]
+
+
+def _loaded_adapter_digest(model: Any, adapter: str) -> str:
+    from peft import get_peft_model_state_dict
+
+    tensors = get_peft_model_state_dict(model, state_dict=model.state_dict(keep_vars=True), adapter_name=adapter)
+    entries = _tensor_entries(tensors, lambda group: {name: _as_peft_loads(tensor) for name, tensor in group.items()})
+    # As saved: sets become lists there.
+    config = json.loads(json.dumps(model.peft_config[adapter].to_dict(), default=sorted))
+    return _adapter_digest(config, entries)

@@ -1,0 +1,58 @@
+"""Really sharded models have the fingerprint of the directory they were loaded from."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from trl_lopd.fingerprint import TeacherFingerprint, fingerprint_teacher
+
+SCRIPT = Path(__file__).parent / "fingerprint_script.py"
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def teacher(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("sharded") / "teacher"
+    make_model(seed=1, tie_word_embeddings=request.param).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, teacher):
+    path = tmp_path_factory.mktemp("sharded") / "adapter"
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(teacher), config).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
+def test_sharded_over_two_processes(tmp_path, teacher, adapter, kind):
+    if kind == "zero3":
+        pytest.importorskip("deepspeed")
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+        *(str(SCRIPT), kind, str(teacher), str(adapter), str(tmp_path)),
+    ]
+    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = {"model": fingerprint_teacher(teacher), "adapter": fingerprint_teacher(adapter)}
+    if kind == "zero3":
+        expected["engine"] = expected["model"]
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found.keys() == expected.keys()
+        for case, fingerprint in expected.items():
+            assert TeacherFingerprint.from_dict(found[case]) == fingerprint, (rank, case)
+            assert found[case]["parameters"] == fingerprint.parameters
