@@ -1,0 +1,272 @@
+"""Behavioural probes: is the model behind a server the teacher that a card names?
+
+The weights of a served or quantized teacher cannot be hashed, but its answers can be compared. A card holds the
+log-probabilities that the teacher, loaded locally, gave to a few fixed sequences; the server is asked for the same.
+A match is evidence between a hash of the weights (`verified`) and a person's word (`declared`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate.utils import is_peft_model
+
+from .fingerprint import with_evidence
+from .head import LogitTransform, score_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Stored with every answer: a change in what is asked must never be compared with answers to the old questions.
+PROBE_VERSION = 1
+
+_NUM_PROBES = 8
+_HALF_LENGTH = 12
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """
+    Verdict on a server. Figures are in nats, over the scored tokens of all probes.
+
+    Args:
+        accepted (`bool`): Whether it is taken for the teacher.
+        teacher (`str` or `None`): Id of the teacher with the suffix `#probed`; `None` if refused.
+        mean (`float`): Mean absolute difference to the card, over all repeats.
+        max (`float`): Largest absolute difference to the card.
+        spread (`float`): How far repeats of one probe lie apart: largest minus smallest answer, mean over its tokens;
+            that of the worst probe.
+        reason (`str`): The verdict in a sentence, with the figures; what to do if it is a refusal.
+    """
+
+    accepted: bool
+    teacher: str | None
+    mean: float
+    max: float
+    spread: float
+    reason: str
+
+
+def probe_sequences(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """
+    The probes of a tokenizer: 8 sequences of 24 token ids, the second half of each a copy of its first.
+
+    The first half is drawn by SHA-256 from the ids of the vocabulary, without special and added tokens, which many
+    models never saw in training. Random tokens surprise a model, repeated ones do not: a model is compared on both.
+    Tokenizers with the same ids get the same probes, whatever the machine and the versions of libraries.
+
+    Raises:
+        `ValueError`: if the vocabulary holds special and added tokens only.
+    """
+    vocabulary = set(tokenizer.get_vocab().values())
+    ids = sorted(vocabulary - set(tokenizer.get_added_vocab().values()) - set(tokenizer.all_special_ids))
+    if not ids:
+        raise ValueError("The tokenizer has no ordinary tokens to make probes from, only special and added ones.")
+
+    def draw(probe: int, position: int) -> int:
+        digest = hashlib.sha256(f"{PROBE_VERSION}:{probe}:{position}".encode()).digest()
+        return ids[int.from_bytes(digest[:8], "big") % len(ids)]
+
+    return [[draw(probe, position) for position in range(_HALF_LENGTH)] * 2 for probe in range(_NUM_PROBES)]
+
+
+@torch.inference_mode()
+def probe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """
+    What a card stores of a teacher's behaviour: `{"version": 1, "sequences": [[ids]], "logprobs": [[nats]]}`.
+
+    Log-probabilities are those of every token but the first, at temperature 1 over the full vocabulary, from a float32
+    softmax over the model's logits, rounded to 4 decimals. The model is left in the mode, training or evaluation, in
+    which it was.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): A loaded model; a PEFT model is probed with its adapter.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's.
+
+    Raises:
+        `ValueError`: if the tokenizer has ids that the model has not, or if the model answers with NaN or infinity.
+    """
+    sequences = probe_sequences(tokenizer)
+    vocab = model.config.get_text_config().vocab_size
+    if (largest := max(map(max, sequences))) >= vocab:
+        raise ValueError(
+            f"The tokenizer has a token id {largest}, but the model's vocabulary has {vocab} tokens. They do not "
+            "belong together."
+        )
+    was_training = model.training
+    model.eval()
+    try:
+        # Adapters live in the layers of the model that PEFT wraps.
+        inner = model.get_base_model() if is_peft_model(model) else model
+        head = inner.get_output_embeddings()
+        input_ids = torch.tensor(sequences, device=inner.get_input_embeddings().weight.device)
+        hidden = inner.base_model(
+            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False
+        ).last_hidden_state[:, :-1]
+        logprobs, _, _ = score_tokens(
+            hidden.flatten(0, 1).to(head.weight.device),
+            head.weight,
+            head.bias,
+            input_ids[:, 1:].flatten().to(head.weight.device),
+            0,
+            LogitTransform.of(inner.config),
+        )
+    finally:
+        model.train(was_training)
+    if not logprobs.isfinite().all():
+        raise ValueError(
+            "The model answers its probes with NaN or infinity. Load it in another dtype, float32 or bfloat16."
+        )
+    rows = logprobs.view(len(sequences), -1).tolist()
+    return {
+        "version": PROBE_VERSION,
+        "sequences": sequences,
+        "logprobs": [[round(value, 4) for value in row] for row in rows],
+    }
+
+
+def verify_served_teacher(
+    client: Any, card: dict[str, Any], tolerance: float = 0.6, *, max_spread: float = 0.3, repeats: int = 4
+) -> ProbeResult:
+    """
+    Ask a server the probes of the teachers that a card names, and compare the answers.
+
+    It is accepted if the mean absolute difference to the closest teacher is at most `tolerance`, the largest at most
+    ten times that, and the spread of repeated answers at most `max_spread`.
+
+    The defaults are from SmolLM2-135M-Instruct; its probes in float32 differ from those of these by, in nats:
+
+    | | mean | largest |
+    |---|---|---|
+    | float16; bfloat16 | 0.01; 0.08 | 0.05; 0.5 |
+    | 8-bit weights, int8; fp8 | 0.17; 0.42 | 0.7; 1.7 |
+    | 8-bit weights and activations | 0.50 to 0.56 | 2.4 to 3.1 |
+    | 4-bit weights, rounded to nearest, groups of 128 | 1.5 to 1.9 | 6.0 to 6.5 |
+    | fine-tuned for 20 steps of Adam at 1e-4; 50 steps at 1e-5 | 1.06; 0.35 | 5.2; 1.5 |
+
+    Where the weights are right, the largest difference is less than ten times the mean: the second limit only catches
+    a few tokens gone wrong among many good ones. Repeats in bfloat16 with every sum taken in another order have a
+    spread of 0.17; a bfloat16 replica beside an fp8 one, 0.5 or more. Quantized activations amplify the order of sums,
+    to a spread of 0.7 at worst: a server of such a model that answers batches differently may need a larger limit.
+
+    So it tells a teacher from another model and from a proper fine-tune of itself, but not from a neighbouring
+    checkpoint of the same run: that moves it less than 8-bit serving does. `tolerance=0.25` sees more, for a teacher
+    served in the 16 bits of its checkpoint. 4 bits can move a small model as far as a fine-tune: load the quantized
+    teacher itself to make the probes. A server is judged by these requests only: replicas to which none of them went
+    stay unseen.
+
+    Args:
+        client: Anything with the method `get_sequence_logprobs` of TRL's `VLLMClient`.
+        card (`dict`): A card's record. Entries in `teachers` (dataset card) or `sft_teachers` (model card) that have
+            `probes` (see [`probe_model`]) are compared; the closest is reported.
+        tolerance (`float`, *optional*, defaults to `0.6`): Mean absolute difference allowed, nats.
+        max_spread (`float`, *optional*, defaults to `0.3`): Spread of repeats allowed, nats.
+        repeats (`int`, *optional*, defaults to `4`): How often each probe is sent. The repeats of a probe go out
+            together, each as a request of its own, so that a balancer deals them to different replicas.
+
+    Raises:
+        `ValueError`: if the card has no probes, or probes of another version or malformed ones; if the server answers
+            with NaN, infinity, too few or other tokens, or without log-probabilities; if an option is out of range.
+    """
+    if not (tolerance > 0 and max_spread > 0 and repeats >= 2):
+        raise ValueError(
+            f"`tolerance` and `max_spread` are positive and `repeats` is 2 or more; got {tolerance}, {max_spread} and "
+            f"{repeats}."
+        )
+    answers: dict[tuple[int, ...], np.ndarray] = {}
+    figures = []
+    # A dict first: teachers whose probes are malformed are to be told before the server is asked.
+    for teacher, probes in dict(_probed_teachers(card)).items():
+        differences, spreads = [], []
+        for sequence, expected in zip(probes["sequences"], probes["logprobs"], strict=True):
+            key = tuple(sequence)
+            if key not in answers:
+                # All repeats of a probe before the next probe: in rounds over all probes, two replicas in turn would
+                # each get the same probes in every round, and never be seen to disagree.
+                with ThreadPoolExecutor(repeats) as executor:
+                    answers[key] = np.array(list(executor.map(lambda ids: _ask(client, ids), [sequence] * repeats)))
+            differences.append(np.abs(answers[key] - np.array(expected)))
+            spreads.append(np.ptp(answers[key], axis=0).mean())
+        all_differences = np.concatenate(differences, axis=1)
+        figures.append((float(all_differences.mean()), float(all_differences.max()), float(max(spreads)), teacher))
+    mean, largest, spread, teacher = min(figures)
+
+    measured = (
+        f"mean difference {mean:.3f} nats (limit {tolerance:g}), largest {largest:.3f} (limit {10 * tolerance:g}), "
+        f"between repeats {spread:.3f} (limit {max_spread:g})"
+    )
+    accepted = mean <= tolerance and largest <= 10 * tolerance and spread <= max_spread
+    if accepted:
+        reason = f"The server answers the probes as {teacher} does: {measured}."
+    elif spread > max_spread:
+        reason = (
+            f"The server disagrees with itself on probes of {teacher}: {measured}. Its replicas are different models "
+            "or run in different precisions, or an answer depends on what else is in the batch. Serve one model in "
+            "one precision, in a batch-invariant mode if the server has one, or score with the teacher loaded locally."
+        )
+    else:
+        reason = (
+            f"The server does not answer the probes as {teacher} does: {measured}. Serve that teacher. If you do, and "
+            "its quantization alone moves it so far, give a larger `tolerance` knowingly."
+        )
+    return ProbeResult(accepted, with_evidence(teacher, "probed") if accepted else None, mean, largest, spread, reason)
+
+
+def _probed_teachers(card: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Id and probes of each teacher in a card that has probes; they are checked."""
+    entries = [*(card.get("teachers") or ()), *(card.get("sft_teachers") or ())]
+    found = [(entry["id"], entry["probes"]) for entry in entries if entry.get("probes")]
+    if not found:
+        raise ValueError(
+            "The card has no probes of its teachers to compare the server with. Load the teacher locally once: "
+            "`score_rollouts` stores its probes in the table's card, and `trl-lopd fingerprint --probes` prints them."
+        )
+    for teacher, probes in found:
+        if probes.get("version") != PROBE_VERSION:
+            raise ValueError(
+                f"The card's probes of {teacher} are of version {probes.get('version')!r}, this library compares "
+                f"version {PROBE_VERSION}. Make them again with `trl-lopd fingerprint --probes`."
+            )
+        sequences, logprobs = probes.get("sequences"), probes.get("logprobs")
+        if not (
+            sequences
+            and logprobs
+            and [len(sequence) - 1 for sequence in sequences] == [len(row) for row in logprobs]
+            and all(math.isfinite(value) for row in logprobs for value in row)
+        ):
+            raise ValueError(
+                f"The card's probes of {teacher} are malformed: they need a finite log-probability for every token "
+                "but the first of every sequence. Make them again with `trl-lopd fingerprint --probes`."
+            )
+        yield teacher, probes
+
+
+def _ask(client: Any, sequence: list[int]) -> list[float]:
+    """Log-probabilities of every token but the first, from one request."""
+    try:
+        # A server has no log-probability for the first token.
+        answer = client.get_sequence_logprobs([sequence], [1], top_logprobs=1, temperature=1.0)
+        logprobs = [value for (value,) in answer["actual_logprobs"][0]]
+        ids = [value for (value,) in answer["actual_token_ids"][0]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"The server's answer to a probe cannot be read; has it no prompt log-probs? {error!r}"
+        ) from error
+    if ids != sequence[1:] or len(logprobs) != len(ids):
+        raise ValueError(
+            f"The server was sent a probe of {len(sequence)} tokens and answers for other or fewer ones: sent "
+            f"{sequence[1:]}, answered {ids} with {len(logprobs)} log-probabilities."
+        )
+    if not all(map(math.isfinite, logprobs)):
+        raise ValueError(
+            f"The server answers a probe with NaN, -inf or null at token {np.isfinite(logprobs).argmin() + 1} of "
+            f"{sequence}. It must return `prompt_logprobs`, and the model must not overflow: serve it in bfloat16."
+        )
+    return logprobs

@@ -1,0 +1,352 @@
+"""Probes: what a model says of itself, and a served model held against it over real HTTP."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import math
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+import yaml
+from conftest import make_model, make_tokenizer
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from trl_lopd.probes import PROBE_VERSION, probe_model, probe_sequences, verify_served_teacher
+
+TEACHER_ID = "teacher@1-0123456789ab-01234567-89abcdef"
+OTHER_ID = "other@1-ba9876543210-01234567-89abcdef"
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return make_model(seed=1)
+
+
+@pytest.fixture(scope="module")
+def probes(teacher, tokenizer):
+    return probe_model(teacher, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def card(probes):
+    return {"teachers": [{"id": TEACHER_ID, "evidence": "verified", "probes": probes}]}
+
+
+# ---- A vLLM server in miniature ----
+
+
+def full_logprobs(model, ids: list[int]) -> torch.Tensor:
+    """`(tokens, vocabulary)`, the plain way."""
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+
+
+def vllm_logprobs(model, ids: list[int], k: int) -> list[dict | None]:
+    """`prompt_logprobs` of a choice as vLLM writes it: the `k` most likely tokens and always the actual one."""
+    result: list[dict | None] = [None]
+    for actual, row in zip(ids[1:], full_logprobs(model, ids), strict=False):
+        rank = {token: rank for rank, token in enumerate(row.argsort(descending=True).tolist(), 1)}
+        shown = [token for token in rank if rank[token] <= k or token == actual]
+        result.append({str(t): {"logprob": row[t].item(), "rank": rank[t], "decoded_token": f"w{t}"} for t in shown})
+    return result
+
+
+@contextmanager
+def serving(monkeypatch, *replicas, alter=lambda logprobs: logprobs):
+    """TRL's client of a server whose requests go to `replicas` in turn; `alter` edits each `prompt_logprobs`."""
+    from trl.generation import vllm_client
+
+    # The client refuses to be made without vLLM installed, though it needs none of it to score.
+    monkeypatch.setattr(vllm_client, "is_vllm_available", lambda *args, **kwargs: True)
+    turn, lock, requests = itertools.cycle(replicas), threading.Lock(), []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args):
+            pass
+
+        def answer(self, body):
+            data = json.dumps(body).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def do_GET(self):
+            self.answer({"data": [{"id": "served"}]} if self.path == "/v1/models" else {})
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert self.path == "/v1/completions"
+            assert (body["model"], body["max_tokens"], body["temperature"]) == ("served", 1, 1.0)
+            with lock:
+                requests.append(body["prompt"])
+                model = next(turn)
+                choices = [
+                    {"prompt_logprobs": alter(vllm_logprobs(model, ids, body["prompt_logprobs"]))}
+                    for ids in body["prompt"]
+                ]
+            self.answer({"choices": choices})
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    client = vllm_client.VLLMClient(base_url=f"http://127.0.0.1:{server.server_port}")
+    client.requests = requests
+    try:
+        yield client
+    finally:
+        client.session.close()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+# ---- Probes ----
+
+
+def tokenizer_of(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
+    unk = next(iter(vocabulary))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token=unk)), unk_token=unk
+    )
+
+
+def test_probe_sequences_never_change(tokenizer):
+    sequences = probe_sequences(tokenizer)
+    assert (len(sequences), {len(sequence) for sequence in sequences}) == (8, {24})
+    assert all(sequence[:12] == sequence[12:] for sequence in sequences)
+    # Cards in the world hold answers to these: if this fails, raise PROBE_VERSION.
+    assert PROBE_VERSION == 1
+    assert sequences[0][:12] == [10, 15, 13, 6, 10, 28, 30, 4, 21, 30, 28, 23]
+    assert hashlib.sha256(json.dumps(sequences).encode()).hexdigest()[:16] == "454aceac6d11a2c1"
+
+
+def test_probe_sequences_follow_from_the_vocabulary_alone(tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer.save_pretrained(tmp_path)
+    assert probe_sequences(AutoTokenizer.from_pretrained(tmp_path)) == probe_sequences(tokenizer)
+    ordinary = {id for token, id in tokenizer.get_vocab().items() if token.startswith("w")}
+    assert set(itertools.chain(*probe_sequences(tokenizer))) <= ordinary
+    extended = make_tokenizer()
+    extended.add_tokens(["<think>"])
+    extended.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    assert probe_sequences(extended) == probe_sequences(tokenizer)
+
+
+@pytest.mark.parametrize("ids", [range(19), range(150_000), [0, *range(5, 60, 7), 1000]])
+def test_probe_sequences_of_any_vocabulary(ids):
+    tokenizer = tokenizer_of({f"t{i}": i for i in ids})
+    drawn = set(itertools.chain(*probe_sequences(tokenizer)))
+    assert drawn <= set(ids) - {0}
+    assert len(drawn) > min(len(ids), 96) // 2
+
+
+def test_no_ordinary_tokens():
+    with pytest.raises(ValueError, match="no ordinary tokens"):
+        probe_sequences(tokenizer_of({"<unk>": 0}))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_probe_model(tokenizer, training):
+    model = make_model(seed=1, attention_dropout=0.5).train(training)
+    probes = probe_model(model, tokenizer)
+    assert model.training is training
+    assert probes["sequences"] == probe_sequences(tokenizer)
+    model.eval()
+    for ids, logprobs in zip(probes["sequences"], probes["logprobs"], strict=True):
+        expected = full_logprobs(model, ids)[:-1].gather(-1, torch.tensor(ids[1:])[:, None]).squeeze(-1)
+        torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-4, rtol=0)
+        assert logprobs == [round(value, 4) for value in logprobs]
+    assert yaml.safe_load(yaml.safe_dump(probes)) == json.loads(json.dumps(probes)) == probes
+
+
+def test_probe_model_is_that_of_scoring(tokenizer, teacher, probes):
+    from datasets import Dataset
+
+    from trl_lopd import fingerprint_teacher, score_rollouts
+
+    rows = Dataset.from_dict(
+        {"prompt_ids": [s[:1] for s in probes["sequences"]], "completion_ids": [s[1:] for s in probes["sequences"]]}
+    )
+    fingerprint = fingerprint_teacher(teacher, tokenizer)
+    scored = score_rollouts(rows, teacher, tokenizer=tokenizer, fingerprint=fingerprint)["teacher_logprobs"]
+    torch.testing.assert_close(torch.tensor(list(scored)), torch.tensor(probes["logprobs"]), atol=1e-4, rtol=0)
+
+
+def test_probe_model_with_adapter(tokenizer, probes):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make_model(seed=1), peft.LoraConfig(init_lora_weights=False))
+    adapted = probe_model(model, tokenizer)["logprobs"]
+    assert adapted != probes["logprobs"]
+    merged = probe_model(model.merge_and_unload(), tokenizer)["logprobs"]
+    torch.testing.assert_close(torch.tensor(adapted), torch.tensor(merged), atol=1e-3, rtol=0)
+
+
+def test_probe_model_errors(tokenizer):
+    broken = make_model(seed=1).train()
+    with torch.no_grad():
+        broken.model.layers[1].mlp.down_proj.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        probe_model(broken, tokenizer)
+    assert broken.training
+    with pytest.raises(ValueError, match="do not belong together"):
+        probe_model(make_model(vocab=20), tokenizer)
+
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    broken.model.layers[0].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        probe_model(broken, tokenizer)
+    assert broken.training
+
+
+# ---- Served teachers ----
+
+
+def test_same_teacher_is_accepted(monkeypatch, teacher, card, probes):
+    with serving(monkeypatch, teacher) as client:
+        result = verify_served_teacher(client, card)
+    assert result.accepted and result.teacher == f"{TEACHER_ID}#probed"
+    assert result.max < 1e-4 and result.mean <= result.max and result.spread == 0
+    assert TEACHER_ID in result.reason and "0.000" in result.reason
+    # One sequence a request, all repeats of a probe before the next.
+    assert client.requests == [[ids] for ids in probes["sequences"] for _ in range(4)]
+
+
+def test_model_card(monkeypatch, teacher, card):
+    with serving(monkeypatch, teacher, teacher) as client:
+        assert verify_served_teacher(client, {"sft_teachers": card["teachers"]}).accepted
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_accepted(monkeypatch, teacher, card, dtype):
+    with serving(monkeypatch, copy.deepcopy(teacher).to(dtype)) as client:
+        result = verify_served_teacher(client, card, tolerance=0.25)
+    assert result.accepted and result.mean > 0
+
+
+def test_another_seed_is_refused(monkeypatch, card):
+    with serving(monkeypatch, make_model(seed=2)) as client:
+        result = verify_served_teacher(client, card)
+    assert not result.accepted and result.teacher is None
+    assert result.mean > 0.6 and result.spread == 0
+    assert "does not answer the probes" in result.reason and f"{result.mean:.3f}" in result.reason
+
+
+def test_disagreeing_replicas_are_refused(monkeypatch, teacher, card):
+    """Even where the mean over both is within the limit."""
+    near = copy.deepcopy(teacher)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in near.parameters():
+            weight.add_(torch.randn_like(weight) * 0.25 * weight.std())
+    for replicas in ((teacher, near), (teacher, teacher, near)):
+        with serving(monkeypatch, *replicas) as client:
+            result = verify_served_teacher(client, card)
+        assert not result.accepted and result.teacher is None
+        assert result.mean < 0.6 and result.max < 6.0 and result.spread > 0.3
+        assert "disagrees with itself" in result.reason and f"{result.spread:.3f}" in result.reason
+
+
+def test_a_few_wrong_tokens_are_refused(monkeypatch, teacher, card):
+    def alter(logprobs):
+        logprobs[5] = {id: {**entry, "logprob": entry["logprob"] - 9.0} for id, entry in logprobs[5].items()}
+        return logprobs
+
+    with serving(monkeypatch, teacher, alter=alter) as client:
+        result = verify_served_teacher(client, card)
+    assert not result.accepted and result.mean < 0.6 < 6.0 < result.max
+
+
+def test_the_closest_of_several_teachers(monkeypatch, tokenizer, teacher, card):
+    other = make_model(seed=2)
+    unprobed = {"id": "third@1-aaaaaaaaaaaa-01234567-89abcdef"}
+    card = {"teachers": [*card["teachers"], {"id": OTHER_ID, "probes": probe_model(other, tokenizer)}, unprobed]}
+    for model, id in ((teacher, TEACHER_ID), (other, OTHER_ID)):
+        with serving(monkeypatch, model) as client:
+            result = verify_served_teacher(client, card, repeats=2)
+        assert result.accepted and result.teacher == f"{id}#probed"
+        # Both teachers have the same probes: each is asked once.
+        assert len(client.requests) == 16
+
+
+def null_at(position: int):
+    return lambda logprobs: [None if i == position else entry for i, entry in enumerate(logprobs)]
+
+
+def nan_at(position: int):
+    def alter(logprobs):
+        return [
+            {id: {**shown, "logprob": math.nan} for id, shown in entry.items()} if i == position else entry
+            for i, entry in enumerate(logprobs)
+        ]
+
+    return alter
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (null_at(7), "NaN, -inf or null at token 7"),
+        (nan_at(23), "NaN, -inf or null at token 23"),
+        (lambda logprobs: logprobs[:-1], "other or fewer"),
+        (lambda logprobs: [], "other or fewer"),
+        (lambda logprobs: None, "cannot be read"),
+    ],
+)
+def test_answers_that_say_nothing(monkeypatch, teacher, card, alter, message):
+    with serving(monkeypatch, teacher, alter=alter) as client, pytest.raises(ValueError, match=message):
+        verify_served_teacher(client, card)
+
+
+def test_an_echo_of_other_tokens(card):
+    class Client:
+        def get_sequence_logprobs(self, sequences, prompt_lengths, top_logprobs, temperature):
+            count = len(sequences[0]) - 1
+            return {"actual_logprobs": [[[-1.0]] * count], "actual_token_ids": [[[3]] * count]}
+
+    with pytest.raises(ValueError, match="other or fewer"):
+        verify_served_teacher(Client(), card)
+
+
+# ---- Cards and options ----
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "version 2"),
+        ({"version": None}, "version None"),
+        ({"sequences": []}, "malformed"),
+        ({"logprobs": [[-1.0]]}, "malformed"),
+        ({"logprobs": [[math.nan] * 23] * 8}, "malformed"),
+    ],
+)
+def test_probes_that_cannot_be_compared(probes, change, message):
+    with pytest.raises(ValueError, match=message):
+        verify_served_teacher(None, {"teachers": [{"id": TEACHER_ID, "probes": {**probes, **change}}]})
+
+
+@pytest.mark.parametrize("card", [{}, {"teachers": []}, {"teachers": None}, {"sft_teachers": [{"id": TEACHER_ID}]}])
+def test_no_probes(card):
+    with pytest.raises(ValueError, match="score_rollouts.*fingerprint --probes"):
+        verify_served_teacher(None, card)
+
+
+@pytest.mark.parametrize("options", [{"tolerance": 0.0}, {"max_spread": 0.0}, {"repeats": 1}])
+def test_options_out_of_range(card, options):
+    with pytest.raises(ValueError, match="`repeats` is 2 or more"):
+        verify_served_teacher(None, card, **options)
