@@ -8,8 +8,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from trl_lopd.cards import read_model_card, stamp_model_card
 from trl_lopd.fingerprint import TeacherFingerprint
 
-A = TeacherFingerprint("teacher-a", "1" * 64, "2" * 64, "3" * 64)
-B = TeacherFingerprint("teacher-b", "4" * 64, "5" * 64, "6" * 64)
+A = TeacherFingerprint(weights="1" * 64, tokenizer="2" * 64, chat_template="3" * 64, model_id="org/teacher-a")
+B = TeacherFingerprint(weights="4" * 64, tokenizer="5" * 64, chat_template="6" * 64, model_id="org/teacher-b")
+OLD = "old@1-000000000000-00000000-00000000"
 
 FRONT = """\
 # hand-written: keep
@@ -32,6 +33,10 @@ def read(directory):
     return (directory / "README.md").read_bytes().decode()
 
 
+def declared(fingerprint):
+    return {**fingerprint.to_dict(), "evidence": "declared"}
+
+
 def without_block(text):
     """The card without our block, which starts at column 0 and is indented or a list from there on."""
     front = text.split("---", 2)[1]
@@ -45,23 +50,71 @@ def test_minimal_card(tmp_path):
     directory = tmp_path / "my-model"
     directory.mkdir()
     stamp_model_card(directory, sft_teachers=[A])
-    assert read_model_card(str(directory)) == {"sft_teachers": [A.to_dict()]}
+    assert read_model_card(str(directory)) == {"sft_teachers": [declared(A)]}
     assert ModelCard.load(directory / "README.md").text.strip() == "# my-model"
     assert TeacherFingerprint.from_dict(read_model_card(directory)["sft_teachers"][0]) == A
 
 
 def test_record_is_what_a_person_expects_to_read(tmp_path):
-    stamp_model_card(tmp_path, sft_teachers=[A], opd_teachers=["b@0123456789abcdef"])
+    stamp_model_card(
+        tmp_path,
+        sft_teachers=[
+            {**A.to_dict(), "evidence": "verified", "rows": 3, "share": 0.75, "probes": {"ids": [[1, 2], [3]]}}
+        ],
+        sft_rows=4,
+        checkpoint=B,
+        opd_rounds=[{"student": B.id, "teachers": [{"id": A.id}]}],
+    )
     assert read(tmp_path).startswith(
-        f"---\ntrl_lopd:\n  sft_teachers:\n  - id: {A.id}\n    name: teacher-a\n    weights: '{'1' * 64}'\n"
-        f"    tokenizer: '{'2' * 64}'\n    chat_template: '{'3' * 64}'\n"
-        "  opd_teachers:\n  - id: b@0123456789abcdef\n---\n"
+        f"""---
+trl_lopd:
+  model:
+    id: {B.id}
+    weights: '{"4" * 64}'
+    tokenizer: '{"5" * 64}'
+    chat_template: '{"6" * 64}'
+    schema: 1
+    model_id: org/teacher-b
+    evidence: verified
+  sft_teachers:
+  - id: {A.id}
+    weights: '{"1" * 64}'
+    tokenizer: '{"2" * 64}'
+    chat_template: '{"3" * 64}'
+    schema: 1
+    model_id: org/teacher-a
+    evidence: verified
+    rows: 3
+    share: 0.75
+    probes:
+      ids:
+      - [1, 2]
+      - [3]
+  sft_rows: 4
+  opd_rounds:
+  - student: {B.id}
+    teachers:
+    - id: {A.id}
+---
+"""
     )
 
 
+@pytest.mark.parametrize("evidence", ["verified", "probed", "declared"])
+def test_evidence_is_written_and_an_entry_keeps_its_own(tmp_path, evidence):
+    stamp_model_card(tmp_path, sft_teachers=[A, {"id": B.id, "evidence": "probed"}], evidence=evidence)
+    assert [entry["evidence"] for entry in read_model_card(tmp_path)["sft_teachers"]] == [evidence, "probed"]
+
+
+def test_what_a_person_stamps_is_declared(tmp_path):
+    stamp_model_card(tmp_path, sft_teachers=[A, f"{B.id}"])
+    assert {entry["evidence"] for entry in read_model_card(tmp_path)["sft_teachers"]} == {"declared"}
+
+
 def test_one_teacher_need_not_be_a_list(tmp_path):
-    stamp_model_card(tmp_path, sft_teachers=A, opd_teachers=B.id)
-    assert read_model_card(tmp_path) == {"sft_teachers": [A.to_dict()], "opd_teachers": [{"id": B.id}]}
+    for teacher in (A, A.id, declared(A)):
+        stamp_model_card(tmp_path, sft_teachers=teacher)
+        assert [entry["id"] for entry in read_model_card(tmp_path)["sft_teachers"]] == [A.id]
 
 
 def test_everything_else_stays_byte_for_byte(tmp_path):
@@ -69,7 +122,7 @@ def test_everything_else_stays_byte_for_byte(tmp_path):
     write(tmp_path, card)
     stamp_model_card(tmp_path, sft_teachers=[A])
     assert read(tmp_path) != card and without_block(read(tmp_path)) == card
-    assert read_model_card(tmp_path) == {"sft_teachers": [A.to_dict()]}
+    assert read_model_card(tmp_path) == {"sft_teachers": [declared(A)]}
 
 
 @pytest.mark.parametrize(
@@ -89,7 +142,7 @@ def test_our_block_is_replaced_where_it_stands(tmp_path, ours, after):
     stamp_model_card(tmp_path, sft_teachers=[A])
     head, _, tail = read(tmp_path).partition("\ntrl_lopd:\n  sft_teachers:\n  - id: teacher-a@")
     assert head + "\n" == f"---\n{FRONT}"
-    assert tail.partition(f"'{'3' * 64}'\n")[2] == f"{after}---\n{BODY}"
+    assert tail.partition("    evidence: declared\n")[2] == f"{after}---\n{BODY}"
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -114,7 +167,7 @@ def test_stamping_is_idempotent_and_keeps_odd_cards(tmp_path, card, newline):
     once = read(tmp_path)
     stamp_model_card(tmp_path, sft_teachers=[A, B])
     assert read(tmp_path) == once
-    assert read_model_card(tmp_path) == {"sft_teachers": [A.to_dict(), B.to_dict()]}
+    assert read_model_card(tmp_path) == {"sft_teachers": [declared(A), declared(B)]}
     assert ("\r\n" in once) == (newline == "\r\n" and bool(card)) and (
         newline == "\n" or not card or (once.count("\n") == once.count("\r\n"))
     )
@@ -125,15 +178,16 @@ def test_stamping_is_idempotent_and_keeps_odd_cards(tmp_path, card, newline):
 
 
 def test_none_leaves_a_list_and_a_list_replaces_it(tmp_path):
-    write(tmp_path, "---\ntrl_lopd:\n  evidence: declared\n  sft_teachers:\n  - id: old@1\n---\n")
-    stamp_model_card(tmp_path, opd_teachers=[B.id])
+    write(tmp_path, f"---\ntrl_lopd:\n  note: by hand\n  sft_teachers:\n  - id: {OLD}\n---\n")
+    stamp_model_card(tmp_path, sft_rows=7)
+    assert read_model_card(tmp_path) == {"note": "by hand", "sft_teachers": [{"id": OLD}], "sft_rows": 7}
+    stamp_model_card(tmp_path, sft_teachers=[A], opd_rounds=[])
     assert read_model_card(tmp_path) == {
-        "evidence": "declared",
-        "sft_teachers": [{"id": "old@1"}],
-        "opd_teachers": [{"id": B.id}],
+        "note": "by hand",
+        "sft_teachers": [declared(A)],
+        "sft_rows": 7,
+        "opd_rounds": [],
     }
-    stamp_model_card(tmp_path, sft_teachers=[A], opd_teachers=[])
-    assert read_model_card(tmp_path) == {"evidence": "declared", "sft_teachers": [A.to_dict()], "opd_teachers": []}
 
 
 @pytest.mark.parametrize(
@@ -141,7 +195,8 @@ def test_none_leaves_a_list_and_a_list_replaces_it(tmp_path):
     [
         ({}, "Nothing to stamp"),
         ({"sft_teachers": ["Qwen/Qwen3-32B"]}, "not a teacher's id"),
-        ({"opd_teachers": ["name@"]}, "not a teacher's id"),
+        ({"sft_teachers": ["name@"]}, "not a teacher's id"),
+        ({"sft_teachers": [A], "evidence": "sworn"}, "Unknown evidence 'sworn'"),
     ],
 )
 def test_bad_arguments_write_nothing(tmp_path, kwargs, message):
@@ -189,7 +244,10 @@ def test_no_record(tmp_path, card):
         ("text", r"README.md: trl_lopd must be a mapping, not 'text'"),
         ({"sft_teachers": "a@1"}, r"README.md: trl_lopd.sft_teachers must be a list"),
         ({"sft_teachers": [{"id": "a@1"}, "b@1"]}, r"README.md: trl_lopd.sft_teachers\[1\] must be a mapping"),
-        ({"opd_teachers": [{"name": "a"}]}, r"README.md: trl_lopd.opd_teachers\[0\] must be a mapping with an `id`"),
+        ({"teachers": [{"name": "a"}]}, r"README.md: trl_lopd.teachers\[0\] must be a mapping with an `id`"),
+        ({"opd_rounds": ["first"]}, r"README.md: trl_lopd.opd_rounds\[0\] must be a mapping, not 'first'"),
+        ({"model": "a@1"}, r"README.md: trl_lopd.model must be a mapping, not 'a@1'"),
+        ({"sft_teachers": [{"id": "a@1", "evidence": "sworn"}]}, "unknown evidence 'sworn'; it is one of verified"),
         ({"sft_teachers": [{"id": 7}]}, r"README.md: trl_lopd.sft_teachers\[0\]"),
     ],
 )
@@ -215,12 +273,12 @@ def test_hub_id(tmp_path, monkeypatch):
     stamp_model_card(tmp_path, sft_teachers=[A])
     calls = []
 
-    def hf_hub_download(repo_id, filename, revision=None):
+    def hf_hub_download(repo_id, filename, repo_type=None, revision=None):
         calls.append((repo_id, filename, revision))
         return str(tmp_path / filename)
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
-    assert read_model_card("org/student", revision="abc") == {"sft_teachers": [A.to_dict()]}
+    monkeypatch.setattr("trl_lopd.cards.hf_hub_download", hf_hub_download)
+    assert read_model_card("org/student", revision="abc") == {"sft_teachers": [declared(A)]}
     assert calls == [("org/student", "README.md", "abc")]
 
 
@@ -228,7 +286,7 @@ def test_card_out_of_reach_counts_as_none_and_says_so(monkeypatch, caplog):
     def hf_hub_download(*args, **kwargs):
         raise LocalEntryNotFoundError("no network")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    monkeypatch.setattr("trl_lopd.cards.hf_hub_download", hf_hub_download)
     assert read_model_card("org/student") == {}
     assert "org/student: no network" in caplog.text
 

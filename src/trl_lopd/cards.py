@@ -1,71 +1,200 @@
-"""Where a teacher's identity is written down: one key, `trl_lopd`, in the front matter of a model card.
+"""Where identity is written down: one key, `trl_lopd`, in the front matter of model cards and dataset cards.
+
+In the card of a model:
 
 ```yaml
 trl_lopd:
-  sft_teachers:   # wrote the SFT data of this checkpoint
-  - id: name@digest
-    name: ...
-    weights: ...
-    tokenizer: ...
-    chat_template: ...
-  opd_teachers:   # scored the rollouts that trained it
-  - id: name@digest
+  model:                # the checkpoint that this card was written for
+    id: student@1-...
+    evidence: verified
+  sft_rows: 3000
+  sft_teachers:         # wrote its SFT data
+  - id: teacher@1-...
+    evidence: verified  # verified: computed from content; probed: behaves the same; declared: stated by a person
+    rows: 3000
+    share: 1.0          # of the SFT rows, those without a named teacher counted too
+    weights: ...        # and the rest of the teacher's record, see `TeacherFingerprint`, where it is known
+  opd_rounds:           # what trained it after that, oldest first
+  - student: student-sft@1-...
+    teachers: [...]     # scored the rollouts
+    sampled_by: [...]   # sampled them
+    rows: 3000
+    objective: topk
+    teacher_consistency: verified
 ```
+
+In the card of a table of rollouts:
+
+```yaml
+trl_lopd:
+  students:             # sampled the rows
+  - id: student@1-...
+    evidence: verified
+    rows: 3000
+    sampling: {temperature: 0.8, top_p: 1.0, ...}
+    sft_teachers: [teacher@1-...]
+  teachers:             # scored the rows
+  - id: teacher@1-...
+    evidence: verified
+    rows: 3000
+    scoring: {top_k: 8, ...}
+    probes: {...}       # how it answered, see `probes`
+  rows: 3000
+  completion_tokens: 104532
+  skipped_rows: 0
+  columns: [...]        # what the digests cover
+  digests:              # of the rows as they were scored, see `rows_digest`
+  - {rows: 3000, digest: ...}
+```
+
+A `datasets.Dataset` in memory carries the same record in `info.description`, which `map`, `filter`, `shuffle`,
+`concatenate_datasets` and `save_to_disk` keep; parquet files and `push_to_hub` do not, hence `stamp_dataset_card`.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from huggingface_hub import ModelCard, constants
-from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub import DatasetCard, HfApi, ModelCard, constants, hf_hub_download
+from huggingface_hub.errors import (
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from .fingerprint import TeacherFingerprint, content_id
+from .fingerprint import EVIDENCE, TeacherFingerprint, content_id, evidence_of, is_id, with_evidence
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict, IterableDataset
 
 logger = logging.getLogger(__name__)
 
 KEY = "trl_lopd"
 
+# Keys that hold a list of entries, each with an `id`.
+_ENTRY_LISTS = ("sft_teachers", "teachers", "students")
+_DESCRIPTION = re.compile(r"```json trl_lopd\n(.*?)\n```\n?", re.DOTALL)
+
+Teacher = TeacherFingerprint | str | dict[str, Any]
+
+
+# ---- Entries ----
+
+
+def entry(teacher: Teacher, evidence: str | None = None, **more: Any) -> dict[str, Any]:
+    """
+    What a card says of a teacher or a student: `id`, `evidence`, and what else is known.
+
+    Args:
+        teacher ([`TeacherFingerprint`], `str` or `dict`): A fingerprint, recorded in full; an id; or another entry.
+        evidence (`str`, *optional*): How it is known: `"verified"`, `"probed"` or `"declared"`. Defaults to what the
+            id or the entry says.
+        **more: Other keys. Those that are `None` are left out.
+
+    Raises:
+        `ValueError`: if the id or the evidence is malformed.
+    """
+    if isinstance(teacher, TeacherFingerprint):
+        record = teacher.to_dict()
+    elif isinstance(teacher, str):
+        record = {"id": teacher}
+    else:
+        record = dict(teacher)
+    id = record.pop("id", None)
+    if not isinstance(id, str) or not is_id(id):
+        raise ValueError(
+            f"{id!r} is not a teacher's id. It looks like `name@1-0123456789ab-01234567-01234567`: `trl-lopd "
+            "fingerprint MODEL` prints it, `fingerprint_teacher` computes it."
+        )
+    evidence = evidence or record.get("evidence") or evidence_of(id)
+    if evidence not in EVIDENCE:
+        raise ValueError(f"Unknown evidence {evidence!r}; it is one of {', '.join(EVIDENCE)}.")
+    more = {key: value for key, value in more.items() if value is not None}
+    return {"id": with_evidence(id, "verified"), **record, "evidence": evidence, **more}
+
+
+def count_teachers(counts: dict[str | None, int], known: Iterable[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """
+    Entries of teachers with their rows and share, the largest share first.
+
+    Args:
+        counts (`dict[str, int]`): Rows of each id in a `teacher_fingerprint` column; `None` and the empty string stand
+            for rows without a teacher, which count in the shares only.
+        known (`Iterable[dict]`, *optional*): Entries that say more about some of them.
+    """
+    about = {content_id(record["id"]): record for record in known}
+    total = sum(counts.values())
+    rows: dict[str, int] = {}
+    for id, count in counts.items():
+        rows[id] = rows.get(id, 0) + count
+    return [
+        {
+            **about.get(content_id(id), {}),
+            **entry(id),
+            **({"rows": count, "share": round(count / total, 4)} if count else {}),
+        }
+        for id, count in sorted(rows.items(), key=lambda item: -item[1])
+        if id
+    ]
+
+
+# ---- Model cards ----
+
 
 def stamp_model_card(
-    model_dir: str | Path,
+    model: str | Path,
     *,
-    sft_teachers: Iterable[TeacherFingerprint | str | dict[str, Any]] | None = None,
-    opd_teachers: Iterable[TeacherFingerprint | str | dict[str, Any]] | None = None,
+    sft_teachers: Teacher | Iterable[Teacher] | None = None,
+    evidence: str = "declared",
+    sft_rows: int | None = None,
+    checkpoint: TeacherFingerprint | None = None,
+    opd_rounds: Iterable[dict[str, Any]] | None = None,
+    token: str | None = None,
 ) -> None:
     """
-    Write in a checkpoint's `README.md` which teachers it comes from.
+    Write in a model's card which teachers it comes from.
 
     Only the `trl_lopd` block of the front matter is written: every other byte of the card stays. A card is created if
     there is none. Stamping twice with the same teachers writes the same bytes.
 
     Args:
-        model_dir (`str` or `Path`): Directory of the checkpoint.
-        sft_teachers (`Iterable`, *optional*): Teachers that wrote its SFT data: fingerprints, recorded in full; ids
-            (`name@digest`) or records read from another card, as they are. Replaces the recorded list; `None` leaves
-            it.
-        opd_teachers (`Iterable`, *optional*): Teachers whose scores trained it, likewise.
+        model (`str` or `Path`): Directory of the checkpoint, or a Hub id, whose card is then changed on the Hub.
+        sft_teachers (*optional*): Teachers that wrote its SFT data: fingerprints, recorded in full; ids; or entries of
+            another card, which keep their evidence. Replaces the recorded list; `None` leaves it.
+        evidence (`str`, *optional*, defaults to `"declared"`): How the fingerprints and ids given are known to have
+            written the data. `"verified"` is for those read from the data itself, as `TeacherStampCallback` does.
+        sft_rows (`int`, *optional*): How many SFT rows there were, those without a named teacher too.
+        checkpoint ([`TeacherFingerprint`], *optional*): Of this checkpoint: the claims then hold for these weights
+            only, and a copy of the card beside other weights is found out.
+        opd_rounds (`Iterable[dict]`, *optional*): Rounds of offline OPD, oldest first. Replaces the recorded list.
+        token (`str`, *optional*): For writing to the Hub.
 
     Raises:
-        `ValueError`: if both lists are `None`, if an id is malformed, if the card's record is malformed, or if its
-            front matter cannot be edited without touching more than the block.
-        `FileNotFoundError`: if `model_dir` is not a directory.
+        `ValueError`: if there is nothing to stamp, if an id is malformed, if the card's record is malformed, or if
+            its front matter cannot be edited without touching more than the block.
     """
-    given = {"sft_teachers": sft_teachers, "opd_teachers": opd_teachers}
-    lists = {key: _records(teachers) for key, teachers in given.items() if teachers is not None}
-    if not lists:
-        raise ValueError("Nothing to stamp: give sft_teachers, opd_teachers or both.")
-    if not Path(model_dir).is_dir():
-        raise FileNotFoundError(f"{model_dir} is not a directory.")
-
-    path = Path(model_dir) / constants.REPOCARD_NAME
-    text = path.read_bytes().decode() if path.is_file() else f"---\n---\n\n# {Path(model_dir).resolve().name}\n"
-    path.write_bytes(_stamped(text, lists, path).encode())
+    changes: dict[str, Any] = {}
+    if checkpoint is not None:
+        changes["model"] = entry(checkpoint, "verified")
+    if sft_teachers is not None:
+        given = [sft_teachers] if isinstance(sft_teachers, str | dict | TeacherFingerprint) else sft_teachers
+        changes["sft_teachers"] = [entry(t, None if isinstance(t, dict) else evidence) for t in given]
+    if sft_rows is not None:
+        changes["sft_rows"] = sft_rows
+    if opd_rounds is not None:
+        changes["opd_rounds"] = list(opd_rounds)
+    if not changes:
+        raise ValueError("Nothing to stamp: give sft_teachers, checkpoint or opd_rounds.")
+    _write(model, changes, "model", token)
 
 
 def read_model_card(model: str | Path, revision: str | None = None) -> dict[str, Any]:
@@ -81,38 +210,213 @@ def read_model_card(model: str | Path, revision: str | None = None) -> dict[str,
     Raises:
         `ValueError`: if the front matter or the record is malformed; the message says where.
     """
-    if Path(model).is_dir():
-        path = Path(model) / constants.REPOCARD_NAME
+    return _read(model, revision, "model")
+
+
+# ---- Dataset cards ----
+
+
+def stamp_dataset_card(
+    table: str | Path, dataset: Dataset | DatasetDict | dict[str, Dataset], *, token: str | None = None
+) -> None:
+    """
+    Write in a dataset's card what its rows are: who sampled and who scored them, how many, and their digest.
+
+    Parquet files and `push_to_hub` keep the columns but not the record that sampling and scoring attach to a
+    `Dataset`; this puts it beside them. Every byte of the card outside the `trl_lopd` block stays.
+
+    ```python
+    table.push_to_hub("my-org/scored-rollouts")
+    stamp_dataset_card("my-org/scored-rollouts", table)
+    ```
+
+    Digests are written only for rows that are still what was scored: the whole table, or all parts of a split of it.
+
+    Args:
+        table (`str` or `Path`): Directory or Hub id of the dataset.
+        dataset ([`~datasets.Dataset`] or `dict` of splits): What was written there.
+        token (`str`, *optional*): For writing to the Hub.
+
+    Raises:
+        `ValueError`: if the card's front matter or record is malformed or cannot be edited in place.
+    """
+    splits = dict(dataset) if isinstance(dataset, dict) else {None: dataset}
+    _write(table, _dataset_record(splits), "dataset", token)
+
+
+def read_dataset_card(table: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """
+    The `trl_lopd` record of a dataset card; `{}` if there is no card, or no such key in it.
+
+    Args:
+        table (`str` or `Path`): Local directory or Hub dataset id.
+        revision (`str`, *optional*): Hub revision. Ignored for a local directory.
+
+    Raises:
+        `ValueError`: if the front matter or the record is malformed; the message says where.
+    """
+    return _read(table, revision, "dataset")
+
+
+def load_table(
+    name: str | Path,
+    config: str | None = None,
+    *,
+    split: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+) -> Dataset | DatasetDict | IterableDataset:
+    """
+    A table with the record of its card: `load_dataset` for the Hub, a directory and a parquet file, `load_from_disk`
+    for what `save_to_disk` wrote.
+
+    Rows loaded without it are as good; the record adds the integrity of the rows and what differs in words.
+
+    Args:
+        name (`str` or `Path`): Hub id, directory or parquet file.
+        config (`str`, *optional*): Configuration of a Hub dataset.
+        split (`str`, *optional*): Which split; all of them in a `dict` if not given and there are several.
+        revision (`str`, *optional*): Hub revision.
+        streaming (`bool`, *optional*, defaults to `False`): Whether to stream the rows.
+
+    Raises:
+        `ValueError`: if the card is malformed, if what `save_to_disk` wrote is to be streamed, or if there is no such
+            split.
+    """
+    from datasets import load_dataset, load_from_disk
+
+    path, name = Path(name), str(name)
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        if streaming:
+            raise ValueError(f"{name} was written by `save_to_disk`, which cannot be streamed; it is memory-mapped.")
+        table = load_from_disk(name)
+        if split is not None and isinstance(table, dict):
+            if split not in table:
+                raise ValueError(f"{name} has no split {split!r}, only {', '.join(map(repr, table))}.")
+            table = table[split]
+    elif path.suffix == ".parquet":
+        table = load_dataset("parquet", data_files={"train": name}, split=split or "train", streaming=streaming)
+    else:
+        table = load_dataset(name, config, split=split, revision=revision, streaming=streaming)
+    directory = path.parent if path.suffix == ".parquet" else name
+    record = read_dataset_card(directory, revision)
+    if not record:
+        return table
+    parts = table.values() if isinstance(table, dict) else [table]
+    for part in parts:
+        if not record_of(part):
+            attach_record(part, record)
+    return table
+
+
+def record_of(dataset: Dataset | IterableDataset) -> dict[str, Any]:
+    """
+    The record that a `Dataset` in memory carries; `{}` if it carries none. Tables that were concatenated have theirs
+    joined.
+    """
+    records = [json.loads(text) for text in _DESCRIPTION.findall(dataset.info.description or "")]
+    if len(records) < 2:
+        return records[0] if records else {}
+    joined: dict[str, Any] = {}
+    for record in records:
+        for key, value in record.items():
+            if isinstance(value, int):
+                joined[key] = joined.get(key, 0) + value
+            elif key == "columns":
+                joined[key] = [name for name in joined.get(key, value) if name in value]
+            else:
+                joined.setdefault(key, []).extend(value)
+    # Digests add up only if all cover the same columns.
+    if len({tuple(record.get("columns", ())) for record in records}) > 1:
+        joined.pop("digests", None)
+    return joined
+
+
+def attach_record(dataset: Dataset | IterableDataset, record: dict[str, Any]) -> None:
+    """Makes a dataset carry this record, in place of the one that it carries."""
+    text = _DESCRIPTION.sub("", dataset.info.description or "")
+    dataset.info.description = f"{text}```json {KEY}\n{json.dumps(record)}\n```\n"
+
+
+def _dataset_record(splits: dict[str | None, Dataset]) -> dict[str, Any]:
+    """What the card of a dataset with these splits says."""
+    from .table import add_digests, column_counts, lengths, rows_digest
+
+    records = [record_of(part) for part in splits.values()]
+    # The parts of one table all carry its record; parts of several tables carry theirs.
+    known = {json.dumps(record, sort_keys=True): record for record in records}.values()
+    result: dict[str, Any] = {}
+    for key, column in (("students", "student_fingerprint"), ("teachers", "teacher_fingerprint")):
+        counts: Counter[str | None] = Counter()
+        for part in splits.values():
+            if column in part.column_names:
+                counts += column_counts(part, column)
+        entries = [item for record in known for item in record.get(key, ())]
+        if any(counts):
+            result[key] = count_teachers(counts, entries)
+    result["rows"] = sum(len(part) for part in splits.values())
+    if all("completion_ids" in part.column_names for part in splits.values()):
+        result["completion_tokens"] = int(sum(lengths(part)[1].sum() for part in splits.values()))
+    result["skipped_rows"] = sum(record.get("skipped_rows", 0) for record in known)
+    columns = next((record["columns"] for record in known if record.get("digests")), None)
+    if columns and all(set(columns) <= set(part.column_names) for part in splits.values()):
+        digests = [rows_digest(part, columns) for part in splits.values()]
+        scored = [item["digest"] for record in known for item in record.get("digests", ())]
+        if add_digests(digests) == add_digests(scored) or set(digests) <= set(scored):
+            result["columns"] = columns
+            result["digests"] = [
+                {**({"split": split} if split else {}), "rows": len(part), "digest": digest}
+                for (split, part), digest in zip(splits.items(), digests, strict=True)
+            ]
+    return result
+
+
+# ---- Reading and writing ----
+
+
+def _read(repo: str | Path, revision: str | None, repo_type: str) -> dict[str, Any]:
+    if Path(repo).is_dir():
+        path = Path(repo) / constants.REPOCARD_NAME
         if not path.is_file():
             return {}
     else:
         # `ModelCard.load` takes no revision.
-        from huggingface_hub import hf_hub_download
-
         try:
-            path = Path(hf_hub_download(str(model), constants.REPOCARD_NAME, revision=revision))
-        except (EntryNotFoundError, RepositoryNotFoundError, OfflineModeIsEnabled) as error:
-            logger.warning("No model card could be read for %s: %s", model, error)
+            path = Path(hf_hub_download(str(repo), constants.REPOCARD_NAME, repo_type=repo_type, revision=revision))
+        except RemoteEntryNotFoundError:
+            return {}
+        except (LocalEntryNotFoundError, RepositoryNotFoundError, OfflineModeIsEnabled) as error:
+            logger.warning("No %s card could be read for %s: %s", repo_type, repo, error)
             return {}
     try:
         # Other people's metadata (a malformed model-index, say) is none of our business.
-        card = ModelCard.load(path, ignore_metadata_errors=True)
+        card = (ModelCard if repo_type == "model" else DatasetCard).load(path, ignore_metadata_errors=True)
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: the front matter cannot be read: {error}") from error
     return _validated(card.data.to_dict().get(KEY), path)
 
 
-def _records(teachers: Iterable[TeacherFingerprint | str | dict[str, Any]]) -> list[dict[str, str]]:
-    if isinstance(teachers, str | TeacherFingerprint):
-        teachers = [teachers]
-    records = []
-    for teacher in teachers:
-        if isinstance(teacher, str) and ("@" not in teacher or not content_id(teacher)):
-            raise ValueError(f"{teacher!r} is not a teacher's id: it is `name@digest`, see `fingerprint_teacher`.")
-        if isinstance(teacher, TeacherFingerprint):
-            teacher = teacher.to_dict()
-        records.append({"id": teacher} if isinstance(teacher, str) else teacher)
-    return records
+def _write(repo: str | Path, changes: dict[str, Any], repo_type: str, token: str | None) -> None:
+    name, directory = constants.REPOCARD_NAME, Path(repo)
+    if directory.is_dir():
+        path = directory / name
+        text = path.read_bytes().decode() if path.is_file() else None
+        path.write_bytes(_stamped(text, changes, path).encode())
+        return
+    if directory.is_absolute() or str(repo).startswith("."):
+        raise FileNotFoundError(f"{repo} is not a directory.")
+    try:
+        text = Path(hf_hub_download(str(repo), name, repo_type=repo_type, token=token)).read_bytes().decode()
+    except RemoteEntryNotFoundError:
+        text = None
+    HfApi().upload_file(
+        path_or_fileobj=_stamped(text, changes, directory / name).encode(),
+        path_in_repo=name,
+        repo_id=str(repo),
+        repo_type=repo_type,
+        token=token,
+        commit_message="Record teachers in the card",
+    )
 
 
 def _validated(record: Any, path: Path) -> dict[str, Any]:
@@ -120,19 +424,30 @@ def _validated(record: Any, path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(record, dict):
         raise ValueError(f"{path}: {KEY} must be a mapping, not {record!r}.")
-    for key in ("sft_teachers", "opd_teachers"):
-        teachers = record.get(key) or []
-        if not isinstance(teachers, list):
-            raise ValueError(f"{path}: {KEY}.{key} must be a list, not {teachers!r}.")
-        for i, teacher in enumerate(teachers):
-            teacher_id = teacher.get("id") if isinstance(teacher, dict) else None
-            if not isinstance(teacher_id, str) or not content_id(teacher_id):
-                raise ValueError(f"{path}: {KEY}.{key}[{i}] must be a mapping with an `id`, not {teacher!r}.")
+    if not isinstance(record.get("model") or {}, dict):
+        raise ValueError(f"{path}: {KEY}.model must be a mapping, not {record['model']!r}.")
+    for key in (*_ENTRY_LISTS, "opd_rounds"):
+        items = record.get(key) or []
+        if not isinstance(items, list):
+            raise ValueError(f"{path}: {KEY}.{key} must be a list, not {items!r}.")
+        for i, item in enumerate(items):
+            if key == "opd_rounds":
+                if not isinstance(item, dict):
+                    raise ValueError(f"{path}: {KEY}.{key}[{i}] must be a mapping, not {item!r}.")
+            elif not isinstance(item, dict) or not isinstance(item.get("id"), str) or not content_id(item["id"]):
+                raise ValueError(f"{path}: {KEY}.{key}[{i}] must be a mapping with an `id`, not {item!r}.")
+            elif item.get("evidence", "declared") not in EVIDENCE:
+                raise ValueError(
+                    f"{path}: {KEY}.{key}[{i}]: unknown evidence {item['evidence']!r}; it is one of "
+                    f"{', '.join(EVIDENCE)}."
+                )
     return record
 
 
-def _stamped(text: str, lists: dict[str, list[dict[str, str]]], path: Path) -> str:
-    """The card `text` with `lists` in its `trl_lopd` block."""
+def _stamped(text: str | None, changes: dict[str, Any], path: Path) -> str:
+    """The card `text`, or a new one, with `changes` in its `trl_lopd` block."""
+    if text is None:
+        text = f"---\n---\n\n# {path.parent.absolute().name}\n"
     # A byte order mark is no part of the front matter, and hides it from the pattern.
     bom, text = text[: text.startswith("\ufeff")], text.removeprefix("\ufeff")
     newline = "\r\n" if text.lstrip().partition("\n")[0].endswith("\r") else "\n"
@@ -152,9 +467,11 @@ def _stamped(text: str, lists: dict[str, list[dict[str, str]]], path: Path) -> s
         raise ValueError(f"{path}: the front matter cannot be read: {error}") from error
     if not isinstance(before, dict):
         raise ValueError(f"{path}: the front matter must be a mapping.")
-    record = {**_validated(before.get(KEY), path), **lists}
+    record = {**_validated(before.get(KEY), path), **changes}
     # Wide, so that a long name stays on one line.
-    block = yaml.safe_dump({KEY: record}, sort_keys=False, allow_unicode=True, width=1000, line_break=newline)
+    block = yaml.dump(
+        {KEY: record}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000, line_break=newline
+    )
     start, end = _block_span(front, root)
     edited = front[:start] + block + front[end:]
 
@@ -184,3 +501,14 @@ def _block_span(front: str, root: yaml.Node | None) -> tuple[int, int]:
                 end -= len(lines.pop())
             return start, end
     return len(front), len(front)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Numbers in one line, and no anchors: the same list in two places is written twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.Node:
+        numbers = all(isinstance(item, int | float) for item in sequence)
+        return super().represent_sequence(tag, sequence, flow_style=numbers and bool(sequence) or flow_style)

@@ -10,6 +10,7 @@
 | `completion_mask` (optional) | `list<bool>` | completion tokens to train on |
 | `teacher_topk_ids` (optional) | `list<list<int32>>` | the teacher's k most likely tokens at each completion token |
 | `teacher_topk_logprobs` (optional) | `list<list<float16>>` | their log π_T, nats, temperature 1 |
+| `student_fingerprint` (optional) | `string` | which checkpoint sampled the row; null if unknown |
 
 The two top-k columns come together, with one k for the whole table. Any other column is kept and ignored. Wider types
 of the same kind (`int64`, `float64`, `large_list`, fixed-size lists) are accepted.
@@ -18,12 +19,14 @@ of the same kind (`int64`, `float64`, `large_list`, fixed-size lists) are accept
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from blake3 import blake3
 from datasets import Dataset, Features, List, Value
 
 if TYPE_CHECKING:
@@ -116,6 +119,75 @@ def lengths(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
         for name in names:
             parts[name].append(_numpy(pc.list_value_length(batch[name].combine_chunks())).astype(np.int64))
     return np.concatenate(parts["prompt_ids"]), np.concatenate(parts["completion_ids"])
+
+
+def column_counts(dataset: Dataset, column: str) -> Counter[str | None]:
+    """How many rows have each value of a string column; missing values count as `None`."""
+    counts: Counter[str | None] = Counter()
+    for batch in dataset.select_columns([column]).with_format("arrow").iter(10_000):
+        for pair in pc.value_counts(batch[column].combine_chunks()):
+            counts[pair["values"].as_py()] += pair["counts"].as_py()
+    return counts
+
+
+def digest_columns(column_names: list[str]) -> list[str]:
+    """The columns that [`rows_digest`] covers by default: all that sampling and scoring write."""
+    written = (*REQUIRED_COLUMNS, "ref_logprobs", *TOPK_COLUMNS, "student_fingerprint")
+    return [name for name in written if name in column_names]
+
+
+def rows_digest(dataset: Dataset, columns: list[str] | None = None) -> str:
+    """
+    Digest of a valid table's rows, which does not depend on their order, on sharding, or on wider types.
+
+    It is the sum of the rows' digests, so that the digests of the parts of a table add up to that of the whole: see
+    [`add_digests`]. That holds against accidents, not against somebody who constructs rows to fit.
+
+    Args:
+        dataset (`datasets.Dataset`): The table.
+        columns (`list[str]`, *optional*): What to cover. Defaults to [`digest_columns`].
+
+    Returns:
+        `str`: 64 hexadecimal digits.
+    """
+    columns = digest_columns(dataset.column_names) if columns is None else columns
+    total = 0
+    for batch in dataset.select_columns(columns).with_format("arrow").iter(256):
+        values = [_row_bytes(name, batch[name]) for name in columns]
+        for row in zip(*values, strict=True):
+            hasher = blake3()
+            for part in row:
+                # With its length before it, no part can borrow from the next.
+                hasher.update(len(part).to_bytes(8, "little"))
+                hasher.update(part)
+            total += int.from_bytes(hasher.digest(), "little")
+    return f"{total % 2**256:064x}"
+
+
+def add_digests(digests: Iterable[str]) -> str:
+    """Digest of the rows of several tables together."""
+    return f"{sum(int(digest, 16) for digest in digests) % 2**256:064x}"
+
+
+# What `table_features` says, as numpy knows it.
+_DIGEST_DTYPES = {
+    **dict.fromkeys(("prompt_ids", "completion_ids", "teacher_topk_ids"), np.int32),
+    **dict.fromkeys(("teacher_logprobs", "ref_logprobs"), np.float32),
+    "teacher_topk_logprobs": np.float16,
+}
+
+
+def _row_bytes(name: str, column: pa.ChunkedArray) -> list[bytes | memoryview]:
+    array = column.combine_chunks()
+    if name not in _DIGEST_DTYPES:
+        return [(value or "").encode() for value in array.to_pylist()]
+    ends = np.cumsum(_numpy(pc.list_value_length(array)))
+    values = array.flatten()
+    if name in TOPK_COLUMNS:
+        ends, values = ends * (len(values.flatten()) // max(len(values), 1)), values.flatten()
+    values = np.ascontiguousarray(_numpy(values), _DIGEST_DTYPES[name])
+    data, size = memoryview(values).cast("B"), values.itemsize
+    return [data[start * size : end * size] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 class TableRows:
