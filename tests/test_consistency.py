@@ -1,3 +1,5 @@
+"""The rule, on ids alone; what it says of real models and tables is in `test_chain.py`."""
+
 from __future__ import annotations
 
 import logging
@@ -7,109 +9,183 @@ import pytest
 from trl_lopd.consistency import TeacherConsistencyError, Verdict, check_teacher_consistency
 
 
-def card(*ids):
-    return {"sft_teachers": [{"id": teacher} for teacher in ids]}
+def fid(name="teacher", weights=1, tokenizer=2, template=3, evidence=""):
+    return f"{name}@1-{weights:012x}-{tokenizer:08x}-{template:08x}{evidence}"
 
 
-def judge(record, teachers):
-    return check_teacher_consistency(record, teachers, mode="off", student="org/student")
+A, B, C = fid("a", weights=1), fid("b", weights=2), fid("c", weights=3)
+
+
+def card(*ids, evidence="verified", **more):
+    return {"sft_teachers": [{"id": teacher, "evidence": evidence} for teacher in ids], **more}
+
+
+def judge(record, teachers, own=None):
+    return check_teacher_consistency(record, teachers, student_fingerprint=own, mode="off", student="org/student")
 
 
 @pytest.mark.parametrize(
     "record, teachers, consistent",
     [
-        (card("a@1"), ["a@1"], True),
-        (card("a@1"), ["renamed@home@1"], True),
-        (card("a@1", "b@2"), ["b@2"], True),
-        (card("a@1", "b@2"), ["b@2", "a@1"], True),
-        (card("a@1"), "a@1", True),
-        (card("a@1"), iter(["a@1"]), True),
-        (card("a@1"), ["a@2"], False),
-        (card("a@1"), ["a@1", "b@2"], False),
-        (card(), ["a@1"], False),
-        ({}, ["a@1"], False),
-        ({"sft_teachers": None}, ["a@1"], False),
-        ({"opd_teachers": [{"id": "a@1"}]}, ["a@1"], False),
-        (card("a@1"), [], False),
-        (card("a@1"), [None], False),
-        (card("a@1"), ["a@1", ""], False),
-        (card("a@1"), ["a@"], False),
+        (card(A), [A], True),
+        (card(A), [A.replace("a@", "renamed@home@")], True),
+        (card(A, B), [B], True),
+        (card(A, B), [B, A], True),
+        (card(A), A, True),
+        (card(A), iter([A]), True),
+        (card(A), [B], False),
+        (card(A), [A, B], False),
+        (card(), [A], False),
+        ({}, [A], False),
+        ({"sft_teachers": None}, [A], False),
+        ({"opd_rounds": [{"teachers": [{"id": A}]}]}, [A], False),
+        (card(A), [], False),
+        (card(A), [None], False),
+        (card(A), [A, ""], False),
+        (card(A), ["a@"], False),
+        (card(A), ["Qwen3-32B"], False),
         ({}, [], False),
     ],
 )
 def test_rule(record, teachers, consistent):
-    assert judge(record, teachers).consistent is consistent
+    verdict = judge(record, teachers)
+    assert verdict.consistent is consistent
+    assert verdict.evidence == ("verified" if consistent else None)
+
+
+@pytest.mark.parametrize(
+    "in_card, in_table, weakest",
+    [
+        ("verified", "", "verified"),
+        ("verified", "#probed", "probed"),
+        ("probed", "", "probed"),
+        ("probed", "#declared", "declared"),
+        ("declared", "", "declared"),
+        ("declared", "#probed", "declared"),
+    ],
+)
+def test_the_weakest_link_is_the_evidence_and_the_mode_says_what_is_enough(in_card, in_table, weakest):
+    verdict = judge(card(A, evidence=in_card), [A + in_table])
+    assert verdict.consistent and verdict.evidence == weakest
+    assert verdict.accepted("strict") is (weakest != "declared")
+    assert all(verdict.accepted(mode) for mode in ("declared_ok", "warn", "off"))
+    assert ("declared_ok" in verdict.reason) is (weakest == "declared")
+
+
+def test_the_weakest_of_several_teachers_decides_and_the_better_of_two_entries_of_one_counts():
+    entries = [{"id": A, "evidence": "verified"}, {"id": B, "evidence": "declared"}]
+    assert judge({"sft_teachers": entries}, [A]).evidence == "verified"
+    verdict = judge({"sft_teachers": entries}, [A, B])
+    assert verdict.evidence == "declared" and f"of 1 teacher ({B}) that is declared" in verdict.reason
+    twice = [{"id": A, "evidence": "declared"}, {"id": A, "evidence": "verified"}]
+    assert judge({"sft_teachers": twice}, [A]).evidence == "verified"
+
+
+def test_an_entry_that_does_not_say_how_it_is_known_is_declared():
+    assert judge({"sft_teachers": [{"id": A}]}, [A]).evidence == "declared"
 
 
 def test_agreement_names_both():
-    reason = judge(card("a@1"), ["b@1"]).reason
-    assert "org/student was written by 1 teacher (a@1)" in reason and "scored by 1 teacher (b@1)" in reason
+    reason = judge(card(A), [A]).reason
+    assert f"org/student was written by 1 teacher ({A})" in reason and f"scored by 1 teacher ({A})" in reason
 
 
 def test_no_stamp_says_how_to_record_it():
-    reason = judge({}, ["a@1"]).reason
-    assert "card of org/student names no SFT teacher" in reason and "scored by 1 teacher (a@1)" in reason
-    assert "trl_lopd.stamp_model_card(dir, sft_teachers=[fingerprint_teacher(teacher)])" in reason
+    reason = judge({}, [A]).reason
+    assert "card of org/student names no SFT teacher" in reason and f"scored by 1 teacher ({A})" in reason
+    assert "trl-lopd stamp STUDENT --sft-teacher TEACHER" in reason and "TeacherStampCallback" in reason
     assert 'teacher_consistency="warn" or "off"' in reason
 
 
 def test_mismatch_names_counts_explains_and_advises():
-    reason = judge(card("a@1"), ["a@1", "b@2", "c@3"]).reason
-    assert "org/student was written by 1 teacher (a@1)" in reason
-    assert "scored by 3 teachers (a@1, b@2, c@3)" in reason
-    assert "2 of 3 scoring teachers did not write it: b@2, c@3." in reason
+    reason = judge(card(A), [A, B, C]).reason
+    assert f"org/student was written by 1 teacher ({A})" in reason
+    assert f"scored by 3 teachers ({A}, {B}, {C})" in reason
+    assert "2 of 3 scoring teachers did not write it" in reason and f"{B} (beside {A}: the weights differ)" in reason
     assert "bias the gradient however little the student drifts" in reason
     assert "69.9 -> 63.1 on AIME 2024 at 8B" in reason
     for remedy in ("Score the rollouts again", "redo the SFT", 'teacher_consistency="warn" or "off"'):
         assert remedy in reason
-    assert "same name" not in reason
 
 
-def test_mismatch_under_one_name_says_so():
-    assert (
-        "a: same name, but the weights, the tokenizer or the chat template differ"
-        in judge(card("a@1"), ["a@2"]).reason
-    )
+@pytest.mark.parametrize(
+    "other, words",
+    [
+        (fid(weights=9), "the weights differ"),
+        (fid(tokenizer=9), "the tokenizer differs"),
+        (fid(template=9), "the chat template differs"),
+        (fid(weights=9, template=9), "the weights differ, the chat template differs"),
+    ],
+)
+def test_mismatch_says_in_words_what_differs_from_the_nearest_teacher(other, words):
+    far = fid("far", weights=5, tokenizer=5, template=5)
+    reason = judge(card(far, fid()), [other]).reason
+    assert f"{other} (beside {fid()}: {words})" in reason
 
 
 def test_rows_without_a_teacher():
-    assert "does not say which teacher scored its rows" in judge(card("a@1"), [None]).reason
-    reason = judge(card("a@1"), ["b@2", None]).reason
-    assert "some of its rows" in reason and "(b@2)" in reason and "(a@1)" in reason
+    assert "does not say which teacher scored its rows" in judge(card(A), [None]).reason
+    reason = judge(card(A), [B, None]).reason
+    assert "some of its rows" in reason and f"({B})" in reason and f"({A})" in reason
+
+
+def test_a_card_written_for_other_weights_only_declares():
+    bound = card(A, model={"id": fid("student", weights=7)})
+    assert judge(bound, [A], own=fid("renamed", weights=7)).evidence == "verified"
+    # The tokenizer and the template of a checkpoint may be edited: its SFT data stays what it was.
+    assert judge(bound, [A], own=fid("student", weights=7, tokenizer=8, template=8)).evidence == "verified"
+    assert judge(bound, [A]).evidence == "verified"
+    verdict = judge(bound, [A], own=fid("student", weights=8))
+    assert verdict.consistent and verdict.evidence == "declared"
+    assert "was written for student@1-000000000007" in verdict.reason and "card copied" in verdict.reason
+
+
+def test_a_record_whose_digests_do_not_give_its_id_is_refused():
+    forged = {"id": A, "evidence": "verified", "weights": "0" * 64, "tokenizer": "1" * 64, "chat_template": "2" * 64}
+    verdict = judge({"sft_teachers": [forged]}, [A])
+    assert not verdict.consistent and "The card of org/student contradicts itself" in verdict.reason
 
 
 def test_strict_raises_the_reason():
-    expected = judge({}, ["a@1"]).reason
-    for kwargs in ({}, {"mode": "strict"}):
+    expected = judge({}, [A]).reason
+    for kwargs in ({}, {"mode": "strict"}, {"mode": "declared_ok"}):
         with pytest.raises(TeacherConsistencyError) as raised:
-            check_teacher_consistency({}, ["a@1"], student="org/student", **kwargs)
+            check_teacher_consistency({}, [A], student="org/student", **kwargs)
         assert str(raised.value) == expected
     assert issubclass(TeacherConsistencyError, ValueError)
 
 
+def test_strict_refuses_what_is_only_declared_and_declared_ok_takes_it():
+    declared = card(A, evidence="declared")
+    with pytest.raises(TeacherConsistencyError, match="declared_ok"):
+        check_teacher_consistency(declared, [A])
+    assert check_teacher_consistency(declared, [A], mode="declared_ok").consistent
+
+
 @pytest.mark.parametrize("mode, records", [("warn", 1), ("off", 0)])
-def test_warn_and_off(caplog, mode, records):
+@pytest.mark.parametrize("record", [{}, card(A, evidence="declared")])
+def test_warn_and_off(caplog, mode, records, record):
     with caplog.at_level(logging.DEBUG):
-        verdict = check_teacher_consistency({}, ["a@1"], mode=mode)
-    assert not verdict.consistent and len(caplog.records) == records
+        verdict = check_teacher_consistency(record, [A], mode=mode)
+    assert not verdict.accepted("strict") and len(caplog.records) == records
     assert all(
         (r.name, r.levelname, r.getMessage()) == ("trl_lopd.consistency", "WARNING", verdict.reason)
         for r in caplog.records
     )
 
 
-@pytest.mark.parametrize("mode", ["strict", "warn", "off"])
+@pytest.mark.parametrize("mode", ["strict", "declared_ok", "warn", "off"])
 def test_agreement_is_silent_in_every_mode(caplog, mode):
-    assert check_teacher_consistency(card("a@1"), ["a@1"], mode=mode).consistent
+    assert check_teacher_consistency(card(A), [A], mode=mode).consistent
     assert not caplog.records
 
 
 def test_unknown_mode():
-    with pytest.raises(ValueError, match="'lax'.*strict, warn, off") as raised:
-        check_teacher_consistency(card("a@1"), ["a@1"], mode="lax")
+    with pytest.raises(ValueError, match="'lax'.*strict, declared_ok, warn, off") as raised:
+        check_teacher_consistency(card(A), [A], mode="lax")
     assert not isinstance(raised.value, TeacherConsistencyError)
 
 
 def test_verdict_is_frozen():
     with pytest.raises(AttributeError):
-        Verdict(True, "").consistent = False
+        Verdict(True, None, "").consistent = False

@@ -8,6 +8,8 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+from .consistency import MODES
+
 # They fall, or can be driven down without bound, while the student gets worse.
 _NOT_A_CRITERION = ("huber", "frozen_log_ratio", "k3", "advantage/mean")
 
@@ -45,7 +47,8 @@ class OfflineOPDConfig(TrainingArguments):
             Otherwise they are an error.
         teacher_consistency (`str`, *optional*, defaults to `"strict"`):
             What to do when the teacher that scored the table is not known to be the one that wrote the student's SFT
-            data: `"strict"` raises, `"warn"` warns, `"off"` does nothing.
+            data: `"strict"` raises, also if that is only declared by a person; `"declared_ok"` raises if it is not
+            even declared; `"warn"` warns; `"off"` does not look.
 
         > Parameters that control the objective
 
@@ -103,7 +106,7 @@ class OfflineOPDConfig(TrainingArguments):
         default="strict",
         metadata={
             "help": "What to do when the scoring teacher is not known to have written the student's SFT data.",
-            "choices": ["strict", "warn", "off"],
+            "choices": list(MODES),
         },
     )
 
@@ -131,7 +134,7 @@ class OfflineOPDConfig(TrainingArguments):
         for name, choices in (
             ("loss_type", ("auto", "topk", "sampled")),
             ("loss_aggregation", ("sequence_mean", "token_mean")),
-            ("teacher_consistency", ("strict", "warn", "off")),
+            ("teacher_consistency", MODES),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
