@@ -22,12 +22,12 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from datasets import load_dataset, load_from_disk
+from datasets import load_dataset
 from rich.console import Console
 from rich.table import Table
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer, collect_rollouts, score_rollouts
+from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer, collect_rollouts, load_table, score_rollouts
 
 QUICKSTART = Path(__file__).parent / "quickstart"
 
@@ -57,25 +57,18 @@ def quickstart_flags() -> list[str]:
     ]
 
 
-def load_table(script_args: ScriptArguments):
+def load_splits(script_args: ScriptArguments):
     """A table and, if there is one, its held-out split: from the Hub, a directory or a parquet file."""
-    name, streaming = script_args.dataset_name, script_args.dataset_streaming
-    if os.path.isfile(os.path.join(name, "state.json")) or os.path.isfile(os.path.join(name, "dataset_dict.json")):
-        if streaming:
-            raise SystemExit(f"{name} was written by `save_to_disk`, which cannot be streamed; it is memory-mapped.")
-        dataset = load_from_disk(name)
-    elif name.endswith(".parquet"):
-        dataset = load_dataset("parquet", data_files={"train": name}, streaming=streaming)
-    else:
-        dataset = load_dataset(name, script_args.dataset_config, streaming=streaming)
-    if not isinstance(dataset, dict):
-        return dataset, None
-    if script_args.dataset_train_split not in dataset:
+    name = script_args.dataset_name
+    table = load_table(name, script_args.dataset_config, streaming=script_args.dataset_streaming)
+    if not isinstance(table, dict):
+        return table, None
+    if script_args.dataset_train_split not in table:
         raise SystemExit(
-            f"{name} has no split {script_args.dataset_train_split!r}, only {sorted(dataset)}: set "
+            f"{name} has no split {script_args.dataset_train_split!r}, only {sorted(table)}: set "
             "`--dataset_train_split`."
         )
-    return dataset[script_args.dataset_train_split], dataset.get(script_args.dataset_test_split)
+    return table[script_args.dataset_train_split], table.get(script_args.dataset_test_split)
 
 
 def accuracy(model: str, prompts, script_args: TrainScriptArguments) -> float:
@@ -127,7 +120,7 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    train_table, eval_table = load_table(script_args)
+    train_table, eval_table = load_splits(script_args)
     if script_args.compare and "teacher_topk_ids" not in next(iter(train_table)):
         raise SystemExit("`--compare` needs a table with teacher top-k columns: score it with `top_k=8`.")
     if (training_args.resume_from_checkpoint or "").lower() == "true":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from trl_lopd import (
     TableError,
     TeacherConsistencyError,
     collect_rollouts,
+    fingerprint_teacher,
     read_model_card,
     score_rollouts,
 )
@@ -279,12 +279,32 @@ def test_lora_trains_and_saves_the_adapter_alone(tmp_path, student_dir, table):
     trainer.save_model(str(tmp_path / "adapter"))
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
-    assert read_model_card(str(tmp_path / "adapter"))["opd_teachers"]
+    record = read_model_card(str(tmp_path / "adapter"))
+    assert record["opd_rounds"] and record["model"]["id"] == fingerprint_teacher(tmp_path / "adapter").id
     base = AutoModelForCausalLM.from_pretrained(student_dir)
-    again = OfflineOPDTrainer(
-        PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True), make_args(tmp_path), table, table
-    )
-    assert again.evaluate()["eval_loss"] == pytest.approx(after, rel=1e-5)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    # An adapter's directory has its own card and weights, so a second round can start from it.
+    for model in (loaded, str(tmp_path / "adapter")):
+        again = OfflineOPDTrainer(model, make_args(tmp_path), table, table)
+        assert again.evaluate()["eval_loss"] == pytest.approx(after, rel=1e-5)
+    again.train()
+    again.save_model(str(tmp_path / "second"))
+    assert len(read_model_card(str(tmp_path / "second"))["opd_rounds"]) == 2
+    assert all("lora" in name for name, p in again.model.named_parameters() if p.requires_grad)
+
+
+def test_an_adapter_without_a_stamp_is_refused_and_so_is_a_loaded_one_over_a_bare_base(tmp_path, tokenizer, table):
+    from peft import LoraConfig, get_peft_model
+
+    make_model(seed=2).save_pretrained(tmp_path / "bare")
+    tokenizer.save_pretrained(tmp_path / "bare")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "bare")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(TeacherConsistencyError, match="card of .*adapter names no SFT teacher"):
+        make_trainer(tmp_path, tmp_path / "adapter", table)
+    with pytest.raises(TeacherConsistencyError, match="pass the adapter's directory as `model`"):
+        OfflineOPDTrainer(model, make_args(tmp_path), table)
 
 
 def test_an_adapter_on_the_head_is_refused(tmp_path, student_dir, table):
@@ -307,35 +327,20 @@ def test_the_card_cites_and_names_the_teachers_so_that_a_second_round_can_start(
     assert "2604.13010" in card and "Yecheng Wu" in card and "trl-lopd" in card
     record = read_model_card(str(tmp_path / "out"))
     assert record["sft_teachers"] == read_model_card(str(student_dir))["sft_teachers"]
-    assert [t["id"] for t in record["opd_teachers"]] == table.unique("teacher_fingerprint")
+    (first,) = record["opd_rounds"]
+    assert [t["id"] for t in first["teachers"]] == table.unique("teacher_fingerprint")
+    assert (first["student"], first["rows"]) == (fingerprint_teacher(student_dir).id, len(table))
+    assert (first["objective"], first["teacher_consistency"]) == ("topk", "verified")
+    assert record["model"]["id"] == fingerprint_teacher(tmp_path / "out").id
 
     rollouts = collect_rollouts(["w5 w6", "w7"], str(tmp_path / "out"), max_completion_length=5)
     second = score_rollouts(rollouts, str(teacher_dir), top_k=2)
-    OfflineOPDTrainer(str(tmp_path / "out"), make_args(tmp_path / "second", max_steps=1), second).train()
-
-
-def test_what_is_pushed_is_a_plain_model_with_its_card(tmp_path, student_dir, table, monkeypatch):
-    """The upload itself cannot happen here: the Hub client stands in, and what it is handed is loaded and read."""
-    pushed = {}
-
-    class Hub:
-        def create_repo(self, repo_id, **kwargs):
-            return type("Repo", (), {"repo_id": f"me/{repo_id.rpartition('/')[2]}"})()
-
-        def upload_folder(self, repo_id, folder_path, **kwargs):
-            pushed.update(repo_id=repo_id, folder=folder_path)
-
-        def __getattr__(self, name):
-            return lambda *args, **kwargs: None
-
-    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
-    trainer = make_trainer(tmp_path, student_dir, table, hub_model_id="me/student-opd")
-    trainer.push_to_hub(dataset_name="me/rollouts")
-    card = (Path(pushed["folder"]) / "README.md").read_text()
-    assert pushed["repo_id"] == "me/student-opd"
-    assert "student-opd" in card and "me/rollouts" in card and "2604.13010" in card
-    assert read_model_card(pushed["folder"])["sft_teachers"]
-    AutoModelForCausalLM.from_pretrained(pushed["folder"])
+    trainer = OfflineOPDTrainer(str(tmp_path / "out"), make_args(tmp_path / "second", max_steps=1), second)
+    trainer.train()
+    trainer.save_model()
+    rounds = read_model_card(tmp_path / "second" / "out")["opd_rounds"]
+    assert rounds[0] == first and rounds[1]["student"] == record["model"]["id"]
+    assert [s["id"] for s in rounds[1]["sampled_by"]] == [record["model"]["id"]]
 
 
 def test_the_card_names_all_teachers_that_trained_the_model_and_no_other(tmp_path, student_dir, tokenizer, table):
@@ -343,10 +348,11 @@ def test_the_card_names_all_teachers_that_trained_the_model_and_no_other(tmp_pat
     (first,), (second,) = table.unique("teacher_fingerprint"), other.unique("teacher_fingerprint")
     kwargs = dict(teacher_consistency="off", max_steps=1)
     make_trainer(tmp_path, student_dir, table, eval_dataset=other, **kwargs).save_model()
-    assert [t["id"] for t in read_model_card(str(tmp_path / "out"))["opd_teachers"]] == [first]
+    (round,) = read_model_card(str(tmp_path / "out"))["opd_rounds"]
+    assert [t["id"] for t in round["teachers"]] == [first] and round["teacher_consistency"] == "off"
     make_trainer(tmp_path / "second", tmp_path / "out", other, **kwargs).save_model()
-    record = read_model_card(str(tmp_path / "second" / "out"))
-    assert [t["id"] for t in record["opd_teachers"]] == [first, second]
+    rounds = read_model_card(str(tmp_path / "second" / "out"))["opd_rounds"]
+    assert [[t["id"] for t in round["teachers"]] for round in rounds] == [[first], [second]]
     assert "[None]" not in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -368,11 +374,11 @@ def test_another_teacher_is_refused_before_the_model_is_loaded(tmp_path, student
 def test_a_student_without_a_stamp_is_refused_unless_told(tmp_path, tokenizer, table, caplog):
     make_model(seed=2).save_pretrained(tmp_path / "bare")
     tokenizer.save_pretrained(tmp_path / "bare")
-    with pytest.raises(TeacherConsistencyError, match="stamp_model_card"):
+    with pytest.raises(TeacherConsistencyError, match="trl-lopd stamp"):
         make_trainer(tmp_path, tmp_path / "bare", table)
     with caplog.at_level(logging.WARNING):
         make_trainer(tmp_path, tmp_path / "bare", table, teacher_consistency="warn")
-    assert "stamp_model_card" in caplog.text
+    assert "trl-lopd stamp" in caplog.text
 
 
 # ---- What is refused ----
@@ -470,14 +476,6 @@ def test_a_mask_that_truncation_leaves_empty_is_found_before_training(tmp_path, 
 def test_several_evaluation_sets_need_a_criterion(tmp_path, student_dir, table):
     rejects(ValueError, "eval_a_reverse_kl_topk", tmp_path, student_dir, table, eval_dataset={"a": table, "b": table},
             load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps")  # fmt: skip
-
-
-def test_an_adapter_s_directory_is_refused_with_the_way_to_load_it(tmp_path, student_dir, table):
-    from peft import LoraConfig, get_peft_model
-
-    base = AutoModelForCausalLM.from_pretrained(student_dir)
-    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
-    rejects(ValueError, "AutoPeftModelForCausalLM", tmp_path, tmp_path / "adapter", table)
 
 
 def test_rows_can_be_grouped_by_length(tmp_path, student_dir, table):

@@ -21,7 +21,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from trl_lopd import collect_rollouts, fingerprint_teacher, score_rollouts, stamp_model_card
+from trl_lopd import (
+    TeacherStampCallback,
+    collect_rollouts,
+    generate_sft_data,
+    score_rollouts,
+    stamp_dataset_card,
+)
 
 SEPARATORS = ",;|/"
 MIN_DIGITS, MAX_DIGITS = 2, 5
@@ -112,8 +118,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, hidden: int, layer
     )
 
 
-def fine_tune(model, tokenizer, rows: Dataset, output_dir: Path, steps: int, seed: int) -> None:
-    """TRL's SFT on `prompt_ids` and `completion_ids`."""
+def fine_tune(model, tokenizer, rows: Dataset | list[dict], output_dir: Path, steps: int, seed: int) -> None:
+    """TRL's SFT on `prompt_ids` and `completion_ids`; what a teacher wrote stamps the model that learns from it."""
     dataset = Dataset.from_list(
         [
             {
@@ -142,6 +148,8 @@ def fine_tune(model, tokenizer, rows: Dataset, output_dir: Path, steps: int, see
         seed=seed,
     )
     trainer = SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer)
+    if isinstance(rows, Dataset):
+        trainer.add_callback(TeacherStampCallback(trainer, rows))
     trainer.train()
     trainer.save_model()
     (output_dir / "training_args.bin").unlink()
@@ -182,27 +190,27 @@ def main(args: Arguments) -> None:
         model = make_model(tokenizer, seed=1, hidden=96, layers=4)
         fine_tune(model, tokenizer, gold, Path(teacher), args.teacher_steps, seed=1)
         say(f"teacher: {model.num_parameters():,} parameters, accuracy {accuracy(teacher, eval_problems):.3f}")
-    fingerprint = fingerprint_teacher(teacher)
 
-    answers = collect_rollouts(
-        sft_problems, teacher, temperature=1.0, max_completion_length=MAX_ANSWER_TOKENS, batch_size=500, seed=args.seed
+    answers = generate_sft_data(
+        sft_problems, teacher, max_completion_length=MAX_ANSWER_TOKENS, batch_size=500, seed=args.seed
     )
     student = str(out / "student")
     model = make_model(tokenizer, seed=args.seed + 2, hidden=64, layers=4)
     fine_tune(model, tokenizer, answers, Path(student), args.sft_steps, seed=args.seed)
-    stamp_model_card(student, sft_teachers=[fingerprint])
     say(f"SFT student: {model.num_parameters():,} parameters, accuracy {accuracy(student, eval_problems):.3f}")
 
     rollouts = collect_rollouts(
         opd_problems, student, temperature=0.8, max_completion_length=MAX_ANSWER_TOKENS, batch_size=500, seed=args.seed
-    ).select_columns(["prompt_ids", "completion_ids"])
-    table = score_rollouts(rollouts, teacher, top_k=args.top_k, ref_model=student, fingerprint=fingerprint)
+    ).select_columns(["prompt_ids", "completion_ids", "student_fingerprint"])
+    table = score_rollouts(rollouts, teacher, top_k=args.top_k, ref_model=student)
     (out / "table").mkdir(parents=True, exist_ok=True)
-    for split, rows in (
-        ("train", table.select(range(args.rollouts))),
-        ("test", table.select(range(args.rollouts, len(table)))),
-    ):
+    splits = {
+        "train": table.select(range(args.rollouts)),
+        "test": table.select(range(args.rollouts, len(table))),
+    }
+    for split, rows in splits.items():
         rows.to_parquet(out / "table" / f"{split}.parquet")
+    stamp_dataset_card(out / "table", splits)
     say(f"table: {len(table)} scored rollouts")
     with open(out / "prompts.jsonl", "w") as file:
         for problem in eval_problems:

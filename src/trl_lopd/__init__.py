@@ -16,25 +16,34 @@ _MODULE_OF = {
     "TableSummary": "table",
     "TeacherConsistencyError": "consistency",
     "TeacherFingerprint": "fingerprint",
+    "TeacherStampCallback": "stamp",
+    "Verdict": "consistency",
     "check_teacher_consistency": "consistency",
     "collect_rollouts": "rollouts",
     "fingerprint_teacher": "fingerprint",
+    "generate_sft_data": "rollouts",
+    "load_table": "cards",
+    "read_dataset_card": "cards",
     "read_model_card": "cards",
     "score_rollouts": "scoring",
+    "stamp_dataset_card": "cards",
     "stamp_model_card": "cards",
     "table_features": "table",
     "validate_table": "table",
+    "verify_served_teacher": "probes",
 }
 
 __all__ = list(_MODULE_OF)
 
 if TYPE_CHECKING:
-    from .cards import read_model_card, stamp_model_card
+    from .cards import load_table, read_dataset_card, read_model_card, stamp_dataset_card, stamp_model_card
     from .config import OfflineOPDConfig
-    from .consistency import TeacherConsistencyError, check_teacher_consistency
+    from .consistency import TeacherConsistencyError, Verdict, check_teacher_consistency
     from .fingerprint import TeacherFingerprint, fingerprint_teacher
-    from .rollouts import collect_rollouts
+    from .probes import verify_served_teacher
+    from .rollouts import collect_rollouts, generate_sft_data
     from .scoring import score_rollouts
+    from .stamp import TeacherStampCallback
     from .table import TableError, TableSummary, table_features, validate_table
     from .trainer import OfflineOPDTrainer
 

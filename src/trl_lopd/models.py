@@ -1,11 +1,11 @@
-"""Loading a model that samples or scores."""
+"""Loading a model that samples or scores, and its tokenizer."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedModel
-from transformers.utils import find_adapter_config_file
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file, find_adapter_config_file
 from trl.trainer.utils import create_model_from_path
 
 
@@ -22,3 +22,24 @@ def load_model(model: str | PreTrainedModel, init_kwargs: dict[str, Any] | None 
 
         return AutoPeftModelForCausalLM.from_pretrained(model, **init_kwargs).merge_and_unload()
     return create_model_from_path(model, **init_kwargs)
+
+
+def load_tokenizer(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local directory, Hub id or loaded model; that of its base for an adapter that has none.
+
+    Raises:
+        ValueError: If a loaded model does not say where it was loaded from.
+    """
+    name = model if isinstance(model, str) else model.config._name_or_path
+    if not name:
+        raise ValueError("The model does not say where it was loaded from: pass its tokenizer.")
+    hub_kwargs = {"revision": kwargs.get("revision"), "_raise_exceptions_for_missing_entries": False}
+    if (
+        find_adapter_config_file(name, revision=kwargs.get("revision")) is not None
+        and cached_file(name, "tokenizer_config.json", **hub_kwargs) is None
+    ):
+        from peft import PeftConfig
+
+        adapter = PeftConfig.from_pretrained(name, revision=kwargs.get("revision"))
+        name, kwargs = adapter.base_model_name_or_path, {**kwargs, "revision": adapter.revision}
+    return AutoTokenizer.from_pretrained(name, **kwargs)

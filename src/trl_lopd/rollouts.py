@@ -9,13 +9,18 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 from trl.data_utils import is_conversational
 
-from .models import load_model
+from .cards import attach_record, entry, read_model_card, record_of
+from .fingerprint import fingerprint_teacher
+from .models import load_model, load_tokenizer
+from .probes import probe_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .fingerprint import TeacherFingerprint
 
 Prompt = str | list[dict[str, Any]]
 
@@ -33,6 +38,7 @@ def collect_rollouts(
     seed: int = 0,
     chat_template_kwargs: dict[str, Any] | None = None,
     model_init_kwargs: dict[str, Any] | None = None,
+    fingerprint: TeacherFingerprint | None = None,
 ) -> Dataset:
     """
     Samples the student's answers with transformers generation (Lightning OPD, stage 2: temperature 0.8, top-p 1, one
@@ -64,14 +70,104 @@ def collect_rollouts(
             For the chat template, for instance `{"enable_thinking": False}`.
         model_init_kwargs (`dict`, *optional*):
             For loading the student from a path, for instance `{"dtype": "bfloat16"}`.
+        fingerprint ([`TeacherFingerprint`], *optional*):
+            The student's. Computed if not given: from the checkpoint that a path names, or from a loaded model as it
+            is in memory.
 
     Returns:
         [`~datasets.Dataset`]: One row an answer: the columns of `prompts`, `prompt_ids` and `completion_ids`
-        (`list<int32>`, an end-of-sequence token kept), and `completion`, the decoded text.
+        (`list<int32>`, an end-of-sequence token kept), `completion`, the decoded text, and `student_fingerprint`. It
+        carries a record of the student, the SFT teachers that its card names, and the sampling: see `cards`.
 
     Raises:
-        ValueError: No prompts, an empty prompt, no `prompt` column, or an option out of range.
+        ValueError: No prompts, an empty prompt, no `prompt` column, an option out of range, or a loaded model that
+            cannot be fingerprinted.
     """
+    revision = (model_init_kwargs or {}).get("revision")
+    name = student if isinstance(student, str) else student.config._name_or_path
+    sft_teachers = (read_model_card(name, revision) if name else {}).get("sft_teachers") or []
+    fingerprint = fingerprint or fingerprint_teacher(student, tokenizer, revision=revision)
+    sampling = {
+        "num_generations": num_generations,
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_completion_length": max_completion_length,
+        "batch_size": batch_size,
+        "seed": seed,
+        "chat_template_kwargs": chat_template_kwargs,
+    }
+    rollouts = _sample(prompts, student, tokenizer, model_init_kwargs, **sampling)
+    about = entry(
+        fingerprint,
+        rows=len(rollouts),
+        sampling={option: value for option, value in sampling.items() if value is not None},
+        sft_teachers=[teacher["id"] for teacher in sft_teachers],
+    )
+    rollouts = rollouts.add_column("student_fingerprint", [fingerprint.id] * len(rollouts), feature=Value("string"))
+    attach_record(rollouts, {"students": [about]})
+    return rollouts
+
+
+def generate_sft_data(
+    prompts: Dataset | Sequence[Prompt],
+    teacher: str | PreTrainedModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    temperature: float = 1.0,
+    model_init_kwargs: dict[str, Any] | None = None,
+    fingerprint: TeacherFingerprint | None = None,
+    **sampling,
+) -> Dataset:
+    """
+    Samples the teacher's answers for fine-tuning the student (Lightning OPD, stage 1), each row signed with the
+    teacher's fingerprint. `TeacherStampCallback` reads it while TRL's `SFTTrainer` trains on the result.
+
+    Args:
+        prompts, teacher, tokenizer, temperature, model_init_kwargs, fingerprint, **sampling:
+            As in [`collect_rollouts`], with the teacher in the student's place and the temperature 1 by default.
+
+    Returns:
+        [`~datasets.Dataset`]: One row an answer: the columns of `prompts`, `completion` (text; a list with one
+        assistant message where the prompt is a list of messages), `prompt_ids` and `completion_ids` (`list<int32>`, an
+        end-of-sequence token kept: a completion without one was cut), and `teacher_fingerprint`. It carries a record
+        of the teacher, the sampling, and the teacher's answers to the probes: see `cards` and `probes`.
+
+    Raises:
+        ValueError: As [`collect_rollouts`].
+    """
+    if isinstance(teacher, str):
+        revision = (model_init_kwargs or {}).get("revision")
+        fingerprint = fingerprint or fingerprint_teacher(teacher, tokenizer, revision=revision)
+        tokenizer = tokenizer or load_tokenizer(teacher, revision=revision)
+        teacher = load_model(teacher, model_init_kwargs)
+    tokenizer = tokenizer or load_tokenizer(teacher)
+    answers = collect_rollouts(
+        prompts, teacher, tokenizer=tokenizer, temperature=temperature, fingerprint=fingerprint, **sampling
+    )
+    about = record_of(answers)["students"][0]
+    del about["sft_teachers"]
+    answers = answers.rename_column("student_fingerprint", "teacher_fingerprint")
+    if is_conversational({"prompt": answers[0]["prompt"]}):
+        messages = [[{"role": "assistant", "content": text}] for text in answers["completion"]]
+        answers = answers.remove_columns("completion").add_column("completion", messages)
+    attach_record(answers, {"sft_teachers": [{**about, "share": 1.0, "probes": probe_model(teacher, tokenizer)}]})
+    return answers
+
+
+def _sample(
+    prompts: Dataset | Sequence[Prompt],
+    student: str | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model_init_kwargs: dict[str, Any] | None,
+    *,
+    num_generations: int,
+    temperature: float,
+    top_p: float,
+    max_completion_length: int,
+    batch_size: int,
+    seed: int,
+    chat_template_kwargs: dict[str, Any] | None,
+) -> Dataset:
     if temperature < 0 or not 0 < top_p <= 1 or min(num_generations, max_completion_length, batch_size) < 1:
         raise ValueError(
             "`temperature` is 0 or more, `top_p` above 0 and at most 1, `num_generations`, `max_completion_length` "
@@ -85,9 +181,9 @@ def collect_rollouts(
     if len(prompts) == 0:
         raise ValueError("There are no prompts to answer.")
     if isinstance(student, str):
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(student)
+        tokenizer = tokenizer or load_tokenizer(student, revision=(model_init_kwargs or {}).get("revision"))
         student = load_model(student, model_init_kwargs)
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(student.config._name_or_path)
+    tokenizer = tokenizer or load_tokenizer(student)
 
     prompt_ids = [_encode(row, tokenizer, chat_template_kwargs or {}) for row in prompts.select_columns("prompt")]
     if empty := [i for i, ids in enumerate(prompt_ids) if not ids]:
@@ -127,7 +223,8 @@ def collect_rollouts(
         student.train(was_training)
 
     flat = [ids for of_prompt in completions for ids in of_prompt]
-    result = prompts.select(rows).remove_columns([c for c in _FEATURES if c in prompts.column_names])
+    replaced = [*_FEATURES, "student_fingerprint", "teacher_fingerprint"]
+    result = prompts.select(rows).remove_columns([c for c in replaced if c in prompts.column_names])
     columns = {
         "prompt_ids": [prompt_ids[i] for i in rows],
         "completion_ids": flat,

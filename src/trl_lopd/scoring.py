@@ -13,10 +13,21 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
+from .cards import attach_record, entry, record_of
 from .fingerprint import fingerprint_teacher
 from .head import LogitTransform, score_tokens
-from .models import load_model
-from .table import TOPK_COLUMNS, TableError, TableRows, lengths, table_features, validate_table
+from .models import load_model, load_tokenizer
+from .probes import probe_model
+from .table import (
+    TOPK_COLUMNS,
+    TableError,
+    TableRows,
+    digest_columns,
+    lengths,
+    rows_digest,
+    table_features,
+    validate_table,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,7 +61,7 @@ def score_rollouts(
         teacher (`str` or [`~transformers.PreTrainedModel`]):
             A local directory or Hub id, loaded in its own dtype, or a loaded model.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The teacher's, for its fingerprint. Loaded from the teacher's path if not given.
+            The teacher's, for its fingerprint and probes. Loaded from the teacher's path if not given.
         top_k (`int`, *optional*, defaults to `8`):
             Also store the teacher's most likely tokens at each position. `0` stores none; the trainer then has only
             the sampled-token objective.
@@ -65,7 +76,9 @@ def score_rollouts(
             For loading models from a path, for instance `{"device_map": "auto"}`.
 
     Returns:
-        [`~datasets.Dataset`]: The rows with the columns of `table_features` added, validated.
+        [`~datasets.Dataset`]: The rows with the columns of `table_features` added, validated. It carries a record of
+        who sampled and who scored them, the digest of its rows, and the teacher's answers to the probes: see `cards`
+        and `probes`.
 
     Raises:
         TableError: Rows that cannot be scored: columns missing or there already, empty prompts or completions, ids
@@ -78,6 +91,7 @@ def score_rollouts(
     added += ["ref_logprobs"] if ref_model is not None else []
     _check_rollouts(dataset, added)
     revision = (model_init_kwargs or {}).get("revision")
+    tokenizer = tokenizer or load_tokenizer(teacher, revision=revision)
     fingerprint = fingerprint or fingerprint_teacher(teacher, tokenizer, revision=revision)
 
     prompt_lengths, completion_lengths = lengths(dataset)
@@ -91,8 +105,7 @@ def score_rollouts(
     offsets = np.concatenate([[0], np.cumsum(completion_lengths)]).astype(np.int32)
     batches = list(_batches(prompt_lengths + completion_lengths, max_batch_tokens))
 
-    def score(model: str | PreTrainedModel, k: int, desc: str):
-        model = load_model(model, model_init_kwargs)
+    def score(model: PreTrainedModel, k: int, desc: str):
         vocab = model.config.get_text_config().vocab_size
         if k > vocab:
             raise ValueError(f"`top_k={k}` is more than the teacher's vocabulary of {vocab} tokens.")
@@ -100,22 +113,33 @@ def score_rollouts(
         topk_ids, topk_logprobs = np.empty((total, k), np.int32), np.empty((total, k), np.float16)
         was_training = model.training
         model.eval()
-        with tqdm(total=total, desc=desc, unit="token") as progress:
-            for rows in batches:
-                batch = rollouts.__getitems__(rows)
-                for row, *scores in zip(rows, *_score_batch(model, batch, k, vocab, rows), strict=True):
-                    if np.isnan(scores[0]).any():
-                        raise TableError(
-                            f"Row {row}: the model answers with NaN. Load it in another dtype, float32 or bfloat16."
-                        )
-                    part = slice(offsets[row], offsets[row + 1])
-                    logprobs[part], topk_ids[part], topk_logprobs[part] = scores
-                progress.update(int(completion_lengths[rows].sum()))
-        model.train(was_training)
+        try:
+            with tqdm(total=total, desc=desc, unit="token") as progress:
+                for rows in batches:
+                    batch = rollouts.__getitems__(rows)
+                    for row, *scores in zip(rows, *_score_batch(model, batch, k, vocab, rows), strict=True):
+                        if np.isnan(scores[0]).any():
+                            raise TableError(
+                                f"Row {row}: the model answers with NaN. Load it in another dtype, float32 or "
+                                "bfloat16."
+                            )
+                        part = slice(offsets[row], offsets[row + 1])
+                        logprobs[part], topk_ids[part], topk_logprobs[part] = scores
+                    progress.update(int(completion_lengths[rows].sum()))
+        finally:
+            model.train(was_training)
         return logprobs, topk_ids, topk_logprobs
 
     # The student first: if it cannot be scored, that shows before the teacher's hours are spent.
-    ref_logprobs = None if ref_model is None else score(ref_model, 0, "Scoring with the student")[0]
+    ref_logprobs = None
+    if ref_model is not None:
+        ref_logprobs = score(load_model(ref_model, model_init_kwargs), 0, "Scoring with the student")[0]
+    teacher = load_model(teacher, model_init_kwargs)
+    try:
+        probes = probe_model(teacher, tokenizer)
+    except ValueError as error:
+        probes = None
+        logger.warning(f"A served copy of this teacher will have no probes to be held against: {error}")
     logprobs, topk_ids, topk_logprobs = score(teacher, top_k, "Scoring with the teacher")
     columns = {
         "teacher_logprobs": _lists(offsets, pa.array(logprobs)),
@@ -137,6 +161,18 @@ def score_rollouts(
             f"{floored} teacher log-probabilities are -inf: the teacher gives those tokens no probability at all. The "
             "trainer accepts them only with `teacher_logprob_floor`."
         )
+    about = entry(fingerprint, rows=len(table), share=1.0, scoring={"top_k": top_k}, probes=probes)
+    columns = digest_columns(table.column_names)
+    record = {
+        "students": record_of(dataset).get("students", []),
+        "teachers": [about],
+        "rows": len(table),
+        "completion_tokens": total,
+        "skipped_rows": 0,
+        "columns": columns,
+        "digests": [{"rows": len(table), "digest": rows_digest(table, columns)}],
+    }
+    attach_record(table, record)
     return table
 
 

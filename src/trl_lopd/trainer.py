@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import torch
-from accelerate.utils import is_peft_model
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -27,12 +30,13 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import find_adapter_config_file
 from trl.trainer.utils import create_model_from_path, generate_model_card, get_config_model_id
 
-from .cards import read_model_card, stamp_model_card
+from .cards import count_teachers, entry, read_model_card, stamp_model_card
 from .collator import OfflineOPDCollator
 from .config import OfflineOPDConfig
-from .consistency import check_teacher_consistency
-from .fingerprint import content_id
+from .consistency import TeacherConsistencyError, Verdict, check_teacher_consistency
+from .fingerprint import TeacherFingerprint, fingerprint_teacher
 from .head import add_distillation_head, assert_head_is_plain
+from .models import load_tokenizer
 from .objective import (
     aggregate,
     count_items,
@@ -43,11 +47,13 @@ from .objective import (
     summarize,
     teacher_support,
 )
+from .stamp import checkpoint_fingerprint
 from .table import (
     REQUIRED_COLUMNS,
     TOKEN_COLUMNS,
     TableError,
     TableRows,
+    column_counts,
     lengths,
     validate_rows,
     validate_table,
@@ -94,7 +100,8 @@ class OfflineOPDTrainer(Trainer):
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The SFT student: a local directory or Hub id, or a loaded model.
+            The SFT student: a local directory or Hub id, of a model or of an adapter, which is then trained on; or a
+            loaded model.
         args ([`OfflineOPDConfig`], *optional*):
             Configuration. If `None`, the defaults with an `output_dir` named after the model.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -147,32 +154,44 @@ class OfflineOPDTrainer(Trainer):
 
         init_kwargs = dict(args.model_init_kwargs or {})
         init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-        if (
-            isinstance(model, str)
-            and find_adapter_config_file(model, revision=init_kwargs.get("revision")) is not None
-        ):
-            raise ValueError(
-                f"{model} is an adapter. Pass the model: `AutoPeftModelForCausalLM.from_pretrained({model!r}, "
-                "is_trainable=True)` to go on training it, or the base model with it merged."
-            )
         hub_kwargs = {"revision": init_kwargs.get("revision"), "trust_remote_code": init_kwargs["trust_remote_code"]}
-        config = AutoConfig.from_pretrained(model, **hub_kwargs) if isinstance(model, str) else model.config
+        adapter, student = None, model_id or "the student"
+        if isinstance(model, str) and find_adapter_config_file(model, revision=hub_kwargs["revision"]) is not None:
+            from peft import PeftConfig
+
+            adapter = PeftConfig.from_pretrained(model, revision=hub_kwargs["revision"])
+            config_of = {**hub_kwargs, "revision": adapter.revision}
+            config = AutoConfig.from_pretrained(adapter.base_model_name_or_path, **config_of)
+        else:
+            config = AutoConfig.from_pretrained(model, **hub_kwargs) if isinstance(model, str) else model.config
+            if not isinstance(model, str) and is_peft_model(model):
+                student += (
+                    " (the base of this `PeftModel`; pass the adapter's directory as `model` to use its own card)"
+                )
         if processing_class is None:
             if not model_id:
                 raise ValueError("The model does not say where it was loaded from: pass its `processing_class`.")
-            processing_class = AutoTokenizer.from_pretrained(model_id, **hub_kwargs)
+            processing_class = load_tokenizer(model, **hub_kwargs)
 
         # Everything that can be wrong with the data is found before a weight is loaded.
         self._student_card = read_model_card(model_id, hub_kwargs["revision"]) if model_id else {}
+        own_id = None
+        is_peft = not isinstance(model, str) and is_peft_model(model)
+        if model_id and not is_peft and args.teacher_consistency != "off":
+            own_id = _on_main_process(
+                args.distributed_state, lambda: _own_fingerprint(model_id, processing_class, **hub_kwargs)
+            )
         check_args = {
             "card": self._student_card,
-            "student": model_id or "the student",
+            "student": student,
+            "student_fingerprint": own_id,
             "mode": args.teacher_consistency,
             "floor": args.teacher_logprob_floor,
             "vocab": vocab_limits(processing_class, config),
         }
         # Two, so that the card names the teachers that trained the model and not those that only evaluated it.
         self._check, self._eval_check = _TableCheck(**check_args), _TableCheck(**check_args)
+        self._off_policy = False
         self._table_args = {"tokenizer": processing_class, "model_config": config}
         self.loss_type: str | None = None  # the training columns decide it
         self._prepare(train_dataset, args, "train_dataset", self._check)
@@ -190,7 +209,10 @@ class OfflineOPDTrainer(Trainer):
                 init_kwargs["quantization_config"] = quantization_config
             if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
                 init_kwargs["device_map"] = None
-            model = create_model_from_path(model, **init_kwargs)
+            if adapter is None:
+                model = create_model_from_path(model, **init_kwargs)
+            else:
+                model = _load_adapter(model, adapter, init_kwargs)
         elif args.model_init_kwargs or quantization_config is not None:
             raise ValueError(
                 "`model_init_kwargs` and `quantization_config` are used to load a model from a path; the model passed "
@@ -232,6 +254,7 @@ class OfflineOPDTrainer(Trainer):
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise ValueError("Context and sequence parallelism are not supported: set `cp_size` and `sp_size` to 1.")
         self._window: dict[str, torch.Tensor] = {}
+        self._saved: tuple[str | None, int | None, TeacherFingerprint | None] = (None, None, None)
         self._eval_batches: list[dict[str, torch.Tensor]] = []
         self.model.add_model_tags(self._tag_names)
 
@@ -245,7 +268,8 @@ class OfflineOPDTrainer(Trainer):
             row = next(iter(dataset), None)
             if row is None:
                 raise TableError(f"`{name}` is an empty stream.")
-            replace(check)([row])
+            head = replace(check)
+            check.verdict = _on_main_process(args.distributed_state, lambda: head([row]) or head.verdict)
             columns = set(row)
             self.loss_type = _resolve_loss_type(args, columns, self.loss_type)
             return columns
@@ -255,7 +279,16 @@ class OfflineOPDTrainer(Trainer):
             summary = validate_table(dataset, **self._table_args, teacher_logprob_floor=args.teacher_logprob_floor)
         except TableError as error:
             raise TableError(f"`{name}`: {error}") from None
-        check.teachers(summary.teacher_fingerprints)
+        check.seen.update(summary.teacher_fingerprints)
+        if args.teacher_consistency != "off":
+            check.verdict = _on_main_process(args.distributed_state, lambda: check.judge(dataset))
+        if check is self._check and check.verdict is not None and check.verdict.off_policy:
+            self._off_policy = "ref_logprobs" in dataset.column_names
+            if not self._off_policy:
+                logger.warning(
+                    "Without a `ref_logprobs` column nothing can measure how far off-policy the rollouts are. "
+                    "`score_rollouts(..., ref_model=...)` writes it."
+                )
         columns = set(dataset.column_names)
         self.loss_type = _resolve_loss_type(args, columns, self.loss_type)
         if summary.floored:
@@ -393,14 +426,33 @@ class OfflineOPDTrainer(Trainer):
             gathered = self.accelerator.gather(window).double().cpu()
             logs.update(_metrics({name: _combine(name, gathered[:, i]).item() for i, name in enumerate(names)}))
             self._window = {}
+            if self._off_policy and "importance_weight/mean" in logs:
+                self._off_policy = False  # said once
+                if self.is_world_process_zero():
+                    logger.warning(
+                        f"Off-policy rollouts, measured up to step {self.state.global_step}: importance weights of "
+                        f"mean {logs['importance_weight/mean']:.3f}, standard deviation "
+                        f"{logs['importance_weight/std']:.3f}, largest {logs['importance_weight/max']:.2f}, effective "
+                        f"sample size {logs['importance_weight/ess']:.1%}. (On-policy: 1, 0, 1, 100%.)"
+                    )
         super().log(logs, start_time)
 
     # ---- Saving ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
+        output_dir = output_dir or self.args.output_dir
+        if self.is_world_process_zero():
+            self._saved = (output_dir, self.state.global_step, checkpoint_fingerprint(output_dir))
         # After the weights: PEFT writes a card of its own beside them.
         self.create_model_card(output_dir=output_dir)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The weights are copied from there, so must the card be.
+        card = Path(checkpoint_folder) / "README.md"
+        if self.is_world_process_zero() and card.is_file():
+            shutil.copy(card, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(
         self,
@@ -449,13 +501,72 @@ class OfflineOPDTrainer(Trainer):
             card.data.base_model = None
             card.text = card.text.replace(f"[{base_model}](https://huggingface.co/{base_model})", f"`{base_model}`")
         card.save(os.path.join(output_dir, "README.md"))
-        before = self._student_card.get("opd_teachers") or []
-        known = {content_id(record["id"]) for record in before}
+        verdict, table, mode = self._check.verdict, self.train_dataset, self.args.teacher_consistency
+        round = {
+            "student": self._check.student_fingerprint or Path(self._check.student).name,
+            "objective": self.loss_type,
+            "teacher_consistency": "off" if mode == "off" else verdict.evidence or f"overridden ({mode})",
+        }
+        if isinstance(table, Dataset):
+            round |= {"rows": len(table), "teachers": count_teachers(self._check.seen)}
+            if "student_fingerprint" in table.column_names:
+                round["sampled_by"] = count_teachers(column_counts(table, "student_fingerprint"))
+        else:
+            round["teachers"] = [entry(id) for id in sorted(self._check.seen)]
         stamp_model_card(
             output_dir,
             sft_teachers=self._student_card.get("sft_teachers") or [],
-            opd_teachers=[*before, *sorted(id for id in self._check.seen if content_id(id) not in known)],
+            sft_rows=self._student_card.get("sft_rows"),
+            # Weights written there at another step are not those that this card is about.
+            checkpoint=self._saved[2] if self._saved[:2] == (output_dir, self.state.global_step) else None,
+            opd_rounds=[*(self._student_card.get("opd_rounds") or []), round],
         )
+
+
+def _on_main_process(state: PartialState, compute: Callable[[], Any]) -> Any:
+    """What `compute` gives on the main process, everywhere; if it raises, every process does, and one is heard."""
+    if state.num_processes == 1:
+        return compute()
+    result: list[Any] = [None]
+    if state.is_main_process:
+        try:
+            result = [compute()]
+        except Exception as error:  # left alone, it would leave the other processes waiting
+            result = [error]
+    broadcast_object_list(result)
+    if not isinstance(result[0], Exception):
+        return result[0]
+    if state.is_main_process:
+        raise result[0]
+    # A launcher ends all processes when the first has ended: let that be the one with the message.
+    time.sleep(2)
+    raise _RefusedElsewhere(str(result[0]))
+
+
+class _RefusedElsewhere(TeacherConsistencyError, SystemExit):
+    """Can be caught like the error of the main process; uncaught, ends this process without repeating it."""
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        self.code = 1
+
+
+def _own_fingerprint(model_id: str, tokenizer: PreTrainedTokenizerBase, **hub_kwargs: Any) -> str | None:
+    try:
+        return fingerprint_teacher(model_id, tokenizer, **hub_kwargs).id
+    except (OSError, ValueError) as error:
+        logger.warning(
+            "The student cannot be fingerprinted, so neither is its card compared with its weights, nor are they with "
+            f"those that sampled the rollouts: {error}"
+        )
+        return None
+
+
+def _load_adapter(path: str, adapter: PeftConfig, init_kwargs: dict[str, Any]) -> PeftModel:
+    from peft import PeftModel
+
+    base = create_model_from_path(adapter.base_model_name_or_path, **{**init_kwargs, "revision": adapter.revision})
+    return PeftModel.from_pretrained(base, path, revision=init_kwargs.get("revision"), is_trainable=True)
 
 
 @dataclass
@@ -464,18 +575,20 @@ class _TableCheck:
 
     card: dict[str, Any]
     student: str
+    student_fingerprint: str | None
     mode: str
     floor: float | None
     vocab: tuple[int | None, int | None]
-    seen: set[str] = field(default_factory=set)
+    seen: Counter[str] = field(default_factory=Counter)
+    verdict: Verdict | None = None
     rows: int = 0
     top_k: int = 0
 
-    def teachers(self, fingerprints: Iterable[str]) -> None:
-        """Applies the consistency rule to teachers not met before."""
-        if new := set(fingerprints) - self.seen:
-            check_teacher_consistency(self.card, sorted(new), mode=self.mode, student=self.student)
-            self.seen |= new
+    def judge(self, table: Dataset | list[str]) -> Verdict:
+        """Applies the consistency rule to a table, or to the teachers of some rows."""
+        return check_teacher_consistency(
+            self.card, table, student_fingerprint=self.student_fingerprint, mode=self.mode, student=self.student
+        )
 
     def __call__(self, rows: list[dict[str, Any]]) -> None:
         known = (*REQUIRED_COLUMNS, *TOKEN_COLUMNS)
@@ -491,7 +604,9 @@ class _TableCheck:
         except TableError as error:
             raise TableError(f"{error} (Rows are counted in the order in which this process read them.)") from None
         self.rows, self.top_k = self.rows + len(rows), summary.top_k
-        self.teachers(summary.teacher_fingerprints)
+        if new := set(summary.teacher_fingerprints) - set(self.seen):
+            self.verdict = self.judge(sorted(new))
+        self.seen.update(summary.teacher_fingerprints)
 
 
 def _resolve_loss_type(args: OfflineOPDConfig, columns: set[str], required: str | None = None) -> str:

@@ -1,0 +1,131 @@
+"""Writing the SFT teachers into the student's card while somebody else's trainer makes the student."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from datasets import Dataset
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.trainer.utils import get_config_model_id
+
+from .cards import count_teachers, read_model_card, record_of, stamp_model_card
+from .fingerprint import TeacherFingerprint, fingerprint_teacher, with_evidence
+from .table import column_counts
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+logger = logging.getLogger(__name__)
+
+COLUMN = "teacher_fingerprint"
+
+
+class TeacherStampCallback(TrainerCallback):
+    """
+    Stamps every checkpoint that a trainer saves or pushes with the teachers that wrote its data.
+
+    They are read from the `teacher_fingerprint` column of the data, which [`generate_sft_data`] writes; what the
+    model's own card says of earlier SFT data is kept, and the shares are those of all of it. Only the main process
+    writes.
+
+    ```python
+    trainer = SFTTrainer(model, args, train_dataset=data)
+    trainer.add_callback(TeacherStampCallback(trainer, data))
+    trainer.train()
+    trainer.push_to_hub()
+    ```
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            TRL's `SFTTrainer`, or any other. Its `save_model` and `create_model_card` are wrapped: no event of a
+            callback comes between the writing of a card and its upload.
+        dataset ([`~datasets.Dataset`], *optional*):
+            The training data as it was before the trainer prepared it: packing drops the column. Defaults to
+            `trainer.train_dataset`.
+
+    Raises:
+        `TypeError`: if the data is a stream: its rows cannot be counted beforehand.
+        `ValueError`: if it has no `teacher_fingerprint` column, or no row names a teacher.
+    """
+
+    def __init__(self, trainer: Trainer, dataset: Dataset | None = None):
+        dataset = trainer.train_dataset if dataset is None else dataset
+        if not isinstance(dataset, Dataset):
+            raise TypeError(
+                f"The teachers of a `{type(dataset).__name__}` cannot be counted. Give the rows as a `Dataset`, or "
+                "stamp the result: `stamp_model_card(directory, sft_teachers=[...])`."
+            )
+        if COLUMN not in dataset.column_names:
+            raise ValueError(
+                f"The training data has no `{COLUMN}` column, only {dataset.column_names}: nothing says who wrote it. "
+                "`generate_sft_data` writes the column; if the trainer dropped it, give the data as it was: "
+                "`TeacherStampCallback(trainer, dataset)`."
+            )
+        counts = column_counts(dataset, COLUMN)
+        model_id = get_config_model_id(trainer.model.config)
+        before = read_model_card(model_id) if model_id else {}
+        known = [*record_of(dataset).get("sft_teachers", ()), *(before.get("sft_teachers") or ())]
+        for entry in before.get("sft_teachers") or ():
+            counts[with_evidence(entry["id"], entry.get("evidence", "declared"))] += entry.get("rows", 0)
+        named_before = sum(entry.get("rows", 0) for entry in before.get("sft_teachers") or ())
+        counts[None] += max(before.get("sft_rows", 0) - named_before, 0)
+        self.sft_rows = sum(counts.values())
+        self.sft_teachers = count_teachers(counts, known)
+        if not self.sft_teachers:
+            raise ValueError(f"No row of the training data names its teacher: the column `{COLUMN}` is empty.")
+        if unnamed := counts[None] + counts[""]:
+            logger.warning(
+                f"{unnamed} of {self.sft_rows} SFT rows do not name a teacher. The card will give the others their "
+                "share of all rows."
+            )
+
+        self._fingerprints: dict[str, tuple[int, TeacherFingerprint | None]] = {}
+        trainer.save_model = self._stamping_save(trainer, trainer.save_model)
+        trainer.create_model_card = self._stamping_card(trainer, trainer.create_model_card)
+
+    def _stamping_save(self, trainer: Trainer, save_model):
+        @functools.wraps(save_model)
+        def save_and_stamp(output_dir: str | None = None, _internal_call: bool = False) -> None:
+            save_model(output_dir, _internal_call)
+            if trainer.is_world_process_zero():
+                output_dir = output_dir or trainer.args.output_dir
+                fingerprint = checkpoint_fingerprint(output_dir)
+                self._fingerprints[output_dir] = (trainer.state.global_step, fingerprint)
+                self._stamp(output_dir, fingerprint)
+
+        return save_and_stamp
+
+    def _stamping_card(self, trainer: Trainer, create_model_card):
+        @functools.wraps(create_model_card)
+        def create_and_stamp(*args, **kwargs) -> None:
+            create_model_card(*args, **kwargs)
+            if trainer.is_world_process_zero():
+                # The weights beside the card may be an earlier checkpoint's: then it is not bound to them.
+                step, fingerprint = self._fingerprints.get(trainer.args.output_dir, (None, None))
+                current = step == trainer.state.global_step
+                self._stamp(trainer.args.output_dir, fingerprint if current else None)
+
+        return create_and_stamp
+
+    def on_push_begin(self, args, state, control, **kwargs) -> None:
+        # The weights pushed while training are those of the checkpoint just saved.
+        checkpoint = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        if state.is_world_process_zero and checkpoint in self._fingerprints:
+            self._stamp(args.output_dir, self._fingerprints[checkpoint][1])
+
+    def _stamp(self, directory: str, fingerprint: TeacherFingerprint | None) -> None:
+        stamp_model_card(directory, sft_teachers=self.sft_teachers, sft_rows=self.sft_rows, checkpoint=fingerprint)
+
+
+def checkpoint_fingerprint(directory: str) -> TeacherFingerprint | None:
+    """Fingerprint of a checkpoint just saved; `None`, with a word in the log, if it does not hold whole weights."""
+    try:
+        return fingerprint_teacher(directory)
+    except (OSError, ValueError) as error:
+        # ZeRO-3 may save shards of the optimizer's state only, for instance; the teachers are recorded all the same.
+        logger.info(f"The card of {directory} is not bound to its weights: {error}")
+        return None

@@ -1,0 +1,62 @@
+"""A table of another teacher stops every process of a launch, before weights are loaded, with one message."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_model, make_rollouts
+
+from trl_lopd import score_rollouts
+
+SCRIPT = Path(__file__).parent / "refusal_script.py"
+
+LAUNCHERS = {
+    "ddp": ["--multi_gpu"],
+    "zero3": ["--use_deepspeed", "--zero_stage", "3", "--gradient_accumulation_steps", "1"],
+}
+
+
+def launch(tmp_path, launcher, student, table, catch):
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", *LAUNCHERS[launcher], "--num_processes", "2"),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+        *("--num_cpu_threads_per_process", "1", "--main_process_port", "0"),
+        *(str(SCRIPT), str(student), str(table), catch, "--output_dir", str(tmp_path / "out")),
+        *("--bf16", "False", "--report_to", "none", "--use_cpu", "True"),
+    ]
+    env = os.environ | {"CI": "true", "DS_ACCELERATOR": "cpu"}
+    # A hang is what the limit is for; nearly all of the time goes into imports.
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, env=env)
+
+
+@pytest.fixture(scope="module")
+def other_table(tmp_path_factory, tokenizer):
+    path = tmp_path_factory.mktemp("tables") / "other"
+    score_rollouts(make_rollouts(8), make_model(seed=9), tokenizer=tokenizer, top_k=2).save_to_disk(path)
+    return path
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_mismatch_stops_all_processes_with_one_message(tmp_path, student_dir, other_table, launcher):
+    done = launch(tmp_path, launcher, student_dir, other_table, "raise")
+    assert done.returncode != 0
+    assert "A MODEL WAS LOADED" not in done.stdout
+    assert done.stderr.count("Teacher mismatch") == 1, done.stderr[-3000:]
+
+
+def test_every_process_can_catch_it(tmp_path, student_dir, other_table):
+    done = launch(tmp_path, "ddp", student_dir, other_table, "catch")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for process in range(2):
+        assert f"process {process} of 2 caught: Teacher mismatch" in done.stdout
+
+
+def test_the_right_table_is_trained_on(tmp_path, student_dir, table):
+    table.save_to_disk(tmp_path / "table")
+    done = launch(tmp_path, "zero3", student_dir, tmp_path / "table", "raise")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("A MODEL WAS LOADED") == 2

@@ -1,0 +1,445 @@
+"""What the check says of real models and tables, after everything that happens to them by accident."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import make_model, make_tokenizer
+from datasets import Dataset, concatenate_datasets, load_dataset
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_lopd import (
+    check_teacher_consistency,
+    collect_rollouts,
+    fingerprint_teacher,
+    load_table,
+    read_model_card,
+    score_rollouts,
+    stamp_dataset_card,
+    stamp_model_card,
+)
+from trl_lopd.cards import attach_record, record_of
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+
+
+def save(directory: Path, seed: int, dtype=torch.bfloat16, tokenizer=None) -> Path:
+    make_model(seed=seed).to(dtype).save_pretrained(directory)
+    tokenizer = tokenizer or make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def stamp(student: Path, *teachers: Path) -> Path:
+    """As `TeacherStampCallback` does."""
+    fingerprints = [fingerprint_teacher(teacher) for teacher in teachers]
+    stamp_model_card(student, sft_teachers=fingerprints, evidence="verified", checkpoint=fingerprint_teacher(student))
+    return student
+
+
+@dataclass
+class Case:
+    """A teacher, the student that learnt from its answers, that student's rollouts, and room to do harm."""
+
+    teacher: Path
+    student: Path
+    rollouts: Dataset
+    tmp: Path
+
+    def score(self, teacher: Path | None = None) -> Dataset:
+        return score_rollouts(self.rollouts, str(teacher or self.teacher), top_k=2, ref_model=str(self.student))
+
+    def copy(self, directory: Path) -> Path:
+        return Path(shutil.copytree(directory, self.tmp / "elsewhere" / directory.name, dirs_exist_ok=True))
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    path = tmp_path_factory.mktemp("originals")
+    teacher = save(path / "teacher", seed=1)
+    student = stamp(save(path / "student", seed=2), teacher)
+    rollouts = collect_rollouts(["w5 w6", "w7", "w8 w9 w10", "w11"] * 3, str(student), max_completion_length=6)
+    return teacher, student, rollouts
+
+
+@pytest.fixture
+def case(originals, tmp_path):
+    return Case(*originals, tmp_path)
+
+
+def rewrite(directory: Path, change, file="model.safetensors") -> Path:
+    tensors = load_file(directory / file)
+    change(tensors)
+    save_file(tensors, directory / file, metadata={"format": "pt"})
+    return directory
+
+
+def flip_a_bit(tensors):
+    tensors["model.norm.weight"].view(torch.uint8)[0] ^= 1
+
+
+def edit_card(directory: Path, change) -> None:
+    path = directory / "README.md"
+    _, front, body = path.read_text().split("---\n", 2)
+    data = yaml.safe_load(front)
+    change(data["trl_lopd"])
+    path.write_text(f"---\n{yaml.safe_dump(data)}---\n{body}")
+
+
+# ---- What happens to a teacher, between its SFT answers and its scores ----
+
+
+def untouched(case):
+    return case.student, case.score()
+
+
+def resharded(case):
+    model = AutoModelForCausalLM.from_pretrained(case.teacher)
+    model.save_pretrained(case.tmp / "shards", max_shard_size="4KB")
+    shutil.copy(case.teacher / "tokenizer.json", case.tmp / "shards")
+    shutil.copy(case.teacher / "tokenizer_config.json", case.tmp / "shards")
+    shutil.copy(case.teacher / "chat_template.jinja", case.tmp / "shards")
+    assert len(list((case.tmp / "shards").glob("*.safetensors"))) > 1
+    return case.student, case.score(case.tmp / "shards")
+
+
+def renamed_files(case):
+    student, table = resharded(case)
+    directory = (case.tmp / "shards").rename(case.tmp / "another-name")
+    index = directory / "model.safetensors.index.json"
+    names = sorted(file.name for file in directory.glob("*.safetensors"))
+    text = index.read_text()
+    for i, name in enumerate(names):
+        (directory / name).rename(directory / f"part{i}.safetensors")
+        text = text.replace(name, f"part{i}.safetensors")
+    index.write_text(text)
+    return case.student, case.score(directory)
+
+
+def saved_again_by_transformers(case):
+    AutoModelForCausalLM.from_pretrained(case.teacher).save_pretrained(case.tmp / "again")
+    AutoTokenizer.from_pretrained(case.teacher).save_pretrained(case.tmp / "again")
+    return case.student, case.score(case.tmp / "again")
+
+
+def cast_to_float16(case):
+    model = AutoModelForCausalLM.from_pretrained(case.teacher, dtype=torch.float16)
+    directory = case.copy(case.teacher)
+    model.save_pretrained(directory)
+    return case.student, case.score(directory)
+
+
+def loaded_in_float16(case):
+    """The checkpoint is the same; only this scoring is less exact."""
+    kwargs = {"model_init_kwargs": {"dtype": "float16"}}
+    return case.student, score_rollouts(case.rollouts, str(case.teacher), top_k=2, **kwargs)
+
+
+def one_bit_flipped(case):
+    return case.student, case.score(rewrite(case.copy(case.teacher), flip_a_bit))
+
+
+def another_tokenizer(case):
+    directory = case.copy(case.teacher)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["w999"])
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(directory)
+    return case.student, case.score(directory)
+
+
+def another_chat_template(case):
+    directory = case.copy(case.teacher)
+    (directory / "chat_template.jinja").write_text(TEMPLATE + "!")
+    return case.student, case.score(directory)
+
+
+def another_pad_token(case):
+    """Training scripts choose it freely; it decides no token id."""
+    directory = case.copy(case.teacher)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(directory)
+    return case.student, case.score(directory)
+
+
+def swapped(case):
+    return case.student, case.score(save(case.tmp / "other", seed=9))
+
+
+# ---- Tables ----
+
+
+def two_teachers_of_which_one_is_a_stranger(case):
+    tables = [case.score(), case.score(save(case.tmp / "other", seed=9))]
+    return case.student, concatenate_datasets([table.select(range(6)) for table in tables])
+
+
+def two_teachers_that_both_wrote_sft_data(case):
+    student, table = two_teachers_of_which_one_is_a_stranger(case)
+    return stamp(case.copy(student), case.teacher, case.tmp / "other"), table
+
+
+def fingerprint_column_lost(case):
+    table = case.score()
+    return case.student, table.select_columns([c for c in table.column_names if c != "teacher_fingerprint"])
+
+
+def fingerprint_column_partly_empty(case):
+    table = case.score()
+    return case.student, table.map(lambda row, i: {"teacher_fingerprint": row["teacher_fingerprint"] * (i != 3)},
+                                   with_indices=True)  # fmt: skip
+
+
+def topk_columns_lost(case):
+    return case.student, case.score().select_columns(
+        ["prompt_ids", "completion_ids", "teacher_logprobs", "teacher_fingerprint"]
+    )
+
+
+def a_column_added(case):
+    return case.student, case.score().map(lambda row: {"difficulty": len(row["prompt_ids"])})
+
+
+def shuffled(case):
+    return case.student, case.score().shuffle(seed=1)
+
+
+def filtered(case):
+    return case.student, case.score().filter(lambda row: len(row["prompt_ids"]) > 1)
+
+
+def split_and_joined(case):
+    parts = case.score().train_test_split(0.3, seed=1)
+    return case.student, concatenate_datasets([parts["test"], parts["train"]])
+
+
+def one_score_changed(case):
+    def change(row, i):
+        row["teacher_logprobs"][0] -= 0.01 * (i == 5)
+        return row
+
+    return case.student, case.score().map(change, with_indices=True)
+
+
+def saved_to_disk(case):
+    case.score().save_to_disk(case.tmp / "table")
+    return case.student, load_table(case.tmp / "table")
+
+
+def parquet_with_its_card(case):
+    (case.tmp / "table").mkdir()
+    table = case.score()
+    table.to_parquet(case.tmp / "table" / "train.parquet")
+    stamp_dataset_card(case.tmp / "table", table)
+    return case.student, load_table(case.tmp / "table", split="train")
+
+
+def parquet_without_its_card(case):
+    student, _ = parquet_with_its_card(case)
+    return student, load_dataset("parquet", data_files=str(case.tmp / "table" / "train.parquet"), split="train")
+
+
+def parquet_whose_rows_were_changed(case):
+    student, table = parquet_with_its_card(case)
+    rows = table.to_list()
+    rows[2]["teacher_logprobs"][0] = -9.0
+    Dataset.from_list(rows, features=table.features).to_parquet(case.tmp / "table" / "train.parquet")
+    return student, load_table(case.tmp / "table", split="train")
+
+
+def table_card_of_another_teacher(case):
+    student, _ = parquet_with_its_card(case)
+    other = fingerprint_teacher(save(case.tmp / "other", seed=9))
+    edit_card(case.tmp / "table", lambda record: record["teachers"][0].update(other.to_dict()))
+    return student, load_table(case.tmp / "table", split="train")
+
+
+def table_card_that_contradicts_itself(case):
+    table = case.score()
+    record = record_of(table)
+    record["teachers"][0]["weights"] = "0" * 64
+    attach_record(table, record)
+    return case.student, table
+
+
+# ---- Students and their cards ----
+
+
+def student_card_stripped(case):
+    directory = case.copy(case.student)
+    (directory / "README.md").unlink()
+    return directory, case.score()
+
+
+def student_card_with_another_teacher_s_id(case):
+    """The claim is changed to fit the table, but not the digests behind it."""
+    directory, table = case.copy(case.student), case.score(save(case.tmp / "other", seed=9))
+    edit_card(directory, lambda record: record["sft_teachers"][0].update(id=table[0]["teacher_fingerprint"]))
+    return directory, table
+
+
+def student_card_copied_to_other_weights(case):
+    directory = save(case.tmp / "impostor", seed=8)
+    shutil.copy(case.student / "README.md", directory)
+    return directory, case.score()
+
+
+def student_declared_by_a_person(case):
+    directory = case.copy(case.student)
+    stamp_model_card(directory, sft_teachers=[fingerprint_teacher(case.teacher)])
+    return directory, case.score()
+
+
+def student_saved_again(case):
+    directory = case.copy(case.student)
+    AutoModelForCausalLM.from_pretrained(directory).save_pretrained(directory, max_shard_size="4KB")
+    (directory / "model.safetensors").unlink()
+    return directory, case.score()
+
+
+def student_that_did_not_sample(case):
+    return stamp(rewrite(case.copy(case.student), flip_a_bit), case.teacher), case.score()
+
+
+def student_with_another_tokenizer(case):
+    directory = case.copy(case.student)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["w999"])
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(directory)
+    return directory, case.score()
+
+
+def student_with_another_chat_template(case):
+    directory = case.copy(case.student)
+    (directory / "chat_template.jinja").write_text(TEMPLATE + "!")
+    return directory, case.score()
+
+
+REFUSED = None
+
+
+@pytest.mark.parametrize(
+    "happened, evidence, rows, words",
+    [
+        (untouched, "verified", "intact", "Teachers agree (verified)"),
+        # The teacher is the same, however it is kept.
+        (resharded, "verified", "intact", "Teachers agree"),
+        (renamed_files, "verified", "intact", "Teachers agree"),
+        (saved_again_by_transformers, "verified", "intact", "Teachers agree"),
+        (loaded_in_float16, "verified", "intact", "Teachers agree"),
+        (another_pad_token, "verified", "intact", "Teachers agree"),
+        # It is another.
+        (cast_to_float16, REFUSED, None, ": the weights differ)"),
+        (one_bit_flipped, REFUSED, None, ": the weights differ)"),
+        (another_tokenizer, REFUSED, None, ": the tokenizer differs)"),
+        (another_chat_template, REFUSED, None, ": the chat template differs)"),
+        (swapped, REFUSED, None, "1 of 1 scoring teachers did not write it"),
+        (two_teachers_of_which_one_is_a_stranger, REFUSED, None, "1 of 2 scoring teachers did not write it"),
+        (two_teachers_that_both_wrote_sft_data, "verified", "unverified", "scored by 2 teachers"),
+        # Rows: the column decides, the digest says whether they are still what was scored.
+        (fingerprint_column_lost, REFUSED, None, "does not say which teacher scored its rows"),
+        (fingerprint_column_partly_empty, REFUSED, None, "does not say which teacher scored some of its rows"),
+        (topk_columns_lost, "verified", "unverified", "Teachers agree"),
+        (a_column_added, "verified", "intact", "Teachers agree"),
+        (shuffled, "verified", "intact", "Teachers agree"),
+        (filtered, "verified", "unverified", "Teachers agree"),
+        (split_and_joined, "verified", "intact", "Teachers agree"),
+        (one_score_changed, "verified", "altered", "values changed in prompt_ids"),
+        (saved_to_disk, "verified", "intact", "Teachers agree"),
+        (parquet_with_its_card, "verified", "intact", "Teachers agree"),
+        (parquet_without_its_card, "verified", "unverified", "Teachers agree"),
+        (parquet_whose_rows_were_changed, "verified", "altered", "as many rows as were scored (12)"),
+        (table_card_of_another_teacher, REFUSED, None, "one of the two was changed by hand"),
+        (table_card_that_contradicts_itself, REFUSED, None, "The card of the table contradicts itself"),
+        # The student and its card.
+        (student_card_stripped, REFUSED, None, "names no SFT teacher"),
+        (student_card_with_another_teacher_s_id, REFUSED, None, "The card of the student contradicts itself"),
+        (student_card_copied_to_other_weights, "declared", "intact", "names the teachers of other weights"),
+        (student_declared_by_a_person, "declared", "intact", "declared by a person"),
+        (student_saved_again, "verified", "intact", "Teachers agree"),
+        (student_that_did_not_sample, "verified", "intact", "Off-policy rollouts: sampled by 1 checkpoint"),
+        (student_with_another_tokenizer, REFUSED, None, "with another tokenizer than that of the student"),
+        (student_with_another_chat_template, "verified", "intact", "under another chat template"),
+    ],
+)
+def test_verdict(case, happened, evidence, rows, words):
+    student, table = happened(case)
+    verdict = check_teacher_consistency(
+        read_model_card(student), table, student_fingerprint=fingerprint_teacher(student), mode="off"
+    )
+    assert verdict.consistent is (evidence is not REFUSED) and verdict.evidence == evidence
+    assert verdict.accepted("strict") is (evidence == "verified")
+    assert words in " ".join((verdict.reason, *verdict.warnings))
+    if rows is not None:
+        assert verdict.rows == rows
+    expected_warnings = {
+        one_score_changed, parquet_whose_rows_were_changed, student_that_did_not_sample,
+        student_card_copied_to_other_weights, student_with_another_chat_template,
+    }  # fmt: skip
+    assert bool(verdict.warnings) is (happened in expected_warnings)
+    assert verdict.off_policy is (happened in {student_that_did_not_sample, student_card_copied_to_other_weights})
+
+
+def test_the_dataset_card_holds_the_full_record(case):
+    parquet_with_its_card(case)
+    text = (case.tmp / "table" / "README.md").read_text()
+    record = yaml.safe_load(text.split("---\n")[1])["trl_lopd"]
+    teacher, student = fingerprint_teacher(case.teacher), fingerprint_teacher(case.student)
+    (scored,), (sampled,) = record["teachers"], record["students"]
+    assert {**teacher.to_dict(), "evidence": "verified", "rows": 12, "share": 1.0}.items() <= scored.items()
+    assert scored["scoring"] == {"top_k": 2} and scored["probes"]["version"] == 1
+    assert {**student.to_dict(), "evidence": "verified", "rows": 12}.items() <= sampled.items()
+    assert sampled["sampling"]["temperature"] == 0.8 and sampled["sft_teachers"] == [teacher.id]
+    tokens = sum(len(ids) for ids in case.rollouts["completion_ids"])
+    assert (record["rows"], record["completion_tokens"], record["skipped_rows"]) == (12, tokens, 0)
+
+
+def test_a_card_is_not_given_digests_of_rows_that_are_not_what_was_scored(case):
+    for student_and_table in (one_score_changed, filtered):
+        _, table = student_and_table(case)
+        directory = case.tmp / student_and_table.__name__
+        directory.mkdir()
+        stamp_dataset_card(directory, table)
+        record = yaml.safe_load((directory / "README.md").read_text().split("---\n")[1])["trl_lopd"]
+        assert "digests" not in record and record["teachers"][0]["rows"] == len(table)
+
+
+def test_splits_of_one_table_each_get_their_digest(case):
+    splits = case.score().train_test_split(0.25, seed=3)
+    directory = case.tmp / "splits"
+    directory.mkdir()
+    for name, rows in splits.items():
+        rows.to_parquet(directory / f"{name}.parquet")
+    stamp_dataset_card(directory, splits)
+    for rows in load_table(directory).values():
+        assert check_teacher_consistency(read_model_card(case.student), rows).rows == "intact"
+
+
+def test_stamping_a_dataset_card_keeps_the_rest_of_it(case):
+    directory = case.tmp / "table"
+    directory.mkdir()
+    head, tail = "---\nlicense:   mit  # kept\n", "---\n\n# Mine\n\ntext   \n"
+    (directory / "README.md").write_text(head + tail)
+    stamp_dataset_card(directory, case.score())
+    text = (directory / "README.md").read_text()
+    assert text.startswith(head + "trl_lopd:\n") and text.endswith(tail)
+
+
+def test_the_record_is_json_in_the_description_beside_what_a_person_wrote(case):
+    table = case.score()
+    table.info.description = "By hand.\n" + table.info.description
+    joined = concatenate_datasets([table, case.rollouts.select_columns(["prompt_ids"])])
+    assert joined.info.description.startswith("By hand.") and record_of(joined)["teachers"]
+    attach_record(table, {"rows": 1})
+    assert table.info.description.startswith("By hand.") and record_of(table) == {"rows": 1}
+    json.dumps(record_of(table))
