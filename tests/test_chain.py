@@ -47,15 +47,22 @@ def test_the_chain_survives_the_hub(tmp_path, teacher_dir, tokenizer):
         assert done.returncode == 0, done.stderr[-3000:]
         assert "round 1: verified intact" in done.stdout and "round 2: verified intact" in done.stdout
         assert not hub.unknown
-        cards = {}
+        cards, pushes = {}, {}
         for name in ("student-sft", "student-opd-1", "student-opd-2"):
-            directory = tmp_path / "pulled" / name
-            for file, content in hub.files("model", f"tester/{name}").items():
-                (directory / file).parent.mkdir(parents=True, exist_ok=True)
-                (directory / file).write_bytes(content)
-            cards[name] = read_model_card(directory)
-            # The card is about the weights beside it.
-            assert same_teacher(cards[name]["model"]["id"], fingerprint_teacher(directory))
+            for commit in hub.repos["model", f"tester/{name}"].commits:
+                directory = tmp_path / "pulled" / name / commit
+                for file, content in hub.files("model", f"tester/{name}", commit).items():
+                    (directory / file).parent.mkdir(parents=True, exist_ok=True)
+                    (directory / file).write_bytes(content)
+                if not (directory / "model.safetensors").exists():
+                    continue
+                cards[name] = read_model_card(directory)
+                # At every push, while training too, the card is about the weights beside it.
+                assert same_teacher(cards[name]["model"]["id"], fingerprint_teacher(directory)), (name, commit)
+                pushes.setdefault(name, set()).add(cards[name]["model"]["weights"])
+        assert {name: len(weights) for name, weights in pushes.items()} == dict.fromkeys(pushes, 2)
+    assert [t["evidence"] for t in cards["student-opd-2"]["sft_teachers"]] == ["declared"]  # on the Hub, by `stamp`
+    cards["student-opd-2"]["sft_teachers"] = cards["student-opd-1"]["sft_teachers"]
     teacher = fingerprint_teacher(teacher_dir)
     for card in cards.values():
         (sft,) = card["sft_teachers"]

@@ -12,11 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from datasets import load_dataset
 from transformers import AutoConfig, AutoTokenizer
 
 import trl_lopd
-from trl_lopd import fingerprint_teacher, read_model_card, validate_table
+from trl_lopd import check_teacher_consistency, fingerprint_teacher, load_table, read_model_card, validate_table
 from trl_lopd.fingerprint import same_teacher
 
 ROOT = Path(__file__).parent.parent
@@ -39,12 +38,15 @@ def test_the_bundled_quickstart_is_consistent_and_small():
     teacher = fingerprint_teacher(str(QUICKSTART / "teacher"))
     tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "student")
     config = AutoConfig.from_pretrained(QUICKSTART / "student")
-    for split in load_dataset(str(QUICKSTART / "table")).values():
+    student, card = fingerprint_teacher(QUICKSTART / "student"), read_model_card(QUICKSTART / "student")
+    for split in load_table(QUICKSTART / "table").values():
+        verdict = check_teacher_consistency(card, split, student_fingerprint=student)
+        assert (verdict.evidence, verdict.rows, verdict.warnings) == ("verified", "intact", ())
         summary = validate_table(split, tokenizer, config)
         assert summary.top_k == 4
         (scored_by,) = summary.teacher_fingerprints
         assert same_teacher(scored_by, teacher)
-    (wrote_the_sft_data,) = read_model_card(str(QUICKSTART / "student"))["sft_teachers"]
+    (wrote_the_sft_data,) = card["sft_teachers"]
     assert same_teacher(wrote_the_sft_data["id"], teacher)
     assert sum(f.stat().st_size for f in QUICKSTART.rglob("*") if f.is_file()) <= 5_000_000
 
@@ -88,7 +90,7 @@ def test_the_main_job_runs(tmp_path):
     assert student["fresh"] > 0 and "fresh" not in teacher
     for row in rows[:3]:
         assert row["model"] in done.stdout and row["held_out"] > 0
-    assert read_model_card(str(tmp_path / "run"))["opd_teachers"]
+    assert read_model_card(str(tmp_path / "run"))["opd_rounds"]
 
 
 @pytest.mark.parametrize(
