@@ -31,6 +31,7 @@ from transformers import (
 from trl_lopd import fingerprint as fingerprint_module
 from trl_lopd.fingerprint import (
     EVIDENCE,
+    SAFETENSORS_DTYPES,
     TeacherFingerprint,
     content_id,
     diff_ids,
@@ -346,6 +347,19 @@ def test_pickle_is_never_loaded(tmp_path):
     (directory / "model.safetensors").unlink()
     (directory / "pytorch_model.bin").write_bytes(b"never read")
     with pytest.raises(FileNotFoundError, match="re-save the model as safetensors"):
+        fingerprint_teacher(directory)
+
+
+def test_dtypes_are_those_that_safetensors_writes(tmp_path):
+    from safetensors.torch import _TYPES
+
+    for name, dtype in _TYPES.items():
+        assert getattr(torch, SAFETENSORS_DTYPES[name]) == dtype
+    directory = save(make_model(), tmp_path)
+    text = (directory / "model.safetensors").read_bytes()
+    assert b'"dtype":"BF16"' in text
+    (directory / "model.safetensors").write_bytes(text.replace(b'"dtype":"BF16"', b'"dtype":"XF16"', 1))
+    with pytest.raises(ValueError, match="model.safetensors is truncated or corrupt"):
         fingerprint_teacher(directory)
 
 

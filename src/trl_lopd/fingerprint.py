@@ -50,6 +50,21 @@ ADAPTER_CONFIG_TO_SKIP = {
 # Components that PEFT puts into the names of a base model's tensors.
 PEFT_WRAPPERS = {"base_layer", "original_module", "token_adapter"}
 
+# What the safetensors format calls torch's dtypes.
+SAFETENSORS_DTYPES = {
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+    **{f"F8_{kind}": f"float8_{kind.lower()}" for kind in ("E4M3FNUZ", "E5M2", "E5M2FNUZ")},
+    **{
+        "F8_E4M3": "float8_e4m3fn",
+        "F8_E8M0": "float8_e8m0fnu",
+        "BF16": "bfloat16",
+        "BOOL": "bool",
+        "C64": "complex64",
+    },
+}
+
 # Bytes read at a time by each thread: little enough to be hashed while still in the processor's cache.
 CHUNK_BYTES = 2**20
 # More threads than this read no faster from any one disk.
@@ -601,21 +616,26 @@ class _Tensor(NamedTuple):
 
 def _layout(file: Path) -> list[_Tensor]:
     """The tensors of a safetensors file in the order of their bytes. Reads the header only."""
+    import torch
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="pt") as tensors:
-            # Memory maps: their bytes are not touched.
-            views = {name: tensors.get_tensor(name) for name in tensors.offset_keys()}
+            # Slices, because a tensor, though it is a memory map, has its first megabytes read ahead.
+            slices = {name: tensors.get_slice(name) for name in tensors.offset_keys()}
+            kinds = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except SafetensorError as error:
         raise ValueError(f"{file} is truncated or corrupt ({error}). Download or save it again.") from error
+    if unknown := {dtype for dtype, _ in kinds.values()} - SAFETENSORS_DTYPES.keys():
+        raise ValueError(f"{file} holds tensors of a dtype that trl-lopd does not know: {', '.join(unknown)}.")
+    layout, start = [], 0
+    for name, (kind, shape) in kinds.items():
+        dtype = getattr(torch, SAFETENSORS_DTYPES[kind])
+        layout.append(_Tensor(file, name, dtype, shape, start, math.prod(shape) * dtype.itemsize))
+        start += layout[-1].size
     # safe_open has checked that the tensors fill the file behind its header without gap or overlap.
-    start = file.stat().st_size - sum(tensor.nbytes for tensor in views.values())
-    layout = []
-    for name, tensor in views.items():
-        layout.append(_Tensor(file, name, tensor.dtype, tuple(tensor.shape), start, tensor.nbytes))
-        start += tensor.nbytes
-    return layout
+    header = file.stat().st_size - start
+    return [tensor._replace(start=header + tensor.start) for tensor in layout]
 
 
 def _hash_tensor(tensor: _Tensor, advance: Callable[[int], Any]) -> str:
