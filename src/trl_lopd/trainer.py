@@ -268,8 +268,7 @@ class OfflineOPDTrainer(Trainer):
             row = next(iter(dataset), None)
             if row is None:
                 raise TableError(f"`{name}` is an empty stream.")
-            head = replace(check)
-            check.verdict = _on_main_process(args.distributed_state, lambda: head([row]) or head.verdict)
+            check.verdict = _on_main_process(args.distributed_state, lambda: replace(check).judge_row(row))
             columns = set(row)
             self.loss_type = _resolve_loss_type(args, columns, self.loss_type)
             return columns
@@ -503,7 +502,7 @@ class OfflineOPDTrainer(Trainer):
         card.save(os.path.join(output_dir, "README.md"))
         verdict, table, mode = self._check.verdict, self.train_dataset, self.args.teacher_consistency
         round = {
-            "student": self._check.student_fingerprint or Path(self._check.student).name,
+            "student": self._check.student_fingerprint or Path(get_config_model_id(self.model.config)).name,
             "objective": self.loss_type,
             "teacher_consistency": "off" if mode == "off" else verdict.evidence or f"overridden ({mode})",
         }
@@ -527,20 +526,20 @@ def _on_main_process(state: PartialState, compute: Callable[[], Any]) -> Any:
     """What `compute` gives on the main process, everywhere; if it raises, every process does, and one is heard."""
     if state.num_processes == 1:
         return compute()
-    result: list[Any] = [None]
+    error, outcome = None, [None, None]  # what it gave, what went wrong
     if state.is_main_process:
         try:
-            result = [compute()]
-        except Exception as error:  # left alone, it would leave the other processes waiting
-            result = [error]
-    broadcast_object_list(result)
-    if not isinstance(result[0], Exception):
-        return result[0]
-    if state.is_main_process:
-        raise result[0]
-    # A launcher ends all processes when the first has ended: let that be the one with the message.
-    time.sleep(2)
-    raise _RefusedElsewhere(str(result[0]))
+            outcome[0] = compute()
+        except Exception as raised:  # raised here and now, it would leave the other processes waiting
+            error, outcome[1] = raised, str(raised)
+    broadcast_object_list(outcome)
+    if error is not None:
+        raise error
+    if outcome[1] is not None:
+        # A launcher ends all processes when the first has ended: let that be the one with the message.
+        time.sleep(2)
+        raise _RefusedElsewhere(outcome[1])
+    return outcome[0]
 
 
 class _RefusedElsewhere(TeacherConsistencyError, SystemExit):
@@ -590,6 +589,11 @@ class _TableCheck:
             self.card, table, student_fingerprint=self.student_fingerprint, mode=self.mode, student=self.student
         )
 
+    def judge_row(self, row: dict[str, Any]) -> Verdict:
+        """Validates the first row of a stream too."""
+        self([row])
+        return self.verdict
+
     def __call__(self, rows: list[dict[str, Any]]) -> None:
         known = (*REQUIRED_COLUMNS, *TOKEN_COLUMNS)
         try:
@@ -604,8 +608,8 @@ class _TableCheck:
         except TableError as error:
             raise TableError(f"{error} (Rows are counted in the order in which this process read them.)") from None
         self.rows, self.top_k = self.rows + len(rows), summary.top_k
-        if new := set(summary.teacher_fingerprints) - set(self.seen):
-            self.verdict = self.judge(sorted(new))
+        if not summary.teacher_fingerprints.keys() <= self.seen.keys():
+            self.verdict = self.judge(sorted({*self.seen, *summary.teacher_fingerprints}))
         self.seen.update(summary.teacher_fingerprints)
 
 
