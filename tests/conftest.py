@@ -85,7 +85,12 @@ def student_dir(tmp_path_factory, tokenizer, teacher_dir):
     path = tmp_path_factory.mktemp("models") / "student"
     make_model(seed=2).save_pretrained(path)
     tokenizer.save_pretrained(path)
-    stamp_model_card(path, sft_teachers=[fingerprint_teacher(str(teacher_dir))], evidence="verified")
+    stamp_model_card(
+        path,
+        sft_teachers=[fingerprint_teacher(teacher_dir)],
+        evidence="verified",
+        checkpoint=fingerprint_teacher(path),
+    )
     return path
 
 

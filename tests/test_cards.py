@@ -128,10 +128,10 @@ def test_everything_else_stays_byte_for_byte(tmp_path):
 @pytest.mark.parametrize(
     "ours",
     [
-        "trl_lopd:\n  sft_teachers:\n  - id: old@1\n",
-        "trl_lopd:\n    sft_teachers:\n      - id: old@1\n",
-        "trl_lopd: {sft_teachers: [{id: old@1}]}\n",
-        "trl_lopd: {sft_teachers: [\n  {id: old@1}\n]}\n",
+        "trl_lopd:\n  sft_teachers:\n  - id: old@1-000000000000-00000000-00000000\n",
+        "trl_lopd:\n    sft_teachers:\n      - id: old@1-000000000000-00000000-00000000\n",
+        "trl_lopd: {sft_teachers: [{id: old@1-000000000000-00000000-00000000}]}\n",
+        "trl_lopd: {sft_teachers: [\n  {id: old@1-000000000000-00000000-00000000}\n]}\n",
         "trl_lopd:\n",
         "trl_lopd: null\n",
     ],
@@ -179,23 +179,21 @@ def test_stamping_is_idempotent_and_keeps_odd_cards(tmp_path, card, newline):
 
 def test_none_leaves_a_list_and_a_list_replaces_it(tmp_path):
     write(tmp_path, f"---\ntrl_lopd:\n  note: by hand\n  sft_teachers:\n  - id: {OLD}\n---\n")
-    stamp_model_card(tmp_path, sft_rows=7)
-    assert read_model_card(tmp_path) == {"note": "by hand", "sft_teachers": [{"id": OLD}], "sft_rows": 7}
-    stamp_model_card(tmp_path, sft_teachers=[A], opd_rounds=[])
-    assert read_model_card(tmp_path) == {
-        "note": "by hand",
-        "sft_teachers": [declared(A)],
-        "sft_rows": 7,
-        "opd_rounds": [],
-    }
+    stamp_model_card(tmp_path, opd_rounds=[])
+    assert read_model_card(tmp_path) == {"note": "by hand", "sft_teachers": [{"id": OLD}], "opd_rounds": []}
+    stamp_model_card(tmp_path, sft_teachers=[B], sft_rows=7)
+    assert read_model_card(tmp_path)["sft_rows"] == 7
+    # How many rows the teachers before wrote says nothing of these.
+    stamp_model_card(tmp_path, sft_teachers=[A])
+    assert read_model_card(tmp_path) == {"note": "by hand", "sft_teachers": [declared(A)], "opd_rounds": []}
 
 
 @pytest.mark.parametrize(
     "kwargs, message",
     [
         ({}, "Nothing to stamp"),
-        ({"sft_teachers": ["Qwen/Qwen3-32B"]}, "not a teacher's id"),
-        ({"sft_teachers": ["name@"]}, "not a teacher's id"),
+        ({"sft_teachers": ["Qwen/Qwen3-32B"]}, "not the id of a model"),
+        ({"sft_teachers": ["name@"]}, "not the id of a model"),
         ({"sft_teachers": [A], "evidence": "sworn"}, "Unknown evidence 'sworn'"),
     ],
 )
@@ -242,13 +240,27 @@ def test_no_record(tmp_path, card):
     "record, message",
     [
         ("text", r"README.md: trl_lopd must be a mapping, not 'text'"),
-        ({"sft_teachers": "a@1"}, r"README.md: trl_lopd.sft_teachers must be a list"),
-        ({"sft_teachers": [{"id": "a@1"}, "b@1"]}, r"README.md: trl_lopd.sft_teachers\[1\] must be a mapping"),
-        ({"teachers": [{"name": "a"}]}, r"README.md: trl_lopd.teachers\[0\] must be a mapping with an `id`"),
-        ({"opd_rounds": ["first"]}, r"README.md: trl_lopd.opd_rounds\[0\] must be a mapping, not 'first'"),
-        ({"model": "a@1"}, r"README.md: trl_lopd.model must be a mapping, not 'a@1'"),
-        ({"sft_teachers": [{"id": "a@1", "evidence": "sworn"}]}, "unknown evidence 'sworn'; it is one of verified"),
-        ({"sft_teachers": [{"id": 7}]}, r"README.md: trl_lopd.sft_teachers\[0\]"),
+        ({"sft_teachers": OLD}, r"README.md: trl_lopd.sft_teachers must be a list"),
+        (
+            {"sft_teachers": [{"id": OLD}, OLD]},
+            r"each of trl_lopd.sft_teachers must be a mapping, not 'old@",
+        ),
+        ({"teachers": [{"name": "a"}]}, r"README.md: trl_lopd.teachers\[0\]: None is not the id of a model"),
+        ({"sft_teachers": [{"id": 7}]}, r"README.md: trl_lopd.sft_teachers\[0\]: 7 is not the id"),
+        ({"sft_teachers": [{"id": "a@1"}]}, r"README.md: trl_lopd.sft_teachers\[0\]: 'a@1' is not the id"),
+        (
+            {"sft_teachers": [{"id": OLD, "evidence": "sworn"}]},
+            r"sft_teachers\[0\]: Unknown evidence 'sworn'",
+        ),
+        (
+            {"sft_teachers": [{"id": OLD, "rows": "lots"}]},
+            r"sft_teachers\[0\].rows must be a whole number",
+        ),
+        ({"sft_teachers": [{"id": OLD, "probes": "yes"}]}, r"sft_teachers\[0\].probes must be a mapping, not 'yes'"),
+        ({"sft_rows": "many"}, r"README.md: trl_lopd.sft_rows must be a whole number, not 'many'"),
+        ({"opd_rounds": ["first"]}, r"README.md: each of trl_lopd.opd_rounds must be a mapping, not 'first'"),
+        ({"model": OLD}, r"README.md: trl_lopd.model: must be a mapping, not 'old@"),
+        ({"model": {"id": 5}}, r"README.md: trl_lopd.model: 5 is not the id of a model"),
     ],
 )
 def test_malformed_record(tmp_path, record, message):
@@ -265,8 +277,11 @@ def test_malformed_front_matter(tmp_path, front):
 
 
 def test_other_metadata_may_be_malformed(tmp_path):
-    write(tmp_path, "---\nmodel-index: nonsense\ntrl_lopd:\n  sft_teachers:\n  - id: a@1\n---\n")
-    assert read_model_card(tmp_path) == {"sft_teachers": [{"id": "a@1"}]}
+    write(
+        tmp_path,
+        f"---\nmodel-index: nonsense\ntrl_lopd:\n  sft_teachers:\n  - id: {OLD}\n---\n",
+    )
+    assert read_model_card(tmp_path) == {"sft_teachers": [{"id": OLD}]}
 
 
 def test_hub_id(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -132,16 +133,79 @@ def test_shares_count_all_rows_and_earlier_sft_data(tmp_path, tokenizer, caplog)
     base = tmp_path / "base"
     make_model(seed=5).save_pretrained(base)
     tokenizer.save_pretrained(base)
-    stamp_model_card(base, sft_teachers=[{"id": a, "evidence": "probed", "rows": 2}], sft_rows=3)
+    stamp_model_card(
+        base,
+        sft_teachers=[{"id": a, "evidence": "probed", "rows": 2}],
+        sft_rows=3,
+        checkpoint=fingerprint_teacher(base),
+        opd_rounds=[{"student": a}],
+    )
     rows = Dataset.from_dict({"x": range(7), "teacher_fingerprint": [b] * 4 + [a] + [None, ""]})
     model = make_model(seed=5).from_pretrained(base)
     with caplog.at_level(logging.WARNING):
         callback = TeacherStampCallback(make_trainer(tmp_path, rows, model))
     assert "3 of 10 SFT rows do not name a teacher" in caplog.text
-    assert callback.sft_rows == 10
+    assert callback.sft_rows == 10 and callback.opd_rounds == [{"student": a}]
     assert [(t["id"], t["evidence"], t["rows"], t["share"]) for t in callback.sft_teachers] == [
         (b, "verified", 4, 0.4), (a, "probed", 2, 0.2), (a, "verified", 1, 0.1),
     ]  # fmt: skip
+
+
+def test_what_was_not_verified_stays_so_through_training(tmp_path, teacher_dir, student_dir, tokenizer, table):
+    """Neither a round that was let pass nor SFT on top of it makes a claim stronger than it was."""
+    from test_trainer import make_args
+
+    copied = tmp_path / "copied"
+    make_model(seed=8).save_pretrained(copied)
+    tokenizer.save_pretrained(copied)
+    shutil.copy(student_dir / "README.md", copied)
+    for mode in ("declared_ok", "warn", "off"):
+        trainer = OfflineOPDTrainer(str(copied), make_args(tmp_path / mode, teacher_consistency=mode), table)
+        trainer.save_model(str(tmp_path / mode))
+        assert [t["evidence"] for t in read_model_card(tmp_path / mode)["sft_teachers"]] == ["declared"]
+        with pytest.raises(TeacherConsistencyError):
+            OfflineOPDTrainer(str(tmp_path / mode), make_args(tmp_path), table)
+    rows = Dataset.from_dict({"teacher_fingerprint": [fingerprint_teacher(teacher_dir).id] * 2})
+    callback = TeacherStampCallback(make_trainer(tmp_path, rows, make_model().from_pretrained(copied)))
+    assert {t["evidence"] for t in callback.sft_teachers} == {"declared", "verified"}
+
+
+def test_an_adapter_s_history_is_that_of_its_directory(tmp_path, student_dir, teacher_dir, answers):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(make_model(seed=2).from_pretrained(student_dir), LoraConfig(r=2, target_modules=["q_proj"]))
+    trainer = make_trainer(tmp_path, answers, model)
+    trainer.add_callback(TeacherStampCallback(trainer))
+    trainer.save_model(str(tmp_path / "adapter"))
+    callback = TeacherStampCallback(make_trainer(tmp_path, answers, model), parent=tmp_path / "adapter")
+    assert callback.sft_rows == 24 and {t["evidence"] for t in callback.sft_teachers} == {"verified"}
+
+
+@pytest.mark.parametrize("mode", ["warn", "off"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_no_fingerprint_is_recorded_as_somebody_s_word(tmp_path, student_dir, table, mode, stream):
+    from test_trainer import make_args
+
+    rows = table.map(lambda row: {"teacher_fingerprint": "gpt-4", "student_fingerprint": "mine"})
+    rows = rows.to_iterable_dataset() if stream else rows
+    trainer = OfflineOPDTrainer(str(student_dir), make_args(tmp_path, teacher_consistency=mode), rows)
+    trainer.save_model(str(tmp_path / "out"))
+    (round,) = read_model_card(tmp_path / "out")["opd_rounds"]
+    assert [(t["id"], t["evidence"]) for t in round["teachers"]] == [("gpt-4", "declared")]
+    with pytest.raises(TeacherConsistencyError, match="gpt-4"):
+        OfflineOPDTrainer(str(student_dir), make_args(tmp_path), rows)
+
+
+def test_the_students_of_a_stream_are_looked_at_too(tmp_path, student_dir, table):
+    from test_trainer import make_args
+
+    own = fingerprint_teacher(student_dir).id
+    other = own.replace("-908ed06d-", "-00000000-")
+    assert other != own
+    rows = table.map(lambda row, i: {"student_fingerprint": own if i < 9 else other}, with_indices=True)
+    for data in (rows, rows.to_iterable_dataset()):
+        with pytest.raises(TeacherConsistencyError, match="with another tokenizer than that of"):
+            OfflineOPDTrainer(str(student_dir), make_args(tmp_path, max_steps=12), data).train()
 
 
 @pytest.mark.parametrize(
@@ -152,6 +216,7 @@ def test_shares_count_all_rows_and_earlier_sft_data(tmp_path, tokenizer, caplog)
             ValueError,
             r"no `teacher_fingerprint` column, only \['x'\].*generate_sft_data",
         ),
+        (Dataset.from_dict({"teacher_fingerprint": ["gpt-4"]}), ValueError, "'gpt-4' in its `teacher_fingerprint`"),
         (Dataset.from_dict({"teacher_fingerprint": [None, ""]}), ValueError, "No row of the training data names"),
         (Dataset.from_dict({"x": [1]}).to_iterable_dataset(), TypeError, "`IterableDataset` cannot be counted"),
     ],
@@ -183,14 +248,19 @@ def test_off_policy_rollouts_are_a_warning_with_the_measured_weights(
     other = tmp_path / "other"
     make_model(seed=8).save_pretrained(other)
     tokenizer.save_pretrained(other)
-    stamp_model_card(other, sft_teachers=[fingerprint_teacher(teacher_dir)], evidence="verified")
+    stamp_model_card(
+        other,
+        sft_teachers=[fingerprint_teacher(teacher_dir)],
+        evidence="verified",
+        checkpoint=fingerprint_teacher(other),
+    )
     rollouts = collect_rollouts(["w5", "w6"] * 4, str(student_dir), max_completion_length=4)
     table = score_rollouts(rollouts, str(teacher_dir), top_k=2, ref_model=str(student_dir))
     with caplog.at_level(logging.WARNING):
         trainer = OfflineOPDTrainer(str(other), make_args(tmp_path, max_steps=2, logging_steps=1), table)
         trainer.train()
     text = caplog.text
-    assert text.count("Off-policy rollouts: sampled by 1 checkpoint (student@1-") == 1
+    assert text.count("Off-policy rollouts: train_dataset was sampled by 1 checkpoint (student@1-") == 1
     assert text.count("Off-policy rollouts, measured up to step 1: importance weights of mean") == 1
     logged = trainer.state.log_history[0]
     assert f"mean {logged['importance_weight/mean']:.3f}" in text and logged["importance_weight/std"] > 0.1

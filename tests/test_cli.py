@@ -112,7 +112,7 @@ def test_inspect_a_table(call, tables, table, teacher_dir):
     }  # fmt: skip
 
 
-def test_inspect_a_table_whose_rows_were_changed(call, tmp_path, table):
+def test_inspect_a_table_whose_rows_were_changed(call, tmp_path, student_dir, table):
     def change(row, i):
         row["teacher_logprobs"][0] -= 0.5 * (i == 3)
         return row
@@ -120,6 +120,19 @@ def test_inspect_a_table_whose_rows_were_changed(call, tmp_path, table):
     table.map(change, with_indices=True).save_to_disk(tmp_path / "table")
     code, out, _ = call("inspect", tmp_path / "table")
     assert code == 1 and "NOT as they were scored" in out and "values changed in" in out
+    assert call("inspect", student_dir, tmp_path / "table")[0] == 1
+
+
+def test_json_is_all_there_is_on_the_standard_output(teacher_dir):
+    command = [Path(sys.executable).with_name("trl-lopd"), "fingerprint", teacher_dir, "--probes", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert json.loads(done.stdout)["probes"]["version"] == 1
+
+
+def test_a_local_folder_named_datasets_is_local(call, tmp_path, tables, monkeypatch):
+    shutil.copytree(tables / "right", tmp_path / "datasets" / "mine")
+    monkeypatch.chdir(tmp_path)
+    assert call("inspect", "datasets/mine")[0] == 0
 
 
 def test_inspect_a_pair(call, student_dir, tables):
@@ -143,6 +156,8 @@ def test_inspect_a_pair(call, student_dir, tables):
         (["inspect", "{table}", "{table}"], "is a table. Name the model first"),
         (["inspect", "{student}", "{student}"], "the second is the table"),
         (["stamp", "{student}", "--sft-teacher", "{table}", "--replace"], "safetensors"),
+        (["stamp", "{table}", "--sft-teacher", "{student}"], "is no model"),
+        (["inspect", "{student}/README.md"], "is a file"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line_and_exits_with_2(call, tmp_path, student_dir, tables, words, message):

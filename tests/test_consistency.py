@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from trl_lopd.consistency import TeacherConsistencyError, Verdict, check_teacher_consistency
+from trl_lopd.consistency import TeacherConsistencyError, Verdict, check_teacher_consistency, inherited_teachers
 
 
 def fid(name="teacher", weights=1, tokenizer=2, template=3, evidence=""):
@@ -72,13 +72,14 @@ def test_the_weakest_link_is_the_evidence_and_the_mode_says_what_is_enough(in_ca
     assert ("declared_ok" in verdict.reason) is (weakest == "declared")
 
 
-def test_the_weakest_of_several_teachers_decides_and_the_better_of_two_entries_of_one_counts():
+def test_the_weakest_of_several_teachers_and_of_several_entries_decides():
     entries = [{"id": A, "evidence": "verified"}, {"id": B, "evidence": "declared"}]
     assert judge({"sft_teachers": entries}, [A]).evidence == "verified"
     verdict = judge({"sft_teachers": entries}, [A, B])
-    assert verdict.evidence == "declared" and f"of 1 teacher ({B}) that is declared" in verdict.reason
-    twice = [{"id": A, "evidence": "declared"}, {"id": A, "evidence": "verified"}]
-    assert judge({"sft_teachers": twice}, [A]).evidence == "verified"
+    assert verdict.evidence == "declared" and f"a person's word stands for {B}." in verdict.reason
+    # A few rows known to be a teacher's say nothing of the many declared to be.
+    twice = [{"id": A, "evidence": "declared", "rows": 3000}, {"id": A, "evidence": "verified", "rows": 64}]
+    assert judge({"sft_teachers": twice}, [A]).evidence == "declared"
 
 
 def test_an_entry_that_does_not_say_how_it_is_known_is_declared():
@@ -93,15 +94,15 @@ def test_agreement_names_both():
 def test_no_stamp_says_how_to_record_it():
     reason = judge({}, [A]).reason
     assert "card of org/student names no SFT teacher" in reason and f"scored by 1 teacher ({A})" in reason
-    assert "trl-lopd stamp STUDENT --sft-teacher TEACHER" in reason and "TeacherStampCallback" in reason
+    assert "trl-lopd stamp org/student --sft-teacher TEACHER" in reason and "TeacherStampCallback" in reason
     assert 'teacher_consistency="warn" or "off"' in reason
 
 
 def test_mismatch_names_counts_explains_and_advises():
     reason = judge(card(A), [A, B, C]).reason
     assert f"org/student was written by 1 teacher ({A})" in reason
-    assert f"scored by 3 teachers ({A}, {B}, {C})" in reason
-    assert "2 of 3 scoring teachers did not write it" in reason and f"{B} (beside {A}: the weights differ)" in reason
+    assert f"scored by {B} (beside {A}: the weights differ), {C} (beside" in reason
+    assert "and by others that did write it" in reason and "by others" not in judge(card(A), [B]).reason
     assert "bias the gradient however little the student drifts" in reason
     assert "69.9 -> 63.1 on AIME 2024 at 8B" in reason
     for remedy in ("Score the rollouts again", "redo the SFT", 'teacher_consistency="warn" or "off"'):
@@ -123,13 +124,15 @@ def test_mismatch_says_in_words_what_differs_from_the_nearest_teacher(other, wor
     assert f"{other} (beside {fid()}: {words})" in reason
 
 
-def test_rows_without_a_teacher():
-    assert "does not say which teacher scored its rows" in judge(card(A), [None]).reason
-    reason = judge(card(A), [B, None]).reason
-    assert "some of its rows" in reason and f"({B})" in reason and f"({A})" in reason
+@pytest.mark.parametrize("value", [None, "", "gpt-4", "a@0123456789abcdef", "a@1-0-0-0", A + "#sworn"])
+def test_rows_whose_teacher_is_not_known(value):
+    reason = judge(card(A), [value]).reason
+    assert f"does not say which teacher scored its rows (column `teacher_fingerprint`: {value!r})" in reason
+    assert f"scored some of its rows (column `teacher_fingerprint`: {value!r})" in judge(card(A), [A, value]).reason
+    assert "which is missing" in judge(card(A), []).reason
 
 
-def test_a_card_written_for_other_weights_only_declares():
+def test_a_card_only_declares_unless_it_was_written_for_these_weights():
     bound = card(A, model={"id": fid("student", weights=7)})
     assert judge(bound, [A], own=fid("renamed", weights=7)).evidence == "verified"
     # The tokenizer and the template of a checkpoint may be edited: its SFT data stays what it was.
@@ -138,6 +141,36 @@ def test_a_card_written_for_other_weights_only_declares():
     verdict = judge(bound, [A], own=fid("student", weights=8))
     assert verdict.consistent and verdict.evidence == "declared"
     assert "was written for student@1-000000000007" in verdict.reason and "card copied" in verdict.reason
+    assert "trl-lopd stamp org/student --sft-teacher TEACHER --replace" in verdict.reason
+    verdict = judge(card(A), [A], own=fid("student", weights=8))
+    assert verdict.evidence == "declared" and "does not say for which weights" in verdict.reason
+
+
+def test_what_is_inherited_is_verified_only_from_a_card_written_for_these_weights():
+    own = fid("student", weights=7)
+    bound = card(A, model={"id": own})
+    assert inherited_teachers(bound, own) == bound["sft_teachers"]
+    for record, id in ((bound, fid("student", weights=8)), (bound, None), (card(A), own)):
+        assert [t["evidence"] for t in inherited_teachers(record, id)] == ["declared"]
+    assert inherited_teachers({}, own) == []
+
+
+@pytest.mark.parametrize("word, warned", [("overridden (warn)", True), ("off", True), ("verified", False)])
+def test_an_earlier_round_without_its_check_is_warned_of(word, warned):
+    rounds = {"opd_rounds": [{"teacher_consistency": "verified"}, {"teacher_consistency": word}]}
+    verdict = judge({**card(A), **rounds}, [A])
+    assert verdict.evidence == "verified" and bool(verdict.warnings) is warned
+    assert not warned or "Round 2 of offline OPD of org/student was trained with its teacher" in verdict.warnings[0]
+
+
+def test_ids_of_the_students_stand_in_for_the_table():
+    own = fid("student", weights=7)
+    kwargs = {"student_fingerprint": own, "mode": "off"}
+    assert not check_teacher_consistency(card(A), [A], sampled_by=[None, own, "mine"], **kwargs).warnings
+    assert check_teacher_consistency(card(A), [A], sampled_by=[fid("s", weights=8)], **kwargs).off_policy
+    assert not check_teacher_consistency(
+        card(A), [A], sampled_by=[fid("s", weights=7, tokenizer=8)], **kwargs
+    ).consistent
 
 
 def test_a_record_whose_digests_do_not_give_its_id_is_refused():

@@ -20,6 +20,7 @@ from trl_lopd import (
     collect_rollouts,
     fingerprint_teacher,
     load_table,
+    read_dataset_card,
     read_model_card,
     score_rollouts,
     stamp_dataset_card,
@@ -188,6 +189,22 @@ def two_teachers_that_both_wrote_sft_data(case):
     return stamp(case.copy(student), case.teacher, case.tmp / "other"), table
 
 
+def two_teachers_of_which_one_table_has_no_record(case):
+    student, _ = two_teachers_of_which_one_is_a_stranger(case)
+    without = case.score(case.tmp / "other")
+    without.info.description = ""
+    table = concatenate_datasets([case.score().select(range(6)), without.select(range(6))])
+    return stamp(case.copy(student), case.teacher, case.tmp / "other"), table
+
+
+def teacher_called_otherwise(case):
+    """Names are for people."""
+    directory = case.copy(case.student)
+    edit_card(directory, lambda record: record["sft_teachers"][0].update(model_id="org/Better-Name"))
+    called = lambda row: {"teacher_fingerprint": "mine@" + row["teacher_fingerprint"].partition("@")[2]}  # noqa: E731
+    return directory, case.score().map(called)
+
+
 def fingerprint_column_lost(case):
     table = case.score()
     return case.student, table.select_columns([c for c in table.column_names if c != "teacher_fingerprint"])
@@ -293,6 +310,12 @@ def student_card_copied_to_other_weights(case):
     return directory, case.score()
 
 
+def student_card_that_does_not_say_for_which_weights(case):
+    directory = case.copy(case.student)
+    edit_card(directory, lambda record: record.pop("model"))
+    return directory, case.score()
+
+
 def student_declared_by_a_person(case):
     directory = case.copy(case.student)
     stamp_model_card(directory, sft_teachers=[fingerprint_teacher(case.teacher)])
@@ -343,11 +366,13 @@ REFUSED = None
         (one_bit_flipped, REFUSED, None, ": the weights differ)"),
         (another_tokenizer, REFUSED, None, ": the tokenizer differs)"),
         (another_chat_template, REFUSED, None, ": the chat template differs)"),
-        (swapped, REFUSED, None, "1 of 1 scoring teachers did not write it"),
-        (two_teachers_of_which_one_is_a_stranger, REFUSED, None, "1 of 2 scoring teachers did not write it"),
+        (swapped, REFUSED, None, "Teacher mismatch"),
+        (two_teachers_of_which_one_is_a_stranger, REFUSED, None, "(and by others that did write it)"),
         (two_teachers_that_both_wrote_sft_data, "verified", "unverified", "scored by 2 teachers"),
+        (two_teachers_of_which_one_table_has_no_record, "verified", None, "scored by 2 teachers"),
+        (teacher_called_otherwise, "verified", "intact", "Teachers agree"),
         # Rows: the column decides, the digest says whether they are still what was scored.
-        (fingerprint_column_lost, REFUSED, None, "does not say which teacher scored its rows"),
+        (fingerprint_column_lost, REFUSED, None, "(column `teacher_fingerprint`, which is missing)"),
         (fingerprint_column_partly_empty, REFUSED, None, "does not say which teacher scored some of its rows"),
         (topk_columns_lost, "verified", "unverified", "Teachers agree"),
         (a_column_added, "verified", "intact", "Teachers agree"),
@@ -364,10 +389,16 @@ REFUSED = None
         # The student and its card.
         (student_card_stripped, REFUSED, None, "names no SFT teacher"),
         (student_card_with_another_teacher_s_id, REFUSED, None, "The card of the student contradicts itself"),
-        (student_card_copied_to_other_weights, "declared", "intact", "names the teachers of other weights"),
-        (student_declared_by_a_person, "declared", "intact", "declared by a person"),
+        (student_card_copied_to_other_weights, "declared", "intact", "and these are impostor@1-"),
+        (student_card_that_does_not_say_for_which_weights, "declared", "intact", "does not say for which weights"),
+        (student_declared_by_a_person, "declared", "intact", "a person's word stands for teacher@1-"),
         (student_saved_again, "verified", "intact", "Teachers agree"),
-        (student_that_did_not_sample, "verified", "intact", "Off-policy rollouts: sampled by 1 checkpoint"),
+        (
+            student_that_did_not_sample,
+            "verified",
+            "intact",
+            "Off-policy rollouts: the table was sampled by",
+        ),
         (student_with_another_tokenizer, REFUSED, None, "with another tokenizer than that of the student"),
         (student_with_another_chat_template, "verified", "intact", "under another chat template"),
     ],
@@ -404,7 +435,7 @@ def test_the_dataset_card_holds_the_full_record(case):
     assert (record["rows"], record["completion_tokens"], record["skipped_rows"]) == (12, tokens, 0)
 
 
-def test_a_card_is_not_given_digests_of_rows_that_are_not_what_was_scored(case):
+def test_a_card_is_not_given_digests_of_rows_that_are_not_what_was_scored(case, caplog):
     for student_and_table in (one_score_changed, filtered):
         _, table = student_and_table(case)
         directory = case.tmp / student_and_table.__name__
@@ -412,6 +443,22 @@ def test_a_card_is_not_given_digests_of_rows_that_are_not_what_was_scored(case):
         stamp_dataset_card(directory, table)
         record = yaml.safe_load((directory / "README.md").read_text().split("---\n")[1])["trl_lopd"]
         assert "digests" not in record and record["teachers"][0]["rows"] == len(table)
+        assert f"The card of {directory} gets no digest of its rows" in caplog.text
+
+
+def test_stamping_a_table_again_leaves_nothing_of_the_old_record(case):
+    parquet_with_its_card(case)
+    other = case.score(save(case.tmp / "other", seed=9)).select(range(5))
+    stamp_dataset_card(case.tmp / "table", other)
+    record = read_dataset_card(case.tmp / "table")
+    assert [t["id"] for t in record["teachers"]] == [fingerprint_teacher(case.tmp / "other").id]
+    assert record["rows"] == 5 and "digests" not in record and "columns" not in record
+
+
+def test_a_split_that_is_not_there(case):
+    case.score().save_to_disk(case.tmp / "saved")
+    with pytest.raises(ValueError, match="has no split 'test'"):
+        load_table(case.tmp / "saved", split="test")
 
 
 def test_splits_of_one_table_each_get_their_digest(case):

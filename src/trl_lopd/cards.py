@@ -105,14 +105,14 @@ def entry(teacher: Teacher, evidence: str | None = None, **more: Any) -> dict[st
     """
     if isinstance(teacher, TeacherFingerprint):
         record = teacher.to_dict()
-    elif isinstance(teacher, str):
-        record = {"id": teacher}
-    else:
+    elif isinstance(teacher, dict):
         record = dict(teacher)
+    else:
+        record = {"id": teacher}
     id = record.pop("id", None)
     if not isinstance(id, str) or not is_id(id):
         raise ValueError(
-            f"{id!r} is not a teacher's id. It looks like `name@1-0123456789ab-01234567-01234567`: `trl-lopd "
+            f"{id!r} is not the id of a model. It looks like `name@1-0123456789ab-01234567-01234567`: `trl-lopd "
             "fingerprint MODEL` prints it, `fingerprint_teacher` computes it."
         )
     evidence = evidence or record.get("evidence") or evidence_of(id)
@@ -127,22 +127,20 @@ def count_teachers(counts: dict[str | None, int], known: Iterable[dict[str, Any]
     Entries of teachers with their rows and share, the largest share first.
 
     Args:
-        counts (`dict[str, int]`): Rows of each id in a `teacher_fingerprint` column; `None` and the empty string stand
-            for rows without a teacher, which count in the shares only.
+        counts (`dict[str, int]`): Rows of each value in a `teacher_fingerprint` column; `None` and the empty string
+            stand for rows without a teacher, which count in the shares only. A value that is no id is taken as a
+            person's word.
         known (`Iterable[dict]`, *optional*): Entries that say more about some of them.
     """
     about = {content_id(record["id"]): record for record in known}
     total = sum(counts.values())
-    rows: dict[str, int] = {}
-    for id, count in counts.items():
-        rows[id] = rows.get(id, 0) + count
     return [
         {
             **about.get(content_id(id), {}),
-            **entry(id),
+            **(entry(id) if is_id(id) else {"id": id, "evidence": "declared"}),
             **({"rows": count, "share": round(count / total, 4)} if count else {}),
         }
-        for id, count in sorted(rows.items(), key=lambda item: -item[1])
+        for id, count in sorted(counts.items(), key=lambda item: -item[1])
         if id
     ]
 
@@ -172,7 +170,8 @@ def stamp_model_card(
             another card, which keep their evidence. Replaces the recorded list; `None` leaves it.
         evidence (`str`, *optional*, defaults to `"declared"`): How the fingerprints and ids given are known to have
             written the data. `"verified"` is for those read from the data itself, as `TeacherStampCallback` does.
-        sft_rows (`int`, *optional*): How many SFT rows there were, those without a named teacher too.
+        sft_rows (`int`, *optional*): How many SFT rows there were, those without a named teacher too. Not known if
+            teachers are given without it.
         checkpoint ([`TeacherFingerprint`], *optional*): Of this checkpoint: the claims then hold for these weights
             only, and a copy of the card beside other weights is found out.
         opd_rounds (`Iterable[dict]`, *optional*): Rounds of offline OPD, oldest first. Replaces the recorded list.
@@ -188,7 +187,6 @@ def stamp_model_card(
     if sft_teachers is not None:
         given = [sft_teachers] if isinstance(sft_teachers, str | dict | TeacherFingerprint) else sft_teachers
         changes["sft_teachers"] = [entry(t, None if isinstance(t, dict) else evidence) for t in given]
-    if sft_rows is not None:
         changes["sft_rows"] = sft_rows
     if opd_rounds is not None:
         changes["opd_rounds"] = list(opd_rounds)
@@ -230,7 +228,8 @@ def stamp_dataset_card(
     stamp_dataset_card("my-org/scored-rollouts", table)
     ```
 
-    Digests are written only for rows that are still what was scored: the whole table, or all parts of a split of it.
+    Digests are written only for rows that are still what was scored: the whole table, or all parts of a split of it;
+    otherwise a warning says so.
 
     Args:
         table (`str` or `Path`): Directory or Hub id of the dataset.
@@ -241,7 +240,12 @@ def stamp_dataset_card(
         `ValueError`: if the card's front matter or record is malformed or cannot be edited in place.
     """
     splits = dict(dataset) if isinstance(dataset, dict) else {None: dataset}
-    _write(table, _dataset_record(splits), "dataset", token)
+    record = _dataset_record(splits)
+    if "digests" not in record:
+        logger.warning(
+            "The card of %s gets no digest of its rows: they are not, or not all, what `score_rollouts` gave.", table
+        )
+    _write(table, {**dict.fromkeys(("students", "teachers", "columns", "digests")), **record}, "dataset", token)
 
 
 def read_dataset_card(table: str | Path, revision: str | None = None) -> dict[str, Any]:
@@ -290,10 +294,11 @@ def load_table(
         if streaming:
             raise ValueError(f"{name} was written by `save_to_disk`, which cannot be streamed; it is memory-mapped.")
         table = load_from_disk(name)
-        if split is not None and isinstance(table, dict):
-            if split not in table:
-                raise ValueError(f"{name} has no split {split!r}, only {', '.join(map(repr, table))}.")
-            table = table[split]
+        splits = table if isinstance(table, dict) else {str(table.split): table}
+        if split is not None:
+            if split not in splits:
+                raise ValueError(f"{name} has no split {split!r}, only {', '.join(map(repr, splits))}.")
+            table = splits[split]
     elif path.suffix == ".parquet":
         table = load_dataset("parquet", data_files={"train": name}, split=split or "train", streaming=streaming)
     else:
@@ -388,6 +393,8 @@ def _read(repo: str | Path, revision: str | None, repo_type: str) -> dict[str, A
         except (LocalEntryNotFoundError, RepositoryNotFoundError, OfflineModeIsEnabled) as error:
             logger.warning("No %s card could be read for %s: %s", repo_type, repo, error)
             return {}
+    if not REGEX_YAML_BLOCK.search(path.read_bytes().decode("utf-8-sig")):
+        return {}
     try:
         # Other people's metadata (a malformed model-index, say) is none of our business.
         card = (ModelCard if repo_type == "model" else DatasetCard).load(path, ignore_metadata_errors=True)
@@ -424,23 +431,28 @@ def _validated(record: Any, path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(record, dict):
         raise ValueError(f"{path}: {KEY} must be a mapping, not {record!r}.")
-    if not isinstance(record.get("model") or {}, dict):
-        raise ValueError(f"{path}: {KEY}.model must be a mapping, not {record['model']!r}.")
+    entries = [("model", record["model"])] if record.get("model") is not None else []
     for key in (*_ENTRY_LISTS, "opd_rounds"):
         items = record.get(key) or []
         if not isinstance(items, list):
             raise ValueError(f"{path}: {KEY}.{key} must be a list, not {items!r}.")
-        for i, item in enumerate(items):
-            if key == "opd_rounds":
-                if not isinstance(item, dict):
-                    raise ValueError(f"{path}: {KEY}.{key}[{i}] must be a mapping, not {item!r}.")
-            elif not isinstance(item, dict) or not isinstance(item.get("id"), str) or not content_id(item["id"]):
-                raise ValueError(f"{path}: {KEY}.{key}[{i}] must be a mapping with an `id`, not {item!r}.")
-            elif item.get("evidence", "declared") not in EVIDENCE:
-                raise ValueError(
-                    f"{path}: {KEY}.{key}[{i}]: unknown evidence {item['evidence']!r}; it is one of "
-                    f"{', '.join(EVIDENCE)}."
-                )
+        if bad := [item for item in items if not isinstance(item, dict)]:
+            raise ValueError(f"{path}: each of {KEY}.{key} must be a mapping, not {bad[0]!r}.")
+        if key in _ENTRY_LISTS:
+            entries += [(f"{key}[{i}]", item) for i, item in enumerate(items)]
+    for where, item in entries:
+        try:
+            if not isinstance(item, dict):
+                raise TypeError(f"must be a mapping, not {item!r}")
+            entry(item)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {KEY}.{where}: {error}") from None
+        if not isinstance(item.get("probes", {}), dict):
+            raise ValueError(f"{path}: {KEY}.{where}.probes must be a mapping, not {item['probes']!r}.")
+    for where, item in [(KEY, record), *((f"{KEY}.{where}", item) for where, item in entries)]:
+        for key in ("rows", "sft_rows"):
+            if not isinstance(item.get(key, 0), int):
+                raise ValueError(f"{path}: {where}.{key} must be a whole number, not {item[key]!r}.")
     return record
 
 
@@ -468,6 +480,7 @@ def _stamped(text: str | None, changes: dict[str, Any], path: Path) -> str:
     if not isinstance(before, dict):
         raise ValueError(f"{path}: the front matter must be a mapping.")
     record = {**_validated(before.get(KEY), path), **changes}
+    record = {key: value for key, value in record.items() if value is not None}
     # Wide, so that a long name stays on one line.
     block = yaml.dump(
         {KEY: record}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000, line_break=newline

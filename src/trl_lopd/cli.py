@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import HfHubHTTPError
 from rich.console import Console
 
+from . import __version__
 from .cards import load_table, read_model_card, stamp_model_card
 from .consistency import check_rows, check_teacher_consistency, contradictions
-from .fingerprint import TeacherFingerprint, diff_ids, fingerprint_teacher, is_id
-from .stamp import checkpoint_fingerprint
+from .fingerprint import WEIGHTS_DIFFER, TeacherFingerprint, diff_ids, fingerprint_teacher, is_id
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-# Long ids are for copying: never wrapped.
-console = Console(soft_wrap=True, highlight=False)
 
 
 _INTEGRITY = {
@@ -32,6 +31,7 @@ _INTEGRITY = {
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="trl-lopd", description="Who taught this model, and who scored this table?")
+    parser.add_argument("--version", action="version", version=f"trl-lopd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("fingerprint", help="print what a model is, by content")
@@ -67,14 +67,31 @@ def main(argv: list[str] | None = None) -> int:
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
+    run = {"fingerprint": _fingerprint, "stamp": _stamp, "inspect": _inspect}[args.command]
     try:
-        return {"fingerprint": _fingerprint, "stamp": _stamp, "inspect": _inspect}[args.command](args)
+        # Some libraries greet on the standard output, which is for the answer.
+        with contextlib.redirect_stdout(sys.stderr):
+            code, answer, show = run(args)
     except (OSError, ValueError, HfHubHTTPError) as error:
         print(f"trl-lopd: {error}", file=sys.stderr)
         return 2
+    if args.json:
+        print(json.dumps(answer))
+    else:
+        show(answer)
+    return code
 
 
-def _fingerprint(args: argparse.Namespace) -> int:
+# Exit code, what `--json` prints, and what prints it for a person.
+Answer = tuple[int, dict[str, Any], Callable[[dict[str, Any]], None]]
+
+
+def _line(text: str, style: str | None = None) -> None:
+    # Ids are for copying: never wrapped.
+    Console(soft_wrap=True, highlight=False).print(text, markup=False, style=style)
+
+
+def _fingerprint(args: argparse.Namespace) -> Answer:
     options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     fingerprint = fingerprint_teacher(args.model, use_cache=not args.no_cache, **options)
     record = fingerprint.to_dict()
@@ -83,15 +100,20 @@ def _fingerprint(args: argparse.Namespace) -> int:
         from .probes import probe_model
 
         record["probes"] = probe_model(load_model(args.model, options), load_tokenizer(args.model, **options))
-    if args.json:
-        print(json.dumps(record))
-    else:
+
+    def show(record: dict[str, Any]) -> None:
         for key, value in record.items():
-            console.print(f"{key:13} {value if key != 'probes' else json.dumps(value)}", markup=False)
-    return 0
+            _line(f"{key:13} {value if key != 'probes' else json.dumps(value)}")
+
+    return 0, record, show
 
 
-def _stamp(args: argparse.Namespace) -> int:
+def _stamp(args: argparse.Namespace) -> Answer:
+    from .stamp import checkpoint_fingerprint
+
+    local = Path(args.model).exists()
+    if local and not _is_model(args.model):
+        raise ValueError(f"{args.model} is no model: it has neither config.json nor adapter_config.json.")
     before = read_model_card(args.model).get("sft_teachers") or []
     if before and not args.replace:
         raise ValueError(
@@ -99,19 +121,18 @@ def _stamp(args: argparse.Namespace) -> int:
             "`--replace` to put yours in their place."
         )
     teachers = [name if is_id(name) else fingerprint_teacher(name) for name in args.sft_teacher]
-    checkpoint = checkpoint_fingerprint(args.model) if Path(args.model).is_dir() else None
+    checkpoint = checkpoint_fingerprint(args.model) if local else None
     stamp_model_card(args.model, sft_teachers=teachers, checkpoint=checkpoint)
-    after = read_model_card(args.model) if Path(args.model).is_dir() else {}
-    if args.json:
-        print(json.dumps(after))
-    else:
-        ids = [t.id if isinstance(t, TeacherFingerprint) else t for t in teachers]
-        console.print(f"Declared in the card of {args.model}: SFT data by {', '.join(ids)}.", markup=False)
-        console.print('Training accepts that with teacher_consistency="declared_ok".', markup=False)
-    return 0
+    ids = [t.id if isinstance(t, TeacherFingerprint) else t for t in teachers]
+
+    def show(_: dict[str, Any]) -> None:
+        _line(f"Declared in the card of {args.model}: SFT data by {', '.join(ids)}.")
+        _line('Training accepts that with teacher_consistency="declared_ok".')
+
+    return 0, {"model": args.model, "sft_teachers": ids, "evidence": "declared"}, show
 
 
-def _inspect(args: argparse.Namespace) -> int:
+def _inspect(args: argparse.Namespace) -> Answer:
     from datasets import disable_progress_bars
 
     disable_progress_bars()
@@ -129,7 +150,7 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.table is not None or not first_is_model:
         name = args.table or args.name
         revision = args.revision if args.table is None else None
-        loaded = load_table(name.removeprefix("datasets/"), revision=revision)
+        loaded = load_table(name if Path(name).exists() else name.removeprefix("datasets/"), revision=revision)
         splits = dict(loaded) if isinstance(loaded, dict) else {"all rows": loaded}
         result["table"] = {"name": name, "splits": {split: _about_rows(rows) for split, rows in splits.items()}}
         result["table"]["problems"] = list(
@@ -146,10 +167,12 @@ def _inspect(args: argparse.Namespace) -> int:
                 student_fingerprint=own["id"] if own else None,
                 mode="off",
                 student=args.name,
+                table_name=f"the table ({split})",
             )
             for split, rows in splits.items()
         }
-        accepted = all(verdict.accepted(args.mode) for verdict in verdicts.values())
+        # What is wrong with the model's card is in the verdicts.
+        accepted = all(v.accepted(args.mode) for v in verdicts.values()) and not result["table"]["problems"]
         result["verdict"] = {
             "mode": args.mode,
             "accepted": accepted,
@@ -159,15 +182,13 @@ def _inspect(args: argparse.Namespace) -> int:
                 for split, v in verdicts.items()
             },
         }
-    if args.json:
-        print(json.dumps(result))
-    else:
-        _print(result)
-    return 0 if accepted else 1
+    return 0 if accepted else 1, result, _show
 
 
 def _is_model(name: str) -> bool:
     path = Path(name)
+    if path.is_file() and path.suffix != ".parquet":
+        raise ValueError(f"{name} is a file: give the directory of a model or a table, or a parquet file.")
     if path.is_dir():
         return (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
@@ -180,7 +201,7 @@ def _about_model(name: str, revision: str | None, look_inside: bool) -> dict[str
     problems = contradictions(f"The card of {name}", card.get("sft_teachers") or [])
     fingerprint = fingerprint_teacher(name, revision=revision).to_dict() if look_inside else None
     bound_to = (card.get("model") or {}).get("id")
-    if fingerprint and bound_to and any("weights" in phrase for phrase in diff_ids(fingerprint["id"], bound_to)):
+    if fingerprint and bound_to and WEIGHTS_DIFFER in diff_ids(fingerprint["id"], bound_to):
         problems.append(f"The card was written for other weights: {bound_to}. Its claims count as declared.")
     return {"name": name, "fingerprint": fingerprint, "card": card, "problems": problems}
 
@@ -197,57 +218,54 @@ def _about_rows(rows: Dataset) -> dict[str, Any]:
         about[key] = dict(column_counts(rows, column)) if column in rows.column_names else {}
     record = record_of(rows)
     status, problems = check_rows(rows)
-    about |= {"integrity": status, "card": record}
+    about |= {"scored": "teacher_logprobs" in rows.column_names, "integrity": status, "card": record}
     claimed = record.get("teachers") or []
-    about["problems"] = [*problems, *contradictions("The card of the table", claimed, about["teachers"])]
+    about["problems"] = [*problems, *contradictions("The card of the table", claimed, about["teachers"], status)]
     return about
 
 
-def _print(result: dict[str, Any]) -> None:
-    def line(text: str, style: str | None = None) -> None:
-        console.print(text, markup=False, style=style)
-
+def _show(result: dict[str, Any]) -> None:
     def entries(title: str, items: list[dict[str, Any]]) -> None:
         for item in items:
             rows = f", {item['rows']:,} rows" if "rows" in item else ""
             share = f" ({item['share']:.1%})" if "share" in item else ""
-            line(f"  {title:12} {item['id']}  {item.get('evidence', 'declared')}{rows}{share}")
+            _line(f"  {title:12} {item['id']}  {item.get('evidence', 'declared')}{rows}{share}")
             title = ""
 
     if "model" in result:
         model = result["model"]
         own, card = model["fingerprint"], model["card"]
-        line(f"Model {model['name']}", "bold")
+        _line(f"Model {model['name']}", "bold")
         if own:
             size = f"{own['parameters']:,} parameters, {own['dtype']}, {own['architecture']}"
-            line(f"  {'content':12} {own['id']}  {size}")
+            _line(f"  {'content':12} {own['id']}  {size}")
         bound = (card.get("model") or {}).get("id")
         unbound = "bound to no weights" if card else "names no teacher"
-        line(f"  {'card':12} {f'written for {bound}' if bound else unbound}")
+        _line(f"  {'card':12} {f'written for {bound}' if bound else unbound}")
         entries("SFT teachers", card.get("sft_teachers") or [])
         for i, round in enumerate(card.get("opd_rounds") or [], start=1):
-            line(f"  OPD round {i}  from {round.get('student')}, {round.get('objective')}, "
+            _line(f"  OPD round {i}  from {round.get('student')}, {round.get('objective')}, "
                  f"teacher consistency: {round.get('teacher_consistency')}")  # fmt: skip
             entries("", [{**item, "id": f"scored by {item['id']}"} for item in round.get("teachers") or []])
     for split, about in result.get("table", {}).get("splits", {}).items():
-        line(f"Table {result['table']['name']}, {split}", "bold")
-        line(f"  {'rows':12} {about['rows']:,}, of {about.get('completion_tokens', 0):,} completion tokens; "
+        _line(f"Table {result['table']['name']}, {split}", "bold")
+        _line(f"  {'rows':12} {about['rows']:,}, of {about.get('completion_tokens', 0):,} completion tokens; "
              f"{_INTEGRITY[about['integrity']]}")  # fmt: skip
-        for key, title in (("teachers", "scored by"), ("students", "sampled by")):
+        for key, title in (("teachers", "scored by" if about["scored"] else "written by"), ("students", "sampled by")):
             for id, count in about[key].items() or {"nobody named": about["rows"]}.items():
-                line(f"  {title:12} {id or 'nobody named'}  {count:,} rows")
+                _line(f"  {title:12} {id or 'nobody named'}  {count:,} rows")
     for part in ("model", "table"):
         for problem in result.get(part, {}).get("problems", ()):
-            line(f"! {problem}", "yellow")
+            _line(f"! {problem}", "yellow")
     if "verdict" in result:
         for split, verdict in result["verdict"]["splits"].items():
             word = f"consistent ({verdict['evidence']})" if verdict["consistent"] else "INCONSISTENT"
             if verdict["consistent"] and not verdict["accepted"]:
                 word += f", not enough for mode {result['verdict']['mode']}"
-            line(f"Verdict, {split}: {word}", "bold green" if verdict["accepted"] else "bold red")
-            line(f"  {verdict['reason']}")
+            _line(f"Verdict, {split}: {word}", "bold green" if verdict["accepted"] else "bold red")
+            _line(f"  {verdict['reason']}")
             for warning in verdict["warnings"]:
-                line(f"  ! {warning}", "yellow")
+                _line(f"  ! {warning}", "yellow")
 
 
 if __name__ == "__main__":

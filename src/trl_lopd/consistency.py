@@ -8,11 +8,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .cards import record_of
-from .fingerprint import EVIDENCE, TeacherFingerprint, content_id, diff_ids, evidence_of, same_teacher
+from .fingerprint import (
+    EVIDENCE,
+    SCHEMA_DIFFERS,
+    TEMPLATE_DIFFERS,
+    TOKENIZER_DIFFERS,
+    WEIGHTS_DIFFER,
+    TeacherFingerprint,
+    diff_ids,
+    evidence_of,
+    is_id,
+    same_teacher,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -77,9 +88,11 @@ def check_teacher_consistency(
     student_card: dict[str, Any],
     table: Dataset | Iterable[str | None],
     *,
+    sampled_by: Iterable[str | None] = (),
     student_fingerprint: TeacherFingerprint | str | None = None,
     mode: str = "strict",
     student: str = "the student",
+    table_name: str = "the table",
 ) -> Verdict:
     """
     Decide whether the teachers that scored a table are the teachers behind a student's SFT data.
@@ -87,13 +100,16 @@ def check_teacher_consistency(
     Args:
         student_card (`dict`): What [`read_model_card`] gives for the student.
         table ([`~datasets.Dataset`] or `Iterable[str]`): The table, or only the distinct values of its
-            `teacher_fingerprint` column. A null or an empty value stands for rows whose teacher is unknown, and is
-            never consistent.
+            `teacher_fingerprint` column. A value that is no fingerprint stands for rows whose teacher is unknown, and
+            is never consistent.
+        sampled_by (`Iterable[str]`, *optional*): The distinct values of its `student_fingerprint` column, if `table`
+            is not the table itself.
         student_fingerprint ([`TeacherFingerprint`] or `str`, *optional*): The student's own, or its id. Without it
             nothing is said of whether the card was written for this student, and whether it sampled the rollouts.
         mode (`str`): `"strict"` raises unless the pair is consistent and verified or probed; `"declared_ok"` also
             accepts SFT teachers that a person declared; `"warn"` warns instead of raising; `"off"` is silent.
         student (`str`): What messages call the student.
+        table_name (`str`): What messages call the table.
 
     Raises:
         `TeacherConsistencyError`: as `mode` says.
@@ -102,140 +118,180 @@ def check_teacher_consistency(
     if mode not in MODES:
         raise ValueError(f"Unknown mode {mode!r} for the teacher consistency check; it is one of {', '.join(MODES)}.")
     own_id = student_fingerprint.id if isinstance(student_fingerprint, TeacherFingerprint) else student_fingerprint
+    rows, altered, claimed = "unverified", (), []
     if hasattr(table, "column_names"):
-        verdict = _judge_table(student_card, table, own_id, student)
-    else:
-        verdict = _judge(student_card, [table] if isinstance(table, str) else list(table), own_id, student)
+        from .table import column_counts
+
+        columns = [
+            column_counts(table, name) if name in table.column_names else {}
+            for name in ("teacher_fingerprint", "student_fingerprint")
+        ]
+        rows, altered = check_rows(table, table_name)
+        claimed = record_of(table).get("teachers") or []
+        table, sampled_by = columns
+        if altered and not all(any(same_teacher(t or "", e["id"]) for e in claimed) for t in table):
+            # Rows that its record does not speak of were joined to it.
+            rows, altered = "unverified", ()
+    teachers = [table] if isinstance(table, str) else list(table)
+    verdict = _judge_teachers(student_card, teachers, own_id, student, table_name, claimed, rows)
+    if verdict.consistent:
+        problem, warnings, off_policy = _judge_student(sampled_by, own_id, student, table_name)
+        warnings = (*altered, *warnings, *_earlier_overrides(student_card, student))
+        verdict = replace(verdict, warnings=warnings, rows=rows, off_policy=off_policy)
+        if problem:
+            verdict = Verdict(False, None, problem)
     return verdict.enforce(mode)
 
 
-def _judge_table(card: dict[str, Any], table: Dataset, own_id: str | None, student: str) -> Verdict:
-    from .table import column_counts
+def inherited_teachers(card: dict[str, Any], own_id: str | None) -> list[dict[str, Any]]:
+    """
+    The SFT teachers of a card, for the card of a model made from this one. Unless the card was written for these very
+    weights, what it says of them is no more than somebody's word.
 
-    record = record_of(table)
-    names = table.column_names
-    teachers = column_counts(table, "teacher_fingerprint") if "teacher_fingerprint" in names else {}
-    verdict = _judge(card, list(teachers), own_id, student, record.get("teachers") or [])
-    if not verdict.consistent:
-        return verdict
-    students = column_counts(table, "student_fingerprint") if "student_fingerprint" in names else {}
-    samplers = [id for id in students if id]
-    rows, altered = check_rows(table)
-    problem, warnings, off_policy = _judge_student(samplers, own_id, student)
-    if problem:
-        return Verdict(False, None, problem)
-    return Verdict(True, verdict.evidence, verdict.reason, (*altered, *warnings), rows, off_policy)
+    Args:
+        card (`dict`): What [`read_model_card`] gives.
+        own_id (`str` or `None`): The fingerprint of the weights beside it; `None` if it is not known.
+    """
+    entries = card.get("sft_teachers") or []
+    if _written_for(card, own_id):
+        return entries
+    return [{**entry, "evidence": "declared"} for entry in entries]
 
 
-def _judge(
+def _written_for(card: dict[str, Any], own_id: str | None) -> bool:
+    bound_to = (card.get("model") or {}).get("id")
+    return bool(own_id and bound_to) and not {WEIGHTS_DIFFER, SCHEMA_DIFFERS} & set(diff_ids(own_id, bound_to))
+
+
+def _judge_teachers(
     card: dict[str, Any],
-    table_teachers: list[str | None],
+    teachers: list[str | None],
     own_id: str | None,
     student: str,
-    claimed: Iterable[dict[str, Any]] = (),
+    table_name: str,
+    claimed: list[dict[str, Any]],
+    rows: str,
 ) -> Verdict:
-    """The verdict on teachers alone. `claimed`: what the table's card says of them."""
+    """The verdict on teachers alone. `claimed`, `rows`: what the table's record says of them, and whether it fits."""
+
+    def refused(reason: str) -> Verdict:
+        return Verdict(False, None, reason)
+
     entries = card.get("sft_teachers") or []
-    claimed = list(claimed)
     if problems := contradictions(f"The card of {student}", entries):
-        return Verdict(False, None, f"{problems[0]} Restore the card, or stamp it again.")
-    if problems := contradictions("The card of the table", claimed, table_teachers):
-        return Verdict(False, None, f"{problems[0]} Score the rows again, or {_OVERRIDE}.")
+        return refused(f"{problems[0]} Restore the card, or stamp it again.")
+    if problems := contradictions(f"The card of {table_name}", claimed, teachers, rows):
+        return refused(f"{problems[0]} Score the rows again, or {_OVERRIDE}.")
 
-    wrote = f"the SFT data of {student} was written by {_listed([entry['id'] for entry in entries])}"
-    named = [teacher for teacher in table_teachers if teacher and content_id(teacher)]
-    if not table_teachers or len(named) < len(table_teachers):
-        also = f" Other rows were scored by {_listed(named)}." if named else ""
-        known = f" {wrote[0].upper()}{wrote[1:]}." if entries else ""
-        return Verdict(
-            False,
-            None,
-            f"The table does not say which teacher scored {'some of ' if named else ''}its rows (no "
-            f"`teacher_fingerprint`).{also}{known} Score the rows again with a teacher that is fingerprinted, or "
-            f"{_OVERRIDE}.",
+    if not teachers or (unknown := [teacher for teacher in teachers if not (teacher and is_id(teacher))]):
+        values = f": {', '.join(map(repr, unknown))}" if teachers else ", which is missing"
+        return refused(
+            f"{table_name[0].upper()}{table_name[1:]} does not say which teacher scored "
+            f"{'some of ' if len(teachers) > 1 else ''}its rows (column `teacher_fingerprint`{values}). Score them "
+            f"again with a teacher that is fingerprinted, or {_OVERRIDE}."
         )
-
-    scored = f"the table was scored by {_listed(named)}"
+    scored = f"{table_name} was scored by {_listed(teachers)}"
+    stamp = f"`trl-lopd stamp {student if ' ' not in student else 'STUDENT'} --sft-teacher TEACHER"
     if not entries:
-        return Verdict(
-            False,
-            None,
+        return refused(
             f"The card of {student} names no SFT teacher, and {scored}. If you know which teacher wrote the SFT data, "
-            'declare it, `trl-lopd stamp STUDENT --sft-teacher TEACHER`, and train with teacher_consistency="declared_'
-            f'ok"; `TeacherStampCallback` records it while you fine-tune. If you do not know, {_OVERRIDE}.',
+            f'declare it, {stamp}`, and train with teacher_consistency="declared_ok"; `TeacherStampCallback` records '
+            f"it while you fine-tune. If you do not know, {_OVERRIDE}."
+        )
+    wrote = f"the SFT data of {student} was written by {_listed([entry['id'] for entry in entries])}"
+    behind = {teacher: [e for e in entries if same_teacher(teacher, e["id"])] for teacher in teachers}
+    if strangers := [teacher for teacher in teachers if not behind[teacher]]:
+        return refused(
+            f"Teacher mismatch: {wrote}, but {table_name} was scored by "
+            f"{', '.join(_compared(teacher, entries) for teacher in strangers)}"
+            f"{' (and by others that did write it)' if len(strangers) < len(teachers) else ''}. Another teacher's "
+            "scores bias the gradient however little the student drifts (Lightning OPD paper: 69.9 -> 63.1 on AIME "
+            "2024 at 8B). Score the rollouts again with the SFT teacher, or redo the SFT with data from the scoring "
+            f"teacher, or {_OVERRIDE}."
         )
 
-    behind = {teacher: [e for e in entries if same_teacher(teacher, e["id"])] for teacher in named}
-    if strangers := [teacher for teacher in named if not behind[teacher]]:
-        return Verdict(
-            False,
-            None,
-            f"Teacher mismatch: {wrote}, but {scored}; {len(strangers)} of {len(named)} scoring teachers did not "
-            f"write it: {', '.join(_compared(teacher, entries) for teacher in strangers)}. Scores of another teacher "
-            "bias the gradient however little the student drifts; in the Lightning OPD paper this cost 69.9 -> 63.1 "
-            "on AIME 2024 at 8B. Score the rollouts again with the SFT teacher, or redo the SFT with data from the "
-            f"scoring teacher, or {_OVERRIDE}.",
-        )
-
-    bound_to = (card.get("model") or {}).get("id")
-    if own_id and bound_to and any("weights" in phrase or "schema" in phrase for phrase in diff_ids(own_id, bound_to)):
+    if own_id and not _written_for(card, own_id):
+        bound_to = (card.get("model") or {}).get("id")
+        whose = f"was written for {bound_to}" if bound_to else "does not say for which weights it was written"
         return Verdict(
             True,
             "declared",
-            f"The card of {student} names the teachers of other weights: it was written for {bound_to}, and these are "
-            f"{own_id}. (A card copied from another checkpoint, or weights merged, cast or trained on since.) If its "
-            "claim holds for these weights too, declare it, `trl-lopd stamp STUDENT --sft-teacher TEACHER`, and train "
-            f'with teacher_consistency="declared_ok"; otherwise {_OVERRIDE}.',
+            f"The card of {student} {whose}, and these are {own_id}: what it says of SFT teachers is no more than "
+            "declared. (A card copied or written by hand, or weights merged, cast or trained on since.) If it holds "
+            f'for these weights, declare it, {stamp} --replace`, and train with teacher_consistency="declared_ok"; '
+            f"otherwise {_OVERRIDE}.",
         )
-    strongest = [min((e.get("evidence", "declared") for e in behind[t]), key=EVIDENCE.index) for t in named]
-    evidence = max((*strongest, *map(evidence_of, named)), key=EVIDENCE.index)
-    if evidence == "declared":
+    evidence = {
+        teacher: _weakest([evidence_of(teacher), *(e.get("evidence", "declared") for e in behind[teacher])])
+        for teacher in teachers
+    }
+    if declared := [teacher for teacher in teachers if evidence[teacher] == "declared"]:
         return Verdict(
             True,
-            evidence,
-            f"Teachers agree, but not on computed evidence: {wrote}, and {scored}, and of "
-            f"{_listed([t for t, e in zip(named, strongest, strict=True) if 'declared' in (e, evidence_of(t))])} that "
-            'is declared by a person. Accept that with teacher_consistency="declared_ok".',
+            "declared",
+            f"Teachers agree, but not on computed evidence: {wrote}, and {scored}, and a person's word stands for "
+            f'{", ".join(declared)}. teacher_consistency="declared_ok" accepts that.',
         )
-    return Verdict(True, evidence, f"Teachers agree ({evidence}): {wrote}, and {scored}.")
+    weakest = _weakest(evidence.values())
+    return Verdict(True, weakest, f"Teachers agree ({weakest}): {wrote}, and {scored}.")
 
 
-def _judge_student(samplers: list[str], own_id: str | None, student: str) -> tuple[str, tuple[str, ...], bool]:
+def _weakest(evidence: Iterable[str]) -> str:
+    return max(evidence, key=EVIDENCE.index)
+
+
+def _earlier_overrides(card: dict[str, Any], student: str) -> list[str]:
+    rounds = [str(round.get("teacher_consistency")) for round in card.get("opd_rounds") or []]
+    return [
+        f"Round {i} of offline OPD of {student} was trained with its teacher consistency check {word}: this student "
+        "may have learnt from another teacher's scores."
+        for i, word in enumerate(rounds, start=1)
+        if word == "off" or word.startswith("overridden")
+    ]
+
+
+def _judge_student(
+    samplers: Iterable[str | None], own_id: str | None, student: str, table_name: str
+) -> tuple[str, list[str], bool]:
     """What forbids training on rollouts of these students, what is to be known of them, and whether they differ."""
-    if own_id is None:
-        return "", (), False
     warnings, off_policy = [], []
-    for sampler in samplers:
-        phrases = diff_ids(own_id, sampler)
-        if any("tokenizer" in phrase for phrase in phrases):
+    for sampler in samplers if own_id is not None else ():
+        if not (sampler and is_id(sampler)):
+            continue  # not known
+        differences = diff_ids(own_id, sampler)
+        if TOKENIZER_DIFFERS in differences:
             problem = (
-                f"The rollouts were sampled by {sampler} with another tokenizer than that of {student} ({own_id}): "
-                "the same token ids may stand for other text. Train with the tokenizer of the one that sampled, "
-                f"or sample the rollouts again with this student, or {_OVERRIDE}."
+                f"{sampler} sampled rollouts of {table_name} with another tokenizer than that of {student} "
+                f"({own_id}), so the same token ids may stand for other text. Train with the tokenizer of the one "
+                f"that sampled, or sample the rollouts again with this student, or {_OVERRIDE}."
             )
-            return problem, (), False
-        if any("template" in phrase for phrase in phrases):
+            return problem, [], False
+        if TEMPLATE_DIFFERS in differences:
             warnings.append(
-                f"The rollouts were sampled by {sampler} under another chat template than that of {student} "
+                f"{sampler} sampled rollouts of {table_name} under another chat template than that of {student} "
                 f"({own_id}): the prompts trained on are not rendered as this student would render them."
             )
-        if any("weights" in phrase for phrase in phrases):
+        if WEIGHTS_DIFFER in differences:
             off_policy.append(sampler)
     if off_policy:
         warnings.append(
-            f"Off-policy rollouts: sampled by {_listed(off_policy, 'checkpoint')}, not by {student} ({own_id})."
+            f"Off-policy rollouts: {table_name} was sampled by {_listed(off_policy, 'checkpoint')}, not by {student} "
+            f"({own_id})."
         )
-    return "", tuple(warnings), bool(off_policy)
+    return "", warnings, bool(off_policy)
 
 
-def contradictions(where: str, entries: list[dict[str, Any]], rows: Iterable[str | None] = ()) -> list[str]:
+def contradictions(
+    where: str, entries: list[dict[str, Any]], teachers: Iterable[str | None] = (), rows: str = "unverified"
+) -> list[str]:
     """
     What cannot be true of a card's teachers: digests that do not give their id, or rows of teachers it does not name.
 
     Args:
         where (`str`): What messages call the card.
         entries (`list[dict]`): Its teachers.
-        rows (`Iterable[str]`, *optional*): The values of the table's `teacher_fingerprint` column.
+        teachers (`Iterable[str]`, *optional*): The values of the table's `teacher_fingerprint` column.
+        rows (`str`, *optional*): `Verdict.rows` of the table.
     """
     problems = []
     for entry in entries:
@@ -244,17 +300,18 @@ def contradictions(where: str, entries: list[dict[str, Any]], rows: Iterable[str
                 TeacherFingerprint.from_dict(entry)
         except ValueError as error:
             problems.append(f"{where} contradicts itself. {error}")
-    # A card that lists more teachers than there are rows of is that of a table since filtered.
-    unclaimed = [row for row in rows if row and entries and not any(same_teacher(row, e["id"]) for e in entries)]
-    if unclaimed:
+    named = [teacher for teacher in teachers if teacher and entries]
+    unclaimed = [teacher for teacher in named if not any(same_teacher(teacher, entry["id"]) for entry in entries)]
+    # Tables without a record may have been joined to it since: then some rows are still of the teachers it names.
+    if unclaimed and (rows == "intact" or len(unclaimed) == len(named)):
         problems.append(
-            f"{where} says that the rows were scored by {_listed([entry['id'] for entry in entries])}, but rows name "
+            f"{where} says that its rows were scored by {_listed([entry['id'] for entry in entries])}, but they name "
             f"{_listed(unclaimed)}: one of the two was changed by hand."
         )
     return problems
 
 
-def check_rows(table: Dataset) -> tuple[str, tuple[str, ...]]:
+def check_rows(table: Dataset, table_name: str = "the table") -> tuple[str, tuple[str, ...]]:
     """`Verdict.rows` of a table, and a warning if the rows are known to differ from those that were scored."""
     from .table import add_digests, rows_digest
 
@@ -274,9 +331,9 @@ def check_rows(table: Dataset) -> tuple[str, tuple[str, ...]]:
     for item in same:
         if item["rows"] == len(table):
             return "altered", (
-                f"The table has as many rows as were scored ({len(table)}), but their digest is {digest[:12]}… "
-                f"instead of {item['digest'][:12]}…: since scoring, rows were exchanged, or values changed in "
-                f"{', '.join(columns)}.",
+                f"{table_name[0].upper()}{table_name[1:]} has as many rows as were scored ({len(table)}), but their "
+                f"digest is {digest[:12]}… instead of {item['digest'][:12]}…: since scoring, rows were exchanged, or "
+                f"values changed in {', '.join(columns)}.",
             )
     return "unverified", ()
 

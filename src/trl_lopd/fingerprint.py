@@ -35,6 +35,12 @@ SCHEMA_VERSION = 1
 # How a fingerprint is known, strongest first: computed from content, matched by behaviour, stated by a person.
 EVIDENCE = ("verified", "probed", "declared")
 
+# How two ids or fingerprints differ, in words.
+WEIGHTS_DIFFER = "the weights differ"
+TOKENIZER_DIFFERS = "the tokenizer differs"
+TEMPLATE_DIFFERS = "the chat template differs"
+SCHEMA_DIFFERS = "written under another fingerprint schema"
+
 ID = re.compile(r"[^#\s]*@\d+-[0-9a-f]{12}-[0-9a-f]{8}-[0-9a-f]{8}(#(probed|declared))?")
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges*"]
@@ -148,7 +154,7 @@ class TeacherFingerprint:
         if bad := [key for key in digests if not isinstance(record.get(key), str)]:
             raise ValueError(f"Not a full teacher record: {', '.join(bad)} missing or not a string in {record!r}.")
         fingerprint = cls(**{key: record[key] for key in cls.__dataclass_fields__ if key in record})
-        if "id" in record and record["id"] != fingerprint.id:
+        if "id" in record and content_id(record["id"]) != content_id(fingerprint.id):
             raise ValueError(
                 f"The teacher record says id {record['id']!r}, but its digests give {fingerprint.id!r}: it was edited "
                 "by hand, or written by another version of trl-lopd. Fingerprint the teacher again."
@@ -162,10 +168,10 @@ class TeacherFingerprint:
         if self.schema != other.schema:
             return diff_ids(self.id, other.id)
         phrases = {
-            "weights": "the weights differ",
+            "weights": WEIGHTS_DIFFER,
             "adapter": "the adapter differs",
-            "tokenizer": "the tokenizer differs",
-            "chat_template": "the chat template differs",
+            "tokenizer": TOKENIZER_DIFFERS,
+            "chat_template": TEMPLATE_DIFFERS,
         }
         differences = [phrase for key, phrase in phrases.items() if getattr(self, key) != getattr(other, key)]
         names = [
@@ -233,8 +239,8 @@ def diff_ids(a: str, b: str) -> list[str]:
         return ["the content differs"]
     (schema, *digests), (other_schema, *others) = (content_id(x).split("-") for x in (a, b))
     if schema != other_schema:
-        return ["written under another fingerprint schema"]
-    phrases = ("the weights differ", "the tokenizer differs", "the chat template differs")
+        return [SCHEMA_DIFFERS]
+    phrases = (WEIGHTS_DIFFER, TOKENIZER_DIFFERS, TEMPLATE_DIFFERS)
     return [phrase for phrase, x, y in zip(phrases, digests, others, strict=True) if x != y]
 
 

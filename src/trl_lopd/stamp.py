@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
@@ -13,7 +14,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
 from .cards import count_teachers, read_model_card, record_of, stamp_model_card
-from .fingerprint import TeacherFingerprint, fingerprint_teacher, with_evidence
+from .consistency import inherited_teachers
+from .fingerprint import TeacherFingerprint, fingerprint_teacher, is_id, with_evidence
 from .table import column_counts
 
 if TYPE_CHECKING:
@@ -46,13 +48,17 @@ class TeacherStampCallback(TrainerCallback):
         dataset ([`~datasets.Dataset`], *optional*):
             The training data as it was before the trainer prepared it: packing drops the column. Defaults to
             `trainer.train_dataset`.
+        parent (`str` or `Path`, *optional*):
+            Directory or Hub id of what the training starts from, whose card says what it learnt before. Defaults to
+            where the model was loaded from; give it for an adapter that is trained on.
 
     Raises:
         `TypeError`: if the data is a stream: its rows cannot be counted beforehand.
-        `ValueError`: if it has no `teacher_fingerprint` column, or no row names a teacher.
+        `ValueError`: if it has no `teacher_fingerprint` column, if a value in it is no fingerprint, or if no row names
+            a teacher.
     """
 
-    def __init__(self, trainer: Trainer, dataset: Dataset | None = None):
+    def __init__(self, trainer: Trainer, dataset: Dataset | None = None, parent: str | Path | None = None):
         dataset = trainer.train_dataset if dataset is None else dataset
         if not isinstance(dataset, Dataset):
             raise TypeError(
@@ -66,17 +72,22 @@ class TeacherStampCallback(TrainerCallback):
                 "`TeacherStampCallback(trainer, dataset)`."
             )
         counts = column_counts(dataset, COLUMN)
-        model_id = get_config_model_id(trainer.model.config)
-        before = read_model_card(model_id) if model_id else {}
-        known = [*record_of(dataset).get("sft_teachers", ()), *(before.get("sft_teachers") or ())]
-        for entry in before.get("sft_teachers") or ():
-            counts[with_evidence(entry["id"], entry.get("evidence", "declared"))] += entry.get("rows", 0)
-        named_before = sum(entry.get("rows", 0) for entry in before.get("sft_teachers") or ())
-        counts[None] += max(before.get("sft_rows", 0) - named_before, 0)
-        self.sft_rows = sum(counts.values())
-        self.sft_teachers = count_teachers(counts, known)
-        if not self.sft_teachers:
+        if unknown := [value for value in counts if value and not is_id(value)]:
+            raise ValueError(
+                f"The training data has {unknown[0]!r} in its `{COLUMN}` column, which is no fingerprint. "
+                "`fingerprint_teacher(teacher).id` is; leave the column empty for rows that no teacher wrote."
+            )
+        if not any(counts):
             raise ValueError(f"No row of the training data names its teacher: the column `{COLUMN}` is empty.")
+        parent = parent or get_config_model_id(trainer.model.config)
+        before = read_model_card(parent) if parent else {}
+        earlier = inherited_teachers(before, _id_of(parent)) if before.get("sft_teachers") else []
+        for entry in earlier:
+            counts[with_evidence(entry["id"], entry["evidence"])] += entry.get("rows", 0)
+        counts[None] += max(before.get("sft_rows", 0) - sum(entry.get("rows", 0) for entry in earlier), 0)
+        self.sft_rows = sum(counts.values())
+        self.sft_teachers = count_teachers(counts, [*record_of(dataset).get("sft_teachers", ()), *earlier])
+        self.opd_rounds = before.get("opd_rounds") or []
         if unnamed := counts[None] + counts[""]:
             logger.warning(
                 f"{unnamed} of {self.sft_rows} SFT rows do not name a teacher. The card will give the others their "
@@ -118,7 +129,21 @@ class TeacherStampCallback(TrainerCallback):
             self._stamp(args.output_dir, self._fingerprints[checkpoint][1])
 
     def _stamp(self, directory: str, fingerprint: TeacherFingerprint | None) -> None:
-        stamp_model_card(directory, sft_teachers=self.sft_teachers, sft_rows=self.sft_rows, checkpoint=fingerprint)
+        stamp_model_card(
+            directory,
+            sft_teachers=self.sft_teachers,
+            sft_rows=self.sft_rows,
+            checkpoint=fingerprint,
+            opd_rounds=self.opd_rounds or None,
+        )
+
+
+def _id_of(model: str | Path) -> str | None:
+    try:
+        return fingerprint_teacher(model).id
+    except (OSError, ValueError) as error:
+        logger.warning(f"{model} cannot be fingerprinted, so what its card says counts as declared: {error}")
+        return None
 
 
 def checkpoint_fingerprint(directory: str) -> TeacherFingerprint | None:

@@ -180,7 +180,8 @@ _DIGEST_DTYPES = {
 def _row_bytes(name: str, column: pa.ChunkedArray) -> list[bytes | memoryview]:
     array = column.combine_chunks()
     if name not in _DIGEST_DTYPES:
-        return [(value or "").encode() for value in array.to_pylist()]
+        # Without the name, which is for people.
+        return [(value or "").rpartition("@")[2].encode() for value in array.to_pylist()]
     ends = np.cumsum(_numpy(pc.list_value_length(array)))
     values = array.flatten()
     if name in TOPK_COLUMNS:

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,10 +30,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import find_adapter_config_file
 from trl.trainer.utils import create_model_from_path, generate_model_card, get_config_model_id
 
-from .cards import count_teachers, entry, read_model_card, stamp_model_card
+from .cards import count_teachers, read_model_card, stamp_model_card
 from .collator import OfflineOPDCollator
 from .config import OfflineOPDConfig
-from .consistency import TeacherConsistencyError, Verdict, check_teacher_consistency
+from .consistency import TeacherConsistencyError, Verdict, check_teacher_consistency, inherited_teachers
 from .fingerprint import TeacherFingerprint, fingerprint_teacher
 from .head import add_distillation_head, assert_head_is_plain
 from .models import load_tokenizer
@@ -176,8 +176,7 @@ class OfflineOPDTrainer(Trainer):
         # Everything that can be wrong with the data is found before a weight is loaded.
         self._student_card = read_model_card(model_id, hub_kwargs["revision"]) if model_id else {}
         own_id = None
-        is_peft = not isinstance(model, str) and is_peft_model(model)
-        if model_id and not is_peft and args.teacher_consistency != "off":
+        if model_id and args.teacher_consistency != "off":
             own_id = _on_main_process(
                 args.distributed_state, lambda: _own_fingerprint(model_id, processing_class, **hub_kwargs)
             )
@@ -269,6 +268,7 @@ class OfflineOPDTrainer(Trainer):
             if row is None:
                 raise TableError(f"`{name}` is an empty stream.")
             check.verdict = _on_main_process(args.distributed_state, lambda: replace(check).judge_row(row))
+            self._off_policy |= check is self._check and check.verdict.off_policy and "ref_logprobs" in row
             columns = set(row)
             self.loss_type = _resolve_loss_type(args, columns, self.loss_type)
             return columns
@@ -280,7 +280,7 @@ class OfflineOPDTrainer(Trainer):
             raise TableError(f"`{name}`: {error}") from None
         check.seen.update(summary.teacher_fingerprints)
         if args.teacher_consistency != "off":
-            check.verdict = _on_main_process(args.distributed_state, lambda: check.judge(dataset))
+            check.verdict = _on_main_process(args.distributed_state, lambda: check.judge(dataset, name))
         if check is self._check and check.verdict is not None and check.verdict.off_policy:
             self._off_policy = "ref_logprobs" in dataset.column_names
             if not self._off_policy:
@@ -511,10 +511,10 @@ class OfflineOPDTrainer(Trainer):
             if "student_fingerprint" in table.column_names:
                 round["sampled_by"] = count_teachers(column_counts(table, "student_fingerprint"))
         else:
-            round["teachers"] = [entry(id) for id in sorted(self._check.seen)]
+            round["teachers"] = count_teachers(dict.fromkeys(self._check.seen, 0))
         stamp_model_card(
             output_dir,
-            sft_teachers=self._student_card.get("sft_teachers") or [],
+            sft_teachers=inherited_teachers(self._student_card, self._check.student_fingerprint),
             sft_rows=self._student_card.get("sft_rows"),
             # Weights written there at another step are not those that this card is about.
             checkpoint=self._saved[2] if self._saved[:2] == (output_dir, self.state.global_step) else None,
@@ -579,14 +579,23 @@ class _TableCheck:
     floor: float | None
     vocab: tuple[int | None, int | None]
     seen: Counter[str] = field(default_factory=Counter)
+    samplers: set[str | None] = field(default_factory=set)
     verdict: Verdict | None = None
     rows: int = 0
     top_k: int = 0
 
-    def judge(self, table: Dataset | list[str]) -> Verdict:
-        """Applies the consistency rule to a table, or to the teachers of some rows."""
+    def judge(
+        self, table: Dataset | Iterable[str], name: str = "the stream", sampled_by: Iterable[str] = ()
+    ) -> Verdict:
+        """Applies the consistency rule to a table, or to the teachers and students of some rows."""
         return check_teacher_consistency(
-            self.card, table, student_fingerprint=self.student_fingerprint, mode=self.mode, student=self.student
+            self.card,
+            table,
+            sampled_by=sampled_by,
+            student_fingerprint=self.student_fingerprint,
+            mode=self.mode,
+            student=self.student,
+            table_name=name,
         )
 
     def judge_row(self, row: dict[str, Any]) -> Verdict:
@@ -608,9 +617,12 @@ class _TableCheck:
         except TableError as error:
             raise TableError(f"{error} (Rows are counted in the order in which this process read them.)") from None
         self.rows, self.top_k = self.rows + len(rows), summary.top_k
-        if not summary.teacher_fingerprints.keys() <= self.seen.keys():
-            self.verdict = self.judge(sorted({*self.seen, *summary.teacher_fingerprints}))
+        samplers = {row.get("student_fingerprint") for row in rows}
+        if not (summary.teacher_fingerprints.keys() <= self.seen.keys() and samplers <= self.samplers):
+            teachers = sorted({*self.seen, *summary.teacher_fingerprints})
+            self.verdict = self.judge(teachers, sampled_by=self.samplers | samplers)
         self.seen.update(summary.teacher_fingerprints)
+        self.samplers |= samplers
 
 
 def _resolve_loss_type(args: OfflineOPDConfig, columns: set[str], required: str | None = None) -> str:
