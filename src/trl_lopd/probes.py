@@ -221,7 +221,8 @@ def verify_served_teacher(
 
 def _probed_teachers(card: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Id and probes of each teacher in a card that has probes; they are checked."""
-    entries = [*(card.get("teachers") or ()), *(card.get("sft_teachers") or ())]
+    # What `trl-lopd fingerprint --probes --json` prints is an entry by itself.
+    entries = [card] if "probes" in card else [*(card.get("teachers") or ()), *(card.get("sft_teachers") or ())]
     found = [(entry["id"], entry["probes"]) for entry in entries if entry.get("probes")]
     if not found:
         raise ValueError(
