@@ -7,14 +7,13 @@ import hashlib
 import itertools
 import json
 import math
-import threading
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 import yaml
 from conftest import make_model, make_tokenizer
+from servers import changed, full_logprobs, stub_server, trl_client
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -39,77 +38,20 @@ def card(probes):
     return {"teachers": [{"id": TEACHER_ID, "evidence": "verified", "probes": probes}]}
 
 
-# ---- A vLLM server in miniature ----
-
-
-def full_logprobs(model, ids: list[int]) -> torch.Tensor:
-    """`(tokens, vocabulary)`, the plain way."""
-    with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
-
-
-def vllm_logprobs(model, ids: list[int], k: int) -> list[dict | None]:
-    """`prompt_logprobs` of a choice as vLLM writes it: the `k` most likely tokens and always the actual one."""
-    result: list[dict | None] = [None]
-    for actual, row in zip(ids[1:], full_logprobs(model, ids), strict=False):
-        rank = {token: rank for rank, token in enumerate(row.argsort(descending=True).tolist(), 1)}
-        shown = [token for token in rank if rank[token] <= k or token == actual]
-        result.append({str(t): {"logprob": row[t].item(), "rank": rank[t], "decoded_token": f"w{t}"} for t in shown})
-    return result
-
-
 @contextmanager
 def serving(monkeypatch, *replicas, alter=lambda logprobs: logprobs):
     """TRL's client of a server whose requests go to `replicas` in turn; `alter` edits each `prompt_logprobs`."""
-    from trl.generation import vllm_client
 
-    # The client refuses to be made without vLLM installed, though it needs none of it to score.
-    monkeypatch.setattr(vllm_client, "is_vllm_available", lambda *args, **kwargs: True)
-    turn, lock, requests = itertools.cycle(replicas), threading.Lock(), []
+    def change(body):
+        for choice in body["choices"]:
+            choice["prompt_logprobs"] = alter(choice["prompt_logprobs"])
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *args):
-            pass
-
-        def answer(self, body):
-            data = json.dumps(body).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def do_GET(self):
-            self.answer({"data": [{"id": "served"}]} if self.path == "/v1/models" else {})
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            assert self.path == "/v1/completions"
-            assert (body["model"], body["max_tokens"], body["temperature"]) == ("served", 1, 1.0)
-            with lock:
-                requests.append(body["prompt"])
-                model = next(turn)
-                choices = [
-                    {"prompt_logprobs": alter(vllm_logprobs(model, ids, body["prompt_logprobs"]))}
-                    for ids in body["prompt"]
-                ]
-            self.answer({"choices": choices})
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    client = vllm_client.VLLMClient(base_url=f"http://127.0.0.1:{server.server_port}")
-    client.requests = requests
-    try:
+    with (
+        stub_server("vllm", *replicas, faults=itertools.repeat(changed(change))) as server,
+        trl_client(monkeypatch, server) as client,
+    ):
+        client.requests = server.requests
         yield client
-    finally:
-        client.session.close()
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 # ---- Probes ----
@@ -223,7 +165,7 @@ def test_same_teacher_is_accepted(monkeypatch, teacher, card, probes):
     assert result.max < 1e-4 and result.mean <= result.max and result.spread == 0
     assert TEACHER_ID in result.reason and "0.000" in result.reason
     # One sequence a request, all repeats of a probe before the next.
-    assert client.requests == [[ids] for ids in probes["sequences"] for _ in range(4)]
+    assert [body["prompt"] for body in client.requests] == [[ids] for ids in probes["sequences"] for _ in range(4)]
 
 
 def test_model_card(monkeypatch, teacher, card):

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from conftest import VOCAB, make_model, make_rollouts, make_tokenizer
-from datasets import Dataset
+from datasets import Dataset, load_dataset
+from servers import stub_server
+from transformers import AutoModelForCausalLM
 
-from trl_lopd import TableError, fingerprint_teacher, score_rollouts, validate_table
+from trl_lopd import (
+    SGLangTeacher,
+    ShardError,
+    TableError,
+    VLLMTeacher,
+    check_teacher_consistency,
+    fingerprint_teacher,
+    load_table,
+    read_model_card,
+    score_rollouts,
+    scoring,
+    validate_table,
+)
+from trl_lopd.cards import record_of
 from trl_lopd.fingerprint import same_teacher
+
+
+@pytest.fixture
+def rollouts():
+    return make_rollouts(12)
 
 
 def plain_logprobs(model, row):
@@ -153,3 +177,117 @@ def test_tokens_without_any_probability_are_counted_not_fatal(tokenizer, caplog)
     table = score_rollouts(rollouts, teacher, tokenizer=tokenizer, top_k=2, fingerprint=fingerprint)
     assert table["teacher_logprobs"][0][0] == float("-inf")
     assert "1 teacher log-probabilities are -inf" in caplog.text
+
+
+# ---- On disk ----
+
+KILLS = Path(__file__).parent / "faults" / "scoring_kills.py"
+
+
+def test_the_table_on_disk_is_the_table_in_memory(tmp_path, teacher_dir, student_dir, rollouts):
+    options = {"top_k": 3, "ref_model": str(student_dir), "rows_per_shard": 5}
+    in_memory = score_rollouts(rollouts, str(teacher_dir), **options)
+    on_disk = score_rollouts(rollouts, str(teacher_dir), output_dir=tmp_path / "table", **options)
+    assert on_disk.features == in_memory.features and on_disk.to_dict() == in_memory.to_dict()
+    loaded = load_dataset(str(tmp_path / "table"), split="train")
+    assert loaded.features == in_memory.features and loaded.to_dict() == in_memory.to_dict()
+    table = load_table(tmp_path / "table", split="train")
+    verdict = check_teacher_consistency(read_model_card(student_dir), table)
+    assert (verdict.evidence, verdict.rows) == ("verified", "intact")
+    record = record_of(table)
+    assert record["rows"] == len(rollouts) and record["teachers"][0]["probes"] and record == record_of(in_memory)
+
+
+def test_a_finished_table_is_given_back_without_loading_a_model(tmp_path, teacher_dir, rollouts, monkeypatch):
+    first = score_rollouts(rollouts, str(teacher_dir), output_dir=tmp_path / "table", top_k=2)
+    monkeypatch.setattr("trl_lopd.scoring.load_model", lambda *args: pytest.fail("a model was loaded"))
+    again = score_rollouts(rollouts, str(teacher_dir), output_dir=tmp_path / "table", top_k=2)
+    assert again.to_dict() == first.to_dict() and record_of(again) == record_of(first)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"top_k": 3}, r"top_k.*2 -> 3"),
+        ({"ref_model": "student"}, r"ref_model.*-> .*student@1-"),
+        ({"teacher": "student"}, r"teacher.*teacher@1-.* -> .*student@1-"),
+        ({"rollouts": 1}, "rollouts"),
+    ],
+)
+def test_a_run_that_is_not_the_same_is_refused(tmp_path, teacher_dir, student_dir, rollouts, change, words):
+    score_rollouts(rollouts, str(teacher_dir), output_dir=tmp_path / "table", top_k=2)
+    options = {"top_k": 2} | {k: str(student_dir) if v == "student" else v for k, v in change.items()}
+    if options.pop("rollouts", None):
+        rollouts = rollouts.shuffle(seed=1)
+    with pytest.raises(ShardError, match=words):
+        score_rollouts(rollouts, options.pop("teacher", str(teacher_dir)), output_dir=tmp_path / "table", **options)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_twenty_times_it_ends_in_the_same_table(tmp_path, teacher_dir, student_dir, processes):
+    rollouts = make_rollouts(160)
+    rollouts.save_to_disk(tmp_path / "rollouts")
+    options = {"top_k": 3, "ref_model": str(student_dir), "rows_per_shard": 1, "max_batch_tokens": 64}
+    whole = score_rollouts(rollouts, str(teacher_dir), output_dir=tmp_path / "whole", **options)
+    done = subprocess.run(
+        [sys.executable, KILLS, str(processes), "20", "0", tmp_path / "rollouts", teacher_dir, student_dir,
+         tmp_path / "killed"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    at = [int(line.split()[2]) for line in done.stdout.splitlines() if line.startswith("killed with")]
+    assert len(at) == 20 and len(set(at)) >= 5 and at[0] < 160  # killed in the middle, not before or after
+    killed = load_table(tmp_path / "killed", split="train")
+    assert killed.to_dict() == whole.to_dict() and record_of(killed) == record_of(whole)
+    for file in sorted((tmp_path / "whole").glob("*.parquet")):
+        assert (tmp_path / "killed" / file.name).read_bytes() == file.read_bytes()
+
+
+# ---- When memory runs out ----
+
+
+def test_when_memory_runs_out_fewer_rows_are_scored_at_a_time(teacher_dir, rollouts, monkeypatch, caplog):
+    expected = score_rollouts(rollouts, str(teacher_dir), top_k=2)
+    real, sizes = scoring._score_batch, []
+
+    def small_memory(model, sequences, counts, top_k):
+        size = len(sequences) * max(map(len, sequences))
+        sizes.append(size)
+        if size > 40:
+            raise torch.OutOfMemoryError
+        return real(model, sequences, counts, top_k)
+
+    monkeypatch.setattr(scoring, "_score_batch", small_memory)
+    table = score_rollouts(rollouts, str(teacher_dir), top_k=2, max_batch_tokens=160)
+    assert max(sizes) > 40 and "Out of memory: from here on 40 tokens" in caplog.text
+    for a, b in zip(table, expected, strict=True):
+        np.testing.assert_allclose(a["teacher_logprobs"], b["teacher_logprobs"], atol=1e-5)
+        assert a["teacher_topk_ids"] == b["teacher_topk_ids"]
+    monkeypatch.setattr(scoring, "_score_batch", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(torch.OutOfMemoryError):
+        score_rollouts(rollouts, str(teacher_dir), top_k=2)
+
+
+# ---- Served teachers ----
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_a_served_teacher_scores_as_the_local_one_and_counts_as_probed(
+    tmp_path, teacher_dir, student_dir, rollouts, kind
+):
+    model = AutoModelForCausalLM.from_pretrained(teacher_dir)
+    local = score_rollouts(rollouts, str(teacher_dir), top_k=3)
+    with stub_server(kind, model) as server:
+        teacher = (VLLMTeacher if kind == "vllm" else SGLangTeacher)(server.url)
+        with pytest.raises(ValueError, match="Nothing says which teacher"):
+            score_rollouts(rollouts, teacher, top_k=3)
+        table = score_rollouts(
+            rollouts, teacher, top_k=3, teacher_card=record_of(local), output_dir=tmp_path / "table", rows_per_shard=5
+        )
+        declared = score_rollouts(rollouts, teacher, top_k=0, fingerprint=fingerprint_teacher(teacher_dir))
+    for a, b in zip(table, local, strict=True):
+        np.testing.assert_allclose(a["teacher_logprobs"], b["teacher_logprobs"], atol=1e-5)
+        assert a["teacher_topk_ids"] == b["teacher_topk_ids"]
+    card = read_model_card(student_dir)
+    assert check_teacher_consistency(card, table).evidence == "probed"
+    assert check_teacher_consistency(card, declared, mode="declared_ok").evidence == "declared"

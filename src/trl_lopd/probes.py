@@ -163,7 +163,8 @@ def verify_served_teacher(
     stay unseen.
 
     Args:
-        client: Anything with the method `get_sequence_logprobs` of TRL's `VLLMClient`.
+        client: A teacher behind HTTP, such as [`VLLMTeacher`], or anything with the method `get_sequence_logprobs` of
+            TRL's `VLLMClient`.
         card (`dict`): A card's record. Entries in `teachers` (dataset card) or `sft_teachers` (model card) that have
             `probes` (see [`probe_model`]) are compared; the closest is reported.
         tolerance (`float`, *optional*, defaults to `0.6`): Mean absolute difference allowed, nats.
@@ -174,6 +175,7 @@ def verify_served_teacher(
     Raises:
         `ValueError`: if the card has no probes, or probes of another version or malformed ones; if the server answers
             with NaN, infinity, too few or other tokens, or without log-probabilities; if an option is out of range.
+        `TeacherError`: from a [`VLLMTeacher`] or [`SGLangTeacher`] that does not answer, or with anything but scores.
     """
     if not (tolerance > 0 and max_spread > 0 and repeats >= 2):
         raise ValueError(
@@ -190,8 +192,7 @@ def verify_served_teacher(
             if key not in answers:
                 # All repeats of a probe before the next probe: in rounds over all probes, two replicas in turn would
                 # each get the same probes in every round, and never be seen to disagree.
-                with ThreadPoolExecutor(repeats) as executor:
-                    answers[key] = np.array(list(executor.map(lambda ids: _ask(client, ids), [sequence] * repeats)))
+                answers[key] = _ask(client, sequence, repeats)
             differences.append(np.abs(answers[key] - np.array(expected)))
             spreads.append(np.ptp(answers[key], axis=0).mean())
         all_differences = np.concatenate(differences, axis=1)
@@ -249,8 +250,25 @@ def _probed_teachers(card: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]
         yield teacher, probes
 
 
-def _ask(client: Any, sequence: list[int]) -> list[float]:
-    """Log-probabilities of every token but the first, from one request."""
+def _ask(client: Any, sequence: list[int], repeats: int) -> np.ndarray:
+    """`(repeats, tokens)`: log-probabilities of every token but the first, from requests sent together."""
+    if hasattr(client, "score"):
+        scores = client.score([np.array(sequence)] * repeats, [len(sequence) - 1] * repeats, 0)
+        answers = np.array([answer.logprobs for answer in scores], np.float64)
+    else:
+        with ThreadPoolExecutor(repeats) as executor:
+            answers = np.array(list(executor.map(lambda ids: _ask_once(client, ids), [sequence] * repeats)))
+    if not np.isfinite(answers).all():
+        token = int(np.isfinite(answers).all(axis=0).argmin()) + 1
+        raise ValueError(
+            f"The server answers a probe with NaN, -inf or null at token {token} of {sequence}. It must return "
+            "`prompt_logprobs`, and the model must not overflow: serve it in bfloat16."
+        )
+    return answers
+
+
+def _ask_once(client: Any, sequence: list[int]) -> list[float]:
+    """One such row of a client with TRL's method."""
     try:
         # A server has no log-probability for the first token.
         answer = client.get_sequence_logprobs([sequence], [1], top_logprobs=1, temperature=1.0)
@@ -264,10 +282,5 @@ def _ask(client: Any, sequence: list[int]) -> list[float]:
         raise ValueError(
             f"The server was sent a probe of {len(sequence)} tokens and answers for other or fewer ones: sent "
             f"{sequence[1:]}, answered {ids} with {len(logprobs)} log-probabilities."
-        )
-    if not all(map(math.isfinite, logprobs)):
-        raise ValueError(
-            f"The server answers a probe with NaN, -inf or null at token {np.isfinite(logprobs).argmin() + 1} of "
-            f"{sequence}. It must return `prompt_logprobs`, and the model must not overflow: serve it in bfloat16."
         )
     return logprobs

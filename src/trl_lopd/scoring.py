@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 import torch
+from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
-from .cards import attach_record, entry, record_of
-from .fingerprint import fingerprint_teacher
+from .cards import attach_record, entry, read_dataset_card, record_of, stamp_dataset_card
+from .fingerprint import fingerprint_teacher, with_evidence
 from .head import LogitTransform, score_tokens
 from .models import load_model, load_tokenizer
 from .probes import probe_model
+from .processes import on_main_process
+from .shards import ShardStore
 from .table import (
     TOPK_COLUMNS,
     TableError,
     TableRows,
+    content_digest,
     digest_columns,
     lengths,
     rows_digest,
@@ -37,143 +44,343 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class Scores(NamedTuple):
+    """
+    What a teacher says of one completion: natural logarithms, at temperature 1 over the full vocabulary.
+
+    Attributes:
+        logprobs (`(completion,)` float32): Of the tokens of the completion.
+        topk_ids (`(completion, k)` int32): The most likely tokens at each position, most likely first.
+        topk_logprobs (`(completion, k)` float16): Theirs.
+    """
+
+    logprobs: np.ndarray
+    topk_ids: np.ndarray
+    topk_logprobs: np.ndarray
+
+
+class Teacher(Protocol):
+    """Anything that scores completions."""
+
+    def score(self, sequences: list[np.ndarray], completion_lengths: list[int], top_k: int) -> list[Scores]:
+        """
+        Scores the last tokens of each sequence, in the order of the call.
+
+        Args:
+            sequences (`list` of `(prompt + completion,)` int arrays): Token ids.
+            completion_lengths (`list[int]`): How many tokens at the end of each are scored; at least one is not.
+            top_k (`int`): Also the most likely tokens at each position; `0` for none.
+        """
+        ...
+
+
 def score_rollouts(
     dataset: Dataset,
-    teacher: str | PreTrainedModel,
+    teacher: str | PreTrainedModel | Teacher,
     *,
+    output_dir: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     top_k: int = 8,
     ref_model: str | PreTrainedModel | None = None,
     max_batch_tokens: int = 16384,
+    rows_per_shard: int = 4096,
     fingerprint: TeacherFingerprint | None = None,
+    teacher_card: dict[str, Any] | None = None,
     model_init_kwargs: dict[str, Any] | None = None,
 ) -> Dataset:
     """
-    Scores every completion token once with a local transformers teacher (Lightning OPD, stage 2).
+    Scores every completion token once (Lightning OPD, stage 2).
 
     Log-probabilities are at temperature 1 over the full vocabulary, computed in float32 from the model's logits on
-    chunks of tokens; logits of all tokens never exist together. Rows of like length are scored together; the result
-    has the order of the input.
+    chunks of tokens; logits of all tokens never exist together. Rows of like length are scored together, and a prompt
+    that several of them share is read once; the result has the order of the input.
+
+    With `output_dir`, each shard is on disk when it is done: a run that was killed continues when it is started again
+    with the same arguments, and gives the same table. `load_dataset(output_dir)` and `load_table(output_dir)` read it.
+    Under `accelerate launch`, every process scores its share of the shards.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             Rollouts with `prompt_ids` and `completion_ids`, as `collect_rollouts` makes. Other columns are kept.
-        teacher (`str` or [`~transformers.PreTrainedModel`]):
-            A local directory or Hub id, loaded in its own dtype, or a loaded model.
+        teacher (`str`, [`~transformers.PreTrainedModel`] or [`Teacher`]):
+            A local directory or Hub id, loaded in its own dtype; a loaded model; or a served one, see `VLLMTeacher`
+            and `SGLangTeacher`.
+        output_dir (`str` or `Path`, *optional*):
+            Where to write the table, shard by shard. Without it all is in memory, and lost if the process dies.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The teacher's, for its fingerprint and probes. Loaded from the teacher's path if not given.
         top_k (`int`, *optional*, defaults to `8`):
             Also store the teacher's most likely tokens at each position. `0` stores none; the trainer then has only
             the sampled-token objective.
         ref_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            The student that sampled the rollouts, or an adapter; scores them into `ref_logprobs` the same way.
+            The student that sampled the rollouts, or an adapter; scores them into `ref_logprobs` the same way. It is
+            in memory beside a local teacher.
         max_batch_tokens (`int`, *optional*, defaults to `16384`):
-            Tokens of a forward pass, padding included. A longer row is scored alone.
+            Tokens of a forward pass, padding included. A longer row is scored alone. Halved when memory runs out.
+        rows_per_shard (`int`, *optional*, defaults to `4096`):
+            Rows that are sorted by length together, and written together.
         fingerprint ([`TeacherFingerprint`], *optional*):
-            Computed if not given: from the checkpoint that a path names, whatever dtype or quantization
-            `model_init_kwargs` load it in, or from a loaded model as it is in memory.
+            The teacher's. Computed if not given: from the checkpoint that a path names, whatever dtype or quantization
+            `model_init_kwargs` load it in, or from a loaded model as it is in memory. For a served teacher it is what
+            you declare it to be.
+        teacher_card (`dict`, *optional*):
+            Card with the probes of a served teacher, see `verify_served_teacher`: if it answers them, it counts as
+            that teacher.
         model_init_kwargs (`dict`, *optional*):
             For loading models from a path, for instance `{"device_map": "auto"}`.
 
     Returns:
         [`~datasets.Dataset`]: The rows with the columns of `table_features` added, validated. It carries a record of
         who sampled and who scored them, the digest of its rows, and the teacher's answers to the probes: see `cards`
-        and `probes`.
+        and `probes`. The card in `output_dir` holds the same.
 
     Raises:
         TableError: Rows that cannot be scored: columns missing or there already, empty prompts or completions, ids
             outside the teacher's vocabulary, or a teacher that answers with NaN.
-        ValueError: An option out of range.
+        ShardError: `output_dir` holds something else, another run's table, or is being written to.
+        TeacherError: A served teacher that cannot be used.
+        ValueError: An option out of range, several processes without `output_dir`, or a served teacher that nothing
+            names.
     """
-    if top_k < 0 or max_batch_tokens < 1:
-        raise ValueError(f"`top_k` is 0 or more and `max_batch_tokens` positive; got {top_k} and {max_batch_tokens}.")
+    if top_k < 0 or max_batch_tokens < 1 or rows_per_shard < 1:
+        raise ValueError(
+            "`top_k` is 0 or more, `max_batch_tokens` and `rows_per_shard` are positive; got "
+            f"{top_k}, {max_batch_tokens} and {rows_per_shard}."
+        )
+    state = PartialState()
+    if state.num_processes > 1 and output_dir is None:
+        raise ValueError("Several processes score into one table on disk: give `output_dir`.")
+    if state.num_processes > 1 and state.device.type != "cpu":
+        model_init_kwargs = {"device_map": {"": state.device}, **(model_init_kwargs or {})}
     added = ["teacher_logprobs", "teacher_fingerprint", *(TOPK_COLUMNS if top_k else ())]
     added += ["ref_logprobs"] if ref_model is not None else []
     _check_rollouts(dataset, added)
+
     revision = (model_init_kwargs or {}).get("revision")
-    tokenizer = tokenizer or load_tokenizer(teacher, revision=revision)
-    fingerprint = fingerprint or fingerprint_teacher(teacher, tokenizer, revision=revision)
-
-    prompt_lengths, completion_lengths = lengths(dataset)
-    rollouts = TableRows(dataset.select_columns(["prompt_ids", "completion_ids"]))
-    total = int(completion_lengths.sum())
-    if total * max(top_k, 1) > np.iinfo(np.int32).max:
-        raise ValueError(
-            f"{total} completion tokens with `top_k={top_k}` do not fit one Arrow array. Score the rollouts in parts, "
-            "`dataset.shard(...)`, and join the tables with `concatenate_datasets`."
+    is_served = hasattr(teacher, "score")
+    if is_served:
+        about = _about_served(teacher, dataset[0], fingerprint, teacher_card)
+    else:
+        tokenizer = tokenizer or load_tokenizer(teacher, revision=revision)
+        about = entry(fingerprint or fingerprint_teacher(teacher, tokenizer, revision=revision))
+    teacher_id = with_evidence(about["id"], about["evidence"])
+    store = None
+    if output_dir is not None:
+        store = ShardStore(
+            output_dir,
+            pins={
+                "rollouts": content_digest(dataset),
+                "teacher": teacher_id,
+                "top_k": top_k,
+                "ref_model": None if ref_model is None else fingerprint_teacher(ref_model, revision=revision).id,
+                "max_batch_tokens": max_batch_tokens,
+                "dtype": str((model_init_kwargs or {}).get("dtype", "auto")),
+            },
+            rows=len(dataset),
+            rows_per_shard=rows_per_shard,
+            process_index=state.process_index,
+            num_processes=state.num_processes,
         )
-    offsets = np.concatenate([[0], np.cumsum(completion_lengths)]).astype(np.int32)
-    batches = list(_batches(prompt_lengths + completion_lengths, max_batch_tokens))
 
-    def score(model: PreTrainedModel, k: int, desc: str):
-        vocab = model.config.get_text_config().vocab_size
-        if k > vocab:
-            raise ValueError(f"`top_k={k}` is more than the teacher's vocabulary of {vocab} tokens.")
-        logprobs = np.empty(total, np.float32)
-        topk_ids, topk_logprobs = np.empty((total, k), np.int32), np.empty((total, k), np.float16)
-        was_training = model.training
-        model.eval()
-        try:
-            with tqdm(total=total, desc=desc, unit="token") as progress:
-                for rows in batches:
-                    batch = rollouts.__getitems__(rows)
-                    for row, *scores in zip(rows, *_score_batch(model, batch, k, vocab, rows), strict=True):
-                        if np.isnan(scores[0]).any():
-                            raise TableError(
-                                f"Row {row}: the model answers with NaN. Load it in another dtype, float32 or "
-                                "bfloat16."
-                            )
-                        part = slice(offsets[row], offsets[row + 1])
-                        logprobs[part], topk_ids[part], topk_logprobs[part] = scores
-                    progress.update(int(completion_lengths[rows].sum()))
-        finally:
-            model.train(was_training)
-        return logprobs, topk_ids, topk_logprobs
+    @functools.cache  # once, and not at all if everything is scored already
+    def load(model: str | PreTrainedModel) -> LocalTeacher:
+        return LocalTeacher(load_model(model, model_init_kwargs), max_batch_tokens)
 
-    # The student first: if it cannot be scored, that shows before the teacher's hours are spent.
-    ref_logprobs = None
-    if ref_model is not None:
-        ref_logprobs = score(load_model(ref_model, model_init_kwargs), 0, "Scoring with the student")[0]
-    teacher = load_model(teacher, model_init_kwargs)
-    try:
-        probes = probe_model(teacher, tokenizer)
-    except ValueError as error:
-        probes = None
-        logger.warning(f"A served copy of this teacher will have no probes to be held against: {error}")
-    logprobs, topk_ids, topk_logprobs = score(teacher, top_k, "Scoring with the teacher")
-    columns = {
-        "teacher_logprobs": _lists(offsets, pa.array(logprobs)),
-        "teacher_fingerprint": pa.array([fingerprint.id] * len(dataset)),
-    }
-    if top_k:
-        starts = np.arange(0, total * top_k + 1, top_k, dtype=np.int32)
-        for name, values in zip(TOPK_COLUMNS, (topk_ids, topk_logprobs), strict=True):
-            columns[name] = _lists(offsets, _lists(starts, pa.array(values.ravel())))
-    if ref_logprobs is not None:
-        columns["ref_logprobs"] = _lists(offsets, pa.array(ref_logprobs))
+    parts, tokens = [], lengths(dataset)[1]
+    with ExitStack() as stack:
+        if store is not None:
+            # The main process first: it checks the directory, and makes it a store.
+            on_main_process(state, lambda: stack.enter_context(store) and None)
+            if not state.is_main_process:
+                stack.enter_context(store)
+        shards = range(-(-len(dataset) // rows_per_shard)) if store is None else store.pending
+        starts = [shard * rows_per_shard for shard in shards]
+        spans = [range(start, min(start + rows_per_shard, len(dataset))) for start in starts]
+        # The student first: if it cannot be scored, that shows before a long row of the teacher's.
+        if ref_model is not None and spans:
+            load(ref_model)
+        with tqdm(
+            total=int(sum(tokens[span].sum() for span in spans)),
+            desc="Scoring",
+            unit="token",
+            disable=not state.is_local_main_process,
+        ) as progress:
+            for shard, span in zip(shards, spans, strict=True):
+                rows = dataset.select(span)
+                scored = {}
+                if ref_model is not None:
+                    scored["ref"] = _score(load(ref_model), rows, span.start, 0)
+                scored["teacher"] = _score(teacher if is_served else load(teacher), rows, span.start, top_k)
+                part = _with_scores(rows, teacher_id, top_k, **scored)
+                progress.update(int(tokens[span].sum()))
+                parts.append(part) if store is None else store.write(shard, part.data.table)
+        if not is_served and state.is_main_process:
+            # A table that was finished before has a card that holds them.
+            card = read_dataset_card(output_dir) if store is not None else {}
+            known = [about_it["probes"] for about_it in card.get("teachers") or [] if about_it.get("probes")]
+            if probes := known[0] if known else _probes(load(teacher).model, tokenizer):
+                about["probes"] = probes
+        state.wait_for_everyone()
+        table = concatenate_datasets(parts) if store is None else store.dataset()
 
-    features = table_features(top_k=top_k, ref_logprobs=ref_model is not None)
-    scores = Dataset(pa.table(columns)).cast(type(features)({name: features[name] for name in columns}))
-    table = concatenate_datasets([dataset, scores], axis=1)
     # Scores of -inf are the trainer's to accept or refuse; any floor lets them pass here.
     if floored := validate_table(table, teacher_logprob_floor=-1.0).floored:
         logger.warning(
             f"{floored} teacher log-probabilities are -inf: the teacher gives those tokens no probability at all. The "
             "trainer accepts them only with `teacher_logprob_floor`."
         )
-    about = entry(fingerprint, rows=len(table), share=1.0, scoring={"top_k": top_k}, probes=probes)
     columns = digest_columns(table.column_names)
+    about |= {"rows": len(table), "share": 1.0, "scoring": {"top_k": top_k}}
+    students = record_of(dataset).get("students")
     record = {
-        "students": record_of(dataset).get("students", []),
+        **({"students": students} if students else {}),
         "teachers": [about],
         "rows": len(table),
-        "completion_tokens": total,
+        "completion_tokens": int(tokens.sum()),
         "skipped_rows": 0,
         "columns": columns,
         "digests": [{"rows": len(table), "digest": rows_digest(table, columns)}],
     }
     attach_record(table, record)
+    if store is not None and state.is_main_process:
+        stamp_dataset_card(output_dir, table)
+    state.wait_for_everyone()
     return table
+
+
+class LocalTeacher:
+    """
+    A transformers model that scores. Rows of like length are scored together; when memory runs out, fewer of them.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model, on whatever devices, quantized or not.
+        max_batch_tokens (`int`): Tokens of a forward pass, padding included. A longer row is scored alone.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_batch_tokens: int = 16384):
+        self.model, self.max_batch_tokens = model, max_batch_tokens
+
+    def score(self, sequences: list[np.ndarray], completion_lengths: list[int], top_k: int) -> list[Scores]:
+        """
+        See [`Teacher`].
+
+        Raises:
+            RowError: for a sequence with ids outside the vocabulary, or that the model answers with NaN.
+            ValueError: if `top_k` is more than the vocabulary.
+        """
+        vocab = self.model.config.get_text_config().vocab_size
+        if top_k > vocab:
+            raise ValueError(f"`top_k={top_k}` is more than the teacher's vocabulary of {vocab} tokens.")
+        for row, sequence in enumerate(sequences):
+            if sequence.min() < 0 or sequence.max() >= vocab:
+                bad = sequence.min() if sequence.min() < 0 else sequence.max()
+                raise RowError(
+                    f"token id {bad} is not in the vocabulary of {vocab} tokens of the model that scores. Teacher and "
+                    "student must share a tokenizer.",
+                    row,
+                )
+        results: list[Scores | None] = [None] * len(sequences)
+        todo = list(_batches(np.array([len(sequence) for sequence in sequences]), self.max_batch_tokens))[::-1]
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            while todo:
+                rows = todo.pop()
+                try:
+                    scores = _score_batch(
+                        self.model, [sequences[row] for row in rows], [completion_lengths[row] for row in rows], top_k
+                    )
+                except torch.OutOfMemoryError:
+                    if len(rows) == 1:
+                        raise
+                    torch.cuda.empty_cache()
+                    self.max_batch_tokens = max(1, self.max_batch_tokens // 2)
+                    logger.warning(f"Out of memory: from here on {self.max_batch_tokens} tokens are scored at a time.")
+                    longest = np.array([len(sequence) for sequence in sequences])
+                    left = np.concatenate([rows, *todo[::-1]])
+                    todo = [left[batch] for batch in _batches(longest[left], self.max_batch_tokens)][::-1]
+                    continue
+                for row, result in zip(rows, scores, strict=True):
+                    if np.isnan(result.logprobs).any():
+                        raise RowError(
+                            "the model answers with NaN. Load it in another dtype, float32 or bfloat16.", int(row)
+                        )
+                    results[row] = result
+        finally:
+            self.model.train(was_training)
+        return results
+
+
+class RowError(ValueError):
+    """
+    A sequence that cannot be scored.
+
+    Attributes:
+        row (`int`): Its position in the call of `score`.
+    """
+
+    def __init__(self, message: str, row: int):
+        super().__init__(message)
+        self.row = row
+
+
+def _score(teacher: Teacher, rows: Dataset, first_row: int, top_k: int) -> list[Scores]:
+    """Scores of each row; errors name the row of the whole table."""
+    values = TableRows(rows.select_columns(["prompt_ids", "completion_ids"])).__getitems__(list(range(len(rows))))
+    sequences = [np.concatenate([row["prompt_ids"], row["completion_ids"]]) for row in values]
+    try:
+        return teacher.score(sequences, [len(row["completion_ids"]) for row in values], top_k)
+    except RowError as error:
+        raise TableError(f"Row {first_row + error.row}: {error}") from None
+    except RuntimeError as error:
+        if (row := getattr(error, "row", None)) is None:
+            raise
+        raise type(error)(f"Row {first_row + row} of the table: {error}", first_row + row) from error
+
+
+def _with_scores(
+    rows: Dataset, teacher_id: str, top_k: int, teacher: list[Scores], ref: list[Scores] | None = None
+) -> Dataset:
+    """The rows with the columns that scoring adds."""
+    offsets = np.cumsum([0] + [len(scores.logprobs) for scores in teacher]).astype(np.int32)
+    columns = {
+        "teacher_logprobs": _lists(offsets, pa.array(np.concatenate([scores.logprobs for scores in teacher]))),
+        "teacher_fingerprint": pa.array([teacher_id] * len(rows)),
+    }
+    if top_k:
+        starts = np.arange(0, offsets[-1] * top_k + 1, top_k, dtype=np.int32)
+        for name, field in zip(TOPK_COLUMNS, ("topk_ids", "topk_logprobs"), strict=True):
+            values = np.concatenate([getattr(scores, field) for scores in teacher])
+            columns[name] = _lists(offsets, _lists(starts, pa.array(values.ravel())))
+    if ref is not None:
+        columns["ref_logprobs"] = _lists(offsets, pa.array(np.concatenate([scores.logprobs for scores in ref])))
+    features = table_features(top_k=top_k, ref_logprobs=ref is not None)
+    scores = Dataset(pa.table(columns).cast(type(features)({name: features[name] for name in columns}).arrow_schema))
+    return concatenate_datasets([rows.flatten_indices() if rows._indices is not None else rows, scores], axis=1)
+
+
+def _about_served(
+    teacher: Teacher, row: dict[str, Any], fingerprint: TeacherFingerprint | None, card: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The entry of a served teacher: the one whose probes it answers, or what it is declared to be."""
+    if fingerprint is None and card is None:
+        raise ValueError(
+            f"Nothing says which teacher {teacher!r} is. Give `teacher_card`, a card with its probes (that of the "
+            "student, `read_model_card(student)`, if `generate_sft_data` made the data), or declare it with "
+            "`fingerprint`."
+        )
+    probed = None
+    if hasattr(teacher, "self_test"):
+        probed = teacher.self_test(card, [*row["prompt_ids"], *row["completion_ids"]][:64])
+    return entry(fingerprint, "declared") if probed is None else entry(probed)
+
+
+def _probes(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+    try:
+        return probe_model(teacher, tokenizer)
+    except ValueError as error:
+        logger.warning(f"A served copy of this teacher will have no probes to be held against: {error}")
+        return None
 
 
 def _check_rollouts(dataset: Dataset, added: list[str]) -> None:
@@ -203,16 +410,8 @@ def _batches(row_lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
 
 
 @torch.inference_mode()
-def _score_batch(model: PreTrainedModel, batch: list[dict[str, np.ndarray]], top_k: int, vocab: int, rows: np.ndarray):
-    """Scores of the completion tokens of each row: `(completion,)`, `(completion, k)` and `(completion, k)` arrays."""
-    sequences = [np.concatenate([row["prompt_ids"], row["completion_ids"]]) for row in batch]
-    counts = [len(row["completion_ids"]) for row in batch]
-    for row, sequence in zip(rows, sequences, strict=True):
-        if sequence.min() < 0 or sequence.max() >= vocab:
-            raise TableError(
-                f"Row {row}: token id {sequence.max() if sequence.min() >= 0 else sequence.min()} is not in the "
-                f"vocabulary of {vocab} tokens of the model that scores. Teacher and student must share a tokenizer."
-            )
+def _score_batch(model: PreTrainedModel, sequences: list[np.ndarray], counts: list[int], top_k: int) -> list[Scores]:
+    """Scores of the last tokens of each sequence, all read in one forward pass."""
     width = max(map(len, sequences))
     input_ids = torch.zeros(len(sequences), width, dtype=torch.long)
     attention_mask, scored = torch.zeros_like(input_ids), torch.zeros(len(sequences), width, dtype=torch.bool)
@@ -236,10 +435,9 @@ def _score_batch(model: PreTrainedModel, batch: list[dict[str, np.ndarray]], top
         top_k,
         LogitTransform.of(model.config),
     )
-    return [
-        np.split(scores.cpu().numpy(), np.cumsum(counts)[:-1])
-        for scores in (logprobs, topk_ids.int(), topk_logprobs.half())
-    ]
+    arrays = [values.cpu().numpy() for values in (logprobs, topk_ids.int(), topk_logprobs.half())]
+    splits = [np.split(values, np.cumsum(counts)[:-1]) for values in arrays]
+    return [Scores(*row) for row in zip(*splits, strict=True)]
 
 
 def _lists(offsets: np.ndarray, values: pa.Array) -> pa.ListArray:

@@ -18,6 +18,7 @@ of the same kind (`int64`, `float64`, `large_list`, fixed-size lists) are accept
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -162,6 +163,20 @@ def rows_digest(dataset: Dataset, columns: list[str] | None = None) -> str:
                 hasher.update(part)
             total += int.from_bytes(hasher.digest(), "little")
     return f"{total % 2**256:064x}"
+
+
+def content_digest(dataset: Dataset) -> str:
+    """Digest of all columns of any `Dataset`, in the order of its rows; 64 hexadecimal digits."""
+    hasher = blake3(repr(sorted(dataset.features.items(), key=lambda item: item[0])).encode())
+    for batch in dataset.with_format("arrow").iter(256):
+        for name in sorted(dataset.column_names):
+            if name in _DIGEST_DTYPES:
+                for row in _row_bytes(name, batch[name]):
+                    hasher.update(len(row).to_bytes(8, "little"))
+                    hasher.update(row)
+            else:
+                hasher.update(json.dumps(batch[name].to_pylist(), default=str).encode())
+    return hasher.hexdigest()
 
 
 def add_digests(digests: Iterable[str]) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, is_peft_model
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import (
     AutoConfig,
@@ -33,7 +31,7 @@ from trl.trainer.utils import create_model_from_path, generate_model_card, get_c
 from .cards import count_teachers, read_model_card, stamp_model_card
 from .collator import OfflineOPDCollator
 from .config import OfflineOPDConfig
-from .consistency import TeacherConsistencyError, Verdict, check_teacher_consistency, inherited_teachers
+from .consistency import Verdict, check_teacher_consistency, inherited_teachers
 from .fingerprint import TeacherFingerprint, fingerprint_teacher
 from .head import add_distillation_head, assert_head_is_plain
 from .models import load_tokenizer
@@ -47,6 +45,7 @@ from .objective import (
     summarize,
     teacher_support,
 )
+from .processes import on_main_process
 from .stamp import checkpoint_fingerprint
 from .table import (
     REQUIRED_COLUMNS,
@@ -177,7 +176,7 @@ class OfflineOPDTrainer(Trainer):
         self._student_card = read_model_card(model_id, hub_kwargs["revision"]) if model_id else {}
         own_id = None
         if model_id and args.teacher_consistency != "off":
-            own_id = _on_main_process(
+            own_id = on_main_process(
                 args.distributed_state, lambda: _own_fingerprint(model_id, processing_class, **hub_kwargs)
             )
         check_args = {
@@ -267,7 +266,7 @@ class OfflineOPDTrainer(Trainer):
             row = next(iter(dataset), None)
             if row is None:
                 raise TableError(f"`{name}` is an empty stream.")
-            check.verdict = _on_main_process(args.distributed_state, lambda: replace(check).judge_row(row))
+            check.verdict = on_main_process(args.distributed_state, lambda: replace(check).judge_row(row))
             self._off_policy |= check is self._check and check.verdict.off_policy and "ref_logprobs" in row
             columns = set(row)
             self.loss_type = _resolve_loss_type(args, columns, self.loss_type)
@@ -280,7 +279,7 @@ class OfflineOPDTrainer(Trainer):
             raise TableError(f"`{name}`: {error}") from None
         check.seen.update(summary.teacher_fingerprints)
         if args.teacher_consistency != "off":
-            check.verdict = _on_main_process(args.distributed_state, lambda: check.judge(dataset, name))
+            check.verdict = on_main_process(args.distributed_state, lambda: check.judge(dataset, name))
         if check is self._check and check.verdict is not None and check.verdict.off_policy:
             self._off_policy = "ref_logprobs" in dataset.column_names
             if not self._off_policy:
@@ -520,34 +519,6 @@ class OfflineOPDTrainer(Trainer):
             checkpoint=self._saved[2] if self._saved[:2] == (output_dir, self.state.global_step) else None,
             opd_rounds=[*(self._student_card.get("opd_rounds") or []), round],
         )
-
-
-def _on_main_process(state: PartialState, compute: Callable[[], Any]) -> Any:
-    """What `compute` gives on the main process, everywhere; if it raises, every process does, and one is heard."""
-    if state.num_processes == 1:
-        return compute()
-    error, outcome = None, [None, None]  # what it gave, what went wrong
-    if state.is_main_process:
-        try:
-            outcome[0] = compute()
-        except Exception as raised:  # raised here and now, it would leave the other processes waiting
-            error, outcome[1] = raised, str(raised)
-    broadcast_object_list(outcome)
-    if error is not None:
-        raise error
-    if outcome[1] is not None:
-        # A launcher ends all processes when the first has ended: let that be the one with the message.
-        time.sleep(2)
-        raise _RefusedElsewhere(outcome[1])
-    return outcome[0]
-
-
-class _RefusedElsewhere(TeacherConsistencyError, SystemExit):
-    """Can be caught like the error of the main process; uncaught, ends this process without repeating it."""
-
-    def __init__(self, message: str):
-        super().__init__(message)
-        self.code = 1
 
 
 def _own_fingerprint(model_id: str, tokenizer: PreTrainedTokenizerBase, **hub_kwargs: Any) -> str | None:

@@ -1,0 +1,561 @@
+"""Teachers behind HTTP: servers of vLLM and SGLang, asked for the log-probabilities of tokens already sampled.
+
+A server answers with something even when it is wrong: replicas of different models, another tokenizer's ids, nulls
+where a sum overflowed. Each answer is checked before it counts as scores, and a server before it is used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import random
+from collections.abc import Callable
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import numpy as np
+from anyio.from_thread import start_blocking_portal
+
+from .probes import probe_sequences, verify_served_teacher
+from .scoring import Scores
+from .table import TOLERANCE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+API_KEY_VARIABLE = "TRL_LOPD_TEACHER_API_KEY"
+
+# The first wait before a request is repeated; it doubles each time, up to the second.
+BACKOFF_SECONDS = 1.0
+MAX_BACKOFF_SECONDS = 60.0
+# A server that asks for a longer pause is asked again after this one.
+MAX_RETRY_AFTER_SECONDS = 600.0
+
+# What a server says while it is up but busy or slow. All of 500 and above are repeated too.
+_BUSY = {408, 425, 429}
+
+
+class TeacherError(RuntimeError):
+    """
+    A served teacher cannot be used: it refuses or does not answer, its answers are wrong, or it is another model.
+
+    Attributes:
+        row (`int`, *optional*): Position in the call of `score` of the sequence that failed.
+    """
+
+    def __init__(self, message: str, row: int | None = None):
+        super().__init__(message)
+        self.row = row
+
+
+class _Failure(Exception):
+    """What went wrong with one request that may go right if repeated, what to do if not, and seconds to wait."""
+
+    def __init__(self, what: str, remedy: str, wait: float = 0.0):
+        super().__init__(what)
+        self.what, self.remedy, self.wait = what, remedy, wait
+
+
+class _ServedTeacher:
+    """What vLLM and SGLang have in common: each sequence is a request of its own, checked and repeated by itself."""
+
+    _path: str
+    # What to add to a request for the text of tokens.
+    _text_options: dict[str, Any] = {}
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_concurrency: int = 32,
+        timeout: float = 600.0,
+        max_retries: int = 6,
+    ):
+        url = httpx.URL(base_url)
+        if url.userinfo or url.query:
+            # Said without the address: it holds what must not be in a log.
+            raise ValueError(
+                "The address of a teacher has no user, password or query: addresses are logged. Put the API key into "
+                f"the environment variable {API_KEY_VARIABLE}."
+            )
+        if url.scheme not in ("http", "https") or not url.host:
+            raise ValueError(f"The address of a teacher is like http://localhost:8000, not {base_url!r}.")
+        if max_concurrency < 1 or timeout <= 0 or max_retries < 0:
+            raise ValueError(
+                "`max_concurrency` and `timeout` are positive and `max_retries` is 0 or more; got "
+                f"{max_concurrency}, {timeout} and {max_retries}."
+            )
+        # The paths of requests begin with it: /v1/completions.
+        self.base_url = base_url.rstrip("/").removesuffix("/v1")
+        self.tokenizer = tokenizer
+        self.max_concurrency = max_concurrency
+        self.timeout = timeout
+        self.max_retries = max_retries
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.base_url!r})"
+
+    def score(self, sequences: list[np.ndarray], completion_lengths: list[int], top_k: int) -> list[Scores]:
+        """
+        Scores the last tokens of each sequence: see [`Teacher`]. Holds no connection when it returns, and may be
+        called where an event loop runs, as in a notebook.
+
+        Raises:
+            `TeacherError`: at the first sequence that the server refuses, or that still fails when it has been asked
+                `1 + max_retries` times: no answer, or one with null or NaN, for other or fewer tokens, or without the
+                most likely ones. Its `row` is the sequence's position.
+            `ValueError`: if a completion is empty or is the whole sequence, or if `top_k` is negative.
+        """
+        for row, (sequence, length) in enumerate(zip(sequences, completion_lengths, strict=True)):
+            if not 0 < length < len(sequence):
+                raise ValueError(
+                    f"Row {row}: {length} of {len(sequence)} tokens cannot be scored. A completion has a token or "
+                    "more, and follows one or more."
+                )
+        if top_k < 0:
+            raise ValueError(f"`top_k` is 0 or more; got {top_k}.")
+
+        async def all_rows(client: httpx.AsyncClient) -> list[Scores]:
+            # Each row holds its slot while it waits to be repeated: a server in trouble gets fewer requests.
+            slots = asyncio.Semaphore(self.max_concurrency)
+
+            async def one(row: int) -> Scores:
+                async with slots:
+                    ids, length = np.asarray(sequences[row]).tolist(), int(completion_lengths[row])
+
+                    def parse(body: dict) -> Scores:
+                        return _scores(ids[-length:], top_k, *self._read(body, ids, length, top_k))
+
+                    return await self._ask(client, self._payload(ids, length, top_k), parse, row)
+
+            tasks = [asyncio.ensure_future(one(row)) for row in range(len(sequences))]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+        return self._run(all_rows)
+
+    def self_test(
+        self,
+        card: dict[str, Any] | None = None,
+        sequence: list[int] | None = None,
+        *,
+        tolerance: float = 0.6,
+        max_spread: float = 0.3,
+        repeats: int = 4,
+    ) -> str | None:
+        """
+        Whether this server may score a run; asked before the first row.
+
+        - Its own text for each token is that of `tokenizer`, if there is one and the server gives text.
+        - Several copies of one sequence, sent together so that a balancer deals them to different replicas, get the
+          same answers, whether most of the sequence is scored or its second half.
+        - It answers the probes of a card as a teacher there does: see [`verify_served_teacher`].
+
+        Args:
+            card (`dict`, *optional*): A card's record. Without probes of a teacher in it, the last test is left out.
+            sequence (`list[int]`, *optional*): Token ids to test with, 4 or more. Made from the tokenizer or the
+                card's probes if not given.
+            tolerance, max_spread, repeats: As in [`verify_served_teacher`].
+
+        Returns:
+            `str` or `None`: The id to write into the table, with the suffix `#probed`. `None` if no probes were
+            compared: then it is for a person to declare who the teacher is.
+
+        Raises:
+            `TeacherError`: if a test fails, or the server does.
+            `ValueError`: if there is neither tokenizer nor probes nor `sequence`; if the card's probes are malformed.
+        """
+        entries = [*((card or {}).get("teachers") or ()), *((card or {}).get("sft_teachers") or ())]
+        probes = [entry["probes"]["sequences"] for entry in entries if entry.get("probes")]
+        if sequence is None:
+            if self.tokenizer is None and not probes:
+                raise ValueError(
+                    "There is nothing to test the server with: give `tokenizer`, a card with probes, or `sequence`, "
+                    "the token ids of a row."
+                )
+            halves = probe_sequences(self.tokenizer) if self.tokenizer is not None else probes[0]
+            # The second half of a probe repeats its first.
+            sequence = [id for probe in halves for id in probe[: len(probe) // 2]]
+        if len(sequence) < 4 or repeats < 2:
+            raise ValueError(
+                f"The test takes a `sequence` of 4 or more tokens and 2 or more `repeats`; got {len(sequence)} and "
+                f"{repeats}."
+            )
+        try:
+            if self.tokenizer is not None:
+                self._check_texts(sequence)
+            # A server that starts in the middle of a sequence must say of it what it says from the beginning.
+            lengths = [len(sequence) - 1] * repeats + [len(sequence) // 2]
+            answers = [scores.logprobs for scores in self.score([np.array(sequence)] * len(lengths), lengths, 1)]
+            tails = [logprobs[-lengths[-1] :] for logprobs in answers]
+            spread = max(_spread(answers[:-1]), _spread(tails))
+            if spread > max_spread:
+                raise TeacherError(
+                    f"It disagrees with itself: answers to one sequence lie {spread:.3f} nats a token apart (limit "
+                    f"{max_spread:g}). Its replicas are different models or run in different precisions, or an "
+                    "answer depends on what else is in the batch. Serve one model in one precision, in a "
+                    "batch-invariant mode if the server has one, or score with the teacher loaded locally."
+                )
+            if not probes:
+                return None
+            result = verify_served_teacher(self, card, tolerance, max_spread=max_spread, repeats=repeats)
+        except TeacherError as error:
+            raise TeacherError(f"The self-test of {self.base_url} fails. {error}") from error
+        if not result.accepted:
+            raise TeacherError(f"The self-test of {self.base_url} fails. {result.reason}")
+        return result.teacher
+
+    def _payload(self, ids: list[int], length: int, top_k: int) -> dict[str, Any]:
+        """The request's body."""
+        raise NotImplementedError
+
+    def _read(self, body: dict, ids: list[int], length: int, top_k: int) -> tuple[list, list, list, list]:
+        """Of an answer, for the last `length` tokens: ids, log-probabilities, most likely ids and theirs."""
+        raise NotImplementedError
+
+    def _texts(self, body: dict, ids: list[int]) -> list[str | None]:
+        """Of an answer, the text of each token but the first."""
+        raise NotImplementedError
+
+    async def _prepare(self, client: httpx.AsyncClient) -> None:
+        """What a server has to be asked before it can be asked for scores."""
+
+    def _run(self, work: Callable) -> Any:
+        """The result of `work(client)`, run in a thread with an event loop of its own."""
+
+        async def connected():
+            # Rows wait for their slot, where no time-out runs, and not for a connection.
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+            async with httpx.AsyncClient(headers=_authorization(), timeout=self.timeout, limits=limits) as client:
+                await self._prepare(client)
+                return await work(client)
+
+        # Leaving the block by an exception, Ctrl-C in this thread among them, cancels what runs in the other.
+        with start_blocking_portal() as portal:
+            return portal.start_task_soon(connected).result()
+
+    async def _ask(
+        self,
+        client: httpx.AsyncClient,
+        payload: dict[str, Any] | None,
+        parse: Callable[[dict], Any],
+        row: int | None = None,
+        path: str | None = None,
+    ) -> Any:
+        """The parsed answer to one request, which is repeated while it fails in a way that may pass."""
+        where = self.base_url if row is None else f"Row {row}, {self.base_url}"
+        for attempt in itertools.count(1):
+            try:
+                return await self._ask_once(client, payload, parse, path or self._path)
+            except _Failure as failure:
+                if attempt > self.max_retries:
+                    times = "once" if attempt == 1 else f"{attempt} times"
+                    raise TeacherError(f"{where}: {failure.what}, asked {times}. {failure.remedy}", row) from None
+                # Jitter, so that rows that failed together do not return together.
+                wait = min(BACKOFF_SECONDS * 2 ** (attempt - 1), MAX_BACKOFF_SECONDS) * random.uniform(0.5, 1.5)
+                wait = max(wait, min(failure.wait, MAX_RETRY_AFTER_SECONDS))
+                logger.info(f"{where}: {failure.what}. Asking again in {wait:.1f} s.")
+                await asyncio.sleep(wait)
+            except TeacherError as error:
+                raise TeacherError(f"{where}: {error}", row) from None
+
+    async def _ask_once(self, client: httpx.AsyncClient, payload: dict | None, parse: Callable, path: str) -> Any:
+        try:
+            url = f"{self.base_url}{path}"
+            response = await (client.get(url) if payload is None else client.post(url, json=payload))
+        except httpx.RequestError as error:
+            raise _Failure(
+                f"no answer ({type(error).__name__}{f': {error}' if str(error) else ''})",
+                "Is the server up, and reachable from here? If it is slow, raise `timeout` or lower "
+                "`max_concurrency`. Long rows with prompt log-probabilities can take a server out of memory.",
+            ) from None
+        status = response.status_code
+        if status in _BUSY or status >= 500:
+            raise _Failure(
+                f"status {status}, {_words(response)}",
+                "Look into the server's log; lower `max_concurrency` if it is overloaded.",
+                _retry_after(response),
+            )
+        if status != 200:
+            raise TeacherError(f"the server refuses with status {status}, {_words(response)}. {_remedy(status)}")
+        try:
+            return parse(response.json())
+        except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise _Failure(
+                f"an answer that cannot be read ({_quoted(repr(error))}): {_quoted(response.text)}",
+                f"It is not in the format of {type(self).__name__}: is something else listening there, or is the "
+                "answer cut off on its way?",
+            ) from None
+
+    def _check_texts(self, sequence: list[int]) -> None:
+        """Raises a `TeacherError` if the server's text for a token is not the tokenizer's."""
+
+        async def texts(client: httpx.AsyncClient) -> list[str | None]:
+            payload = self._payload(sequence, len(sequence) - 1, 1) | self._text_options
+            return await self._ask(client, payload, lambda body: self._texts(body, sequence))
+
+        for id, text in zip(sequence[1:], self._run(texts), strict=True):
+            decoded, token = self.tokenizer.decode([id]), self.tokenizer.convert_ids_to_tokens(id)
+            # A part of a character has no text of its own, and servers differ in the spaces around a word.
+            if text is None or "\ufffd" in text + decoded or text.strip() in (decoded.strip(), token):
+                continue
+            raise TeacherError(
+                f"It has another tokenizer: token id {id} is {text!r} there and {decoded!r} here. Its scores would be "
+                "of other words. Serve a teacher that shares the student's tokenizer."
+            )
+
+
+class VLLMTeacher(_ServedTeacher):
+    """
+    A teacher behind `vllm serve`: `prompt_logprobs` of its completions endpoint, as TRL's `VLLMClient` asks for them.
+
+    `top_k` above 20 needs a server started with `--max-logprobs`. An API key is read from the environment variable
+    `TRL_LOPD_TEACHER_API_KEY` at each call, and kept nowhere.
+
+    Args:
+        base_url (`str`): The server's address, `http://localhost:8000`.
+        model (`str`, *optional*): The name under which the teacher is served. Asked of the server if not given.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The teacher's, which the self-test compares
+            with the server's.
+        max_concurrency (`int`, *optional*, defaults to `32`): Requests at a time.
+        timeout (`float`, *optional*, defaults to `600.0`): Seconds without a byte from the server before a request is
+            given up; it may wait in the server's queue meanwhile.
+        max_retries (`int`, *optional*, defaults to `6`): How often a request is repeated if there is no answer, a
+            useless one, or one of status 408, 425, 429 or 500 and above. Waits begin at a second and double each time.
+
+    Raises:
+        `ValueError`: if an option is out of range, or if the address holds a user, a password or a query.
+    """
+
+    _path = "/v1/completions"
+
+    def __init__(self, base_url: str, *, model: str | None = None, **options: Any):
+        super().__init__(base_url, **options)
+        self.model = model
+
+    async def _prepare(self, client: httpx.AsyncClient) -> None:
+        if self.model is not None:
+            return
+        names = await self._ask(
+            client, None, lambda body: [str(model["id"]) for model in body["data"]], path="/v1/models"
+        )
+        if len(names) != 1:
+            # Adapters are served beside their base: to take the first could be to take another teacher.
+            raise TeacherError(f"{self.base_url} serves {names}. Say which is the teacher: `model=...`.")
+        self.model = names[0]
+
+    def _payload(self, ids: list[int], length: int, top_k: int) -> dict[str, Any]:
+        # As in TRL's client: vLLM has to sample a token, and 0 log-probabilities are easily taken for none wanted.
+        sampling = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": max(top_k, 1)}
+        return {"model": self.model, "prompt": [ids], **sampling}
+
+    def _read(self, body: dict, ids: list[int], length: int, top_k: int) -> tuple[list, list, list, list]:
+        echoed, logprobs, topk_ids, topk_logprobs = [], [], [], []
+        for id, position in self._positions(body, ids)[-length:]:
+            shown = {int(token): entry for token, entry in (position or {}).items()}
+            # The token itself is always among them; where it is not, another was scored in its place.
+            echoed.append(id if id in shown or position is None else next(iter(shown), None))
+            logprobs.append(_number(shown[id]) if id in shown else None)
+            # The token itself comes on top of the k where it is not one of them: ranks tell which is which.
+            of_rank = {entry["rank"]: token for token, entry in shown.items()}
+            ranked = [of_rank[rank] for rank in range(1, top_k + 1) if rank in of_rank]
+            topk_ids.append(ranked)
+            topk_logprobs.append([_number(shown[token]) for token in ranked])
+        return echoed, logprobs, topk_ids, topk_logprobs
+
+    def _texts(self, body: dict, ids: list[int]) -> list[str | None]:
+        positions = self._positions(body, ids)[1:]
+        return [(position or {}).get(str(id), {}).get("decoded_token") for id, position in positions]
+
+    def _positions(self, body: dict, ids: list[int]) -> list[tuple[int, dict | None]]:
+        """Each token and what the server says of it."""
+        (choice,) = body["choices"]
+        positions = choice["prompt_logprobs"] or []
+        if len(positions) != len(ids):
+            raise _too_short(len(positions), len(ids))
+        return list(zip(ids, positions, strict=True))
+
+
+class SGLangTeacher(_ServedTeacher):
+    """
+    A teacher behind an SGLang server: `input_token_logprobs` of its `/generate` endpoint.
+
+    Only what follows the prompt is asked for, so that the server may keep the prompt in its prefix cache, once for
+    all its completions. An API key is read from the environment variable `TRL_LOPD_TEACHER_API_KEY` at each call, and
+    kept nowhere.
+
+    Args:
+        base_url (`str`): The server's address, `http://localhost:30000`.
+        tokenizer, max_concurrency, timeout, max_retries: As in [`VLLMTeacher`].
+
+    Raises:
+        `ValueError`: if an option is out of range, or if the address holds a user, a password or a query.
+    """
+
+    _path = "/generate"
+    _text_options = {"return_text_in_logprobs": True}
+
+    def _payload(self, ids: list[int], length: int, top_k: int) -> dict[str, Any]:
+        return {
+            "input_ids": ids,
+            "sampling_params": {"temperature": 0, "max_new_tokens": 0},
+            "return_logprob": True,
+            # The first position asked for has no log-probability, hence one token of the prompt.
+            "logprob_start_len": len(ids) - length - 1,
+            "top_logprobs_num": top_k,
+        }
+
+    def _read(self, body: dict, ids: list[int], length: int, top_k: int) -> tuple[list, list, list, list]:
+        entries = self._entries(body, "input_token_logprobs", length)
+        echoed = [entry[1] for entry in entries]
+        # SGLang clips ids, and the vocabulary's last to 0 with them: the only one that may come back changed.
+        last = max(ids)
+        echoed = [last if (id, sent) == (0, last) else id for id, sent in zip(echoed, ids[-length:], strict=True)]
+        top = self._entries(body, "input_top_logprobs", length) if top_k else [[]] * length
+        return (
+            echoed,
+            [entry[0] for entry in entries],
+            [[entry[1] for entry in position or []] for position in top],
+            [[entry[0] for entry in position or []] for position in top],
+        )
+
+    def _texts(self, body: dict, ids: list[int]) -> list[str | None]:
+        entries = self._entries(body, "input_token_logprobs", len(ids) - 1)
+        return [text if echo == id else None for id, (_, echo, text) in zip(ids[1:], entries, strict=True)]
+
+    def _entries(self, body: dict, key: str, length: int) -> list:
+        """The last `length` entries of a list in `meta_info`."""
+        entries = body["meta_info"][key] or []
+        if len(entries) < length:
+            raise _too_short(len(entries), length)
+        return entries[-length:]
+
+
+def _scores(sent: list[int], top_k: int, echoed: list, logprobs: list, topk_ids: list, topk_logprobs: list) -> Scores:
+    """The scores that a server's answer holds, or a `_Failure` that says what is wrong with it."""
+    for token, (id, echo) in enumerate(zip(sent, echoed, strict=True)):
+        if echo != id:
+            raise _Failure(
+                f"completion token {token} was sent as id {id} and scored as {echo}",
+                "Something between here and the model changes token ids, or answers a request with another's. Talk "
+                "to the server directly.",
+            )
+    # A null becomes NaN here.
+    logprobs = np.array(logprobs, np.float32)
+    overflows = "The model overflows on it: serve it in bfloat16 or float32, or drop the row."
+    _refuse(np.isnan(logprobs), "null or NaN for the log-probability", overflows)
+    for token, ids in enumerate(topk_ids):
+        if len(ids) != top_k:
+            raise _Failure(
+                f"{len(ids)} of the {top_k} most likely tokens at completion token {token}",
+                "Ask for fewer with `top_k`, or let the server return more: `--max-logprobs` in vLLM.",
+            )
+    topk_ids = np.array(topk_ids, np.int32).reshape(len(sent), top_k)
+    topk_logprobs = np.array(topk_logprobs, np.float32).reshape(len(sent), top_k)
+    _refuse(np.isnan(topk_logprobs).any(-1), "null or NaN among the most likely tokens", overflows)
+    _refuse(
+        (logprobs > TOLERANCE) | (topk_logprobs > TOLERANCE).any(-1),
+        "a log-probability above 0",
+        "Does the server return logits? In vLLM, `--logprobs-mode` is `raw_logprobs`.",
+    )
+    if top_k:
+        ordered = np.sort(topk_ids, axis=-1)
+        itself = topk_ids == np.array(sent)[:, None]
+        # The token's own score says whether the two lists are of the same position and of one distribution.
+        own = np.where(itself.any(-1), topk_logprobs[np.arange(len(sent)), itself.argmax(-1)], logprobs)
+        wrong = (ordered[:, 1:] == ordered[:, :-1]).any(-1) | ~(topk_logprobs[:, 1:] <= topk_logprobs[:, :-1]).all(-1)
+        wrong |= ~np.isclose(own, logprobs, rtol=0, atol=TOLERANCE)
+        wrong |= ~itself.any(-1) & (logprobs > topk_logprobs[:, -1] + TOLERANCE)
+        _refuse(
+            wrong,
+            "most likely tokens that are repeated, out of order, or contradict the score of the token itself",
+            "That is an error in the server: update it, or score with `top_k=0`.",
+        )
+    return Scores(logprobs, topk_ids, topk_logprobs.astype(np.float16))
+
+
+def _refuse(wrong: np.ndarray, what: str, remedy: str) -> None:
+    """Raises a `_Failure` for the first completion token that is wrong."""
+    if wrong.any():
+        raise _Failure(f"{what}, at completion token {int(wrong.argmax())} of {len(wrong)}", remedy)
+
+
+def _too_short(got: int, needed: int) -> _Failure:
+    return _Failure(
+        f"log-probabilities of {got} tokens where {needed} are needed",
+        "Is it a server that scores prompts, and does a proxy between cut or cache answers?",
+    )
+
+
+def _number(entry: dict) -> float | None:
+    # JSON has no infinity: vLLM writes -9999 for it.
+    return -np.inf if entry["logprob"] == -9999.0 else entry["logprob"]
+
+
+def _spread(answers: list[np.ndarray]) -> float:
+    """How far answers lie apart, mean over tokens, nats."""
+    # Two of -inf are no distance apart.
+    return float(np.ptp(np.maximum(answers, -9999.0), axis=0).mean())
+
+
+def _api_key() -> str:
+    key = os.environ.get(API_KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        # httpx would say so too, and quote the key.
+        raise ValueError(f"The environment variable {API_KEY_VARIABLE} has characters that no API key has.")
+    return key
+
+
+def _authorization() -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if (key := _api_key()) else {}
+
+
+def _words(response: httpx.Response) -> str:
+    """What a server says of an error."""
+    try:
+        body = response.json()
+        error = body.get("error", body)
+        words = error if isinstance(error, str) else error["message"]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        words = response.text
+    return _quoted(str(words))
+
+
+def _quoted(words: str) -> str:
+    """The beginning of what a server says, in quotes; never the API key, which some say back."""
+    if key := _api_key():
+        # Before it is cut, lest a part of the key remain.
+        words = words.replace(key, "***")
+    return repr(words[:500])
+
+
+def _remedy(status: int) -> str:
+    if status in (401, 403):
+        return f"Put the API key into the environment variable {API_KEY_VARIABLE}."
+    if status == 404 or 300 <= status < 400:
+        return "Give the server's own address, as in http://localhost:8000, and the name of a model that it serves."
+    return (
+        "Asking again would not help. Usual reasons: a token id that is not in the server's vocabulary, because it "
+        "has another tokenizer; a row longer than its context; `top_k` above its limit (`--max-logprobs` in vLLM)."
+    )
+
+
+def _retry_after(response: httpx.Response) -> float:
+    """Seconds that a server asks to wait; 0 if it says nothing that can be read."""
+    value = response.headers.get("Retry-After", "")
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(value))
+    with contextlib.suppress(ValueError, TypeError):
+        return max(0.0, (parsedate_to_datetime(value) - datetime.now(timezone.utc)).total_seconds())
+    return 0.0

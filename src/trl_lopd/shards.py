@@ -1,0 +1,450 @@
+"""Shards on disk: what makes hours of sampling and scoring safe to kill, and to start again.
+
+A store is a directory that `load_dataset` reads:
+
+```
+data-00003-of-00012.parquet       the rows that came out of `rows_per_shard` consecutive input rows
+.trl_lopd/                        hidden, so `datasets` takes nothing in it for data
+    manifest.json                 what the run computes; there before any shard is, and never changed
+    data-00003-of-00012.json      receipt of that shard: rows, bytes, blake3, counts
+    process-0.lock                locked while process 0 of a run writes; the kernel unlocks it if the process dies
+    process-0.json                who that is
+    *.tmp                         being written
+```
+
+A shard is done if it has a receipt and is what the receipt says. Every file appears by a rename after its bytes are on
+disk, the shard before its receipt. So a process killed at any instruction, or a power cut, leaves a shard that is
+whole or one that is computed again, never half of one.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import json
+import logging
+import os
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from blake3 import blake3
+from filelock import FileLock, Timeout
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+HIDDEN = ".trl_lopd"
+SCHEMA_VERSION = 1
+
+# What may lie in a directory that becomes a store: a dataset repository that has just been cloned.
+_MAY_BE_THERE = {HIDDEN, "README.md", ".gitattributes", ".git"}
+
+# In memory, before compression. Who reads one row reads its row group.
+_ROW_GROUP_BYTES = 64 * 2**20
+
+
+class ShardError(ValueError):
+    """A store that cannot be used as asked; the message says why, where, and what to do."""
+
+
+class ShardStore:
+    """
+    Shards of a long computation over the input rows `0..rows - 1`, each written once and for good.
+
+    ```python
+    pins = {"inputs": digest, "teacher": fingerprint.id, "top_k": 8}
+    with ShardStore(directory, pins=pins, rows=len(data), rows_per_shard=512) as store:
+        for shard in store.pending:
+            store.write(shard, compute(data.select(store.span(shard))))
+    table = store.dataset()
+    ```
+
+    Several processes share the work by shard number: shard `i` is that of process `i % num_processes`, so that shares
+    never overlap, and another number of processes resumes as well. Process 0 enters first, then a barrier, then the
+    others enter: it checks the directory, creates the store and clears what a killed run left. If it raises, the
+    others must not enter. After the work, a barrier again, before `counts` and `dataset`.
+
+    Args:
+        directory (`str` or `Path`): Local; created if it does not exist.
+        pins (`dict`): All that the result depends on, as JSON: digest of the input, fingerprint of the teacher,
+            settings, seeds. A resumed run must have the same.
+        rows (`int`): Input rows, at least 1.
+        rows_per_shard (`int`): Input rows of a shard, at least 1; the last shard may have fewer. A kill loses at most
+            the shard that was being computed.
+        process_index (`int`, *optional*, defaults to 0): Which of the processes this is.
+        num_processes (`int`, *optional*, defaults to 1): How many processes share the work.
+
+    Attributes:
+        pending (`list[int]`): Shards of this process's share that are not done, ascending. Known from entering on.
+        num_shards (`int`): Shards of the store, of all processes.
+
+    Raises:
+        ShardError: On entering: another run writes to the directory; it holds another run's shards (other pins, rows
+            or rows per shard), or somebody's files; process 0 has not entered; the disk is full.
+        ValueError: If a number is out of range.
+        TypeError: If `pins` is not JSON.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        pins: dict[str, Any],
+        rows: int,
+        rows_per_shard: int,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ):
+        if rows < 1 or rows_per_shard < 1:
+            raise ValueError(f"`rows` and `rows_per_shard` are at least 1; got {rows} and {rows_per_shard}.")
+        if not 0 <= process_index < num_processes:
+            raise ValueError(f"There is no process {process_index} of {num_processes}; the first one is 0.")
+        self.directory = Path(directory)
+        self.rows, self.rows_per_shard = rows, rows_per_shard
+        self.process_index, self.num_processes = process_index, num_processes
+        self.num_shards = -(-rows // rows_per_shard)
+        self.pending = list(range(process_index, self.num_shards, num_processes))
+        manifest = {"schema_version": SCHEMA_VERSION, "rows": rows, "rows_per_shard": rows_per_shard, "pins": pins}
+        # As it reads back: JSON knows no tuples, and only strings as keys.
+        self._manifest = json.loads(json.dumps(manifest))
+        self._hidden = self.directory / HIDDEN
+        self._lock = FileLock(self._hidden / f"process-{process_index}.lock", timeout=0)
+        self._schema: pa.Schema | None = None
+
+    def __enter__(self) -> ShardStore:
+        with self._explain_full_disk():
+            if self.process_index == 0:
+                self._check_not_somebodys()
+                self._hidden.mkdir(parents=True, exist_ok=True)
+                _sync(self.directory)
+            else:
+                self._check_process_0_entered()
+            self._acquire(self._lock)
+            try:
+                self._open()
+            except BaseException:
+                self.__exit__()
+                raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # Who held the lock is nobody's business once it is free, least of all the Hub's.
+        self._holder(self.process_index).unlink(missing_ok=True)
+        self._lock.release()
+
+    def span(self, shard: int) -> range:
+        """Input rows of a shard. Raises `IndexError` if there is no such shard."""
+        if not 0 <= shard < self.num_shards:
+            raise IndexError(f"There is no shard {shard}: {self.rows} rows make {self.num_shards} shards.")
+        return range(shard * self.rows_per_shard, min((shard + 1) * self.rows_per_shard, self.rows))
+
+    def write(self, shard: int, table: pa.Table, **counts: int) -> None:
+        """
+        Writes a shard and takes it off `pending`; when this returns, the shard survives anything.
+
+        The same table gives the same bytes, however it is chunked. Features in the schema's metadata are kept.
+
+        Args:
+            shard (`int`): One of `pending`.
+            table ([`pyarrow.Table`]): What came out of the rows of `span(shard)`: any number of rows, none too. All
+                shards have the same columns.
+            **counts (`int`): What the run reports in the end, such as rows dropped or tokens; `counts` adds them up.
+
+        Raises:
+            ShardError: If the disk is full, or the columns are not those of the shards before.
+            ValueError: If `shard` is not pending.
+            RuntimeError: If the store has not been entered.
+        """
+        if not self._lock.is_locked:
+            raise RuntimeError("Shards are written inside `with store:`, which keeps other runs out.")
+        if shard not in self.pending:
+            raise ValueError(
+                f"Shard {shard} is not pending in process {self.process_index} of {self.num_processes}: it is done, "
+                "another process's, or does not exist."
+            )
+        self._check_schema(shard, table.schema)
+        path = self._path(shard)
+        with self._explain_full_disk():
+            with _replacing(path, self._hidden) as file:
+                _write_parquet(table, file)
+            receipt = {
+                "rows": table.num_rows,
+                "bytes": path.stat().st_size,
+                "blake3": _digest(path),
+                "counts": {name: int(count) for name, count in counts.items()},
+            }
+            self._write_json(self._receipt(shard), receipt)
+        # A new list: the caller may be iterating over the old one.
+        self.pending = self.pending.copy()
+        self.pending.remove(shard)
+
+    def counts(self) -> dict[str, int]:
+        """The counts given to `write`, by whichever process in whichever run, summed over the shards that are done."""
+        total: Counter[str] = Counter()
+        for receipt in self._receipts():
+            # Unlike `+`, this keeps what counts 0.
+            total.update(receipt["counts"])
+        return dict(total)
+
+    def dataset(self) -> Dataset:
+        """
+        The rows of all shards, in the order of the input.
+
+        `datasets` converts them once to an Arrow file in its cache, which it memory-maps.
+
+        Raises:
+            ShardError: If a shard is missing.
+        """
+        from datasets import Dataset, load_dataset
+
+        missing = [
+            shard
+            for shard in range(self.num_shards)
+            if not (self._receipt(shard).exists() and self._path(shard).exists())
+        ]
+        if missing:
+            raise ShardError(
+                f"{self.directory} is not complete: {len(missing)} of {self.num_shards} shards are missing, the first "
+                f"is {self._path(missing[0]).name}. Run what writes it again with the same arguments; it continues."
+            )
+        if not any(receipt["rows"] for receipt in self._receipts()):
+            # `load_dataset` has no tables without rows.
+            return Dataset(pq.read_table(self._path(0)))
+        # One pattern, because `datasets` searches the directory once for each.
+        pattern = f"{glob.escape(str(self.directory))}/data-*-of-{self._number(self.num_shards)}.parquet"
+        return load_dataset("parquet", data_files=pattern, split="train")
+
+    # ---- Entering ----
+
+    def _open(self) -> None:
+        """What is to be done once this process is alone with its share, process 0 with the whole store."""
+        if self.process_index == 0:
+            for path in self._hidden.glob("process-*.lock"):
+                # Process 0 of a run can be killed and another one live on.
+                if path != Path(self._lock.lock_file):
+                    lock = FileLock(path, timeout=0)
+                    self._acquire(lock)
+                    lock.release()
+            for path in (*self._hidden.glob("*.tmp"), *self._hidden.glob("process-*.json")):
+                path.unlink()
+            if not self._manifest_path.exists():
+                self._write_json(self._manifest_path, self._manifest)
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "num_processes": self.num_processes}
+        self._write_json(self._holder(self.process_index), holder)
+        self._check_manifest()
+        share = range(self.process_index, self.num_shards, self.num_processes)
+        self.pending = [shard for shard in share if not self._is_done(shard)]
+        if done := sorted(set(share) - set(self.pending)):
+            self._schema = pq.read_schema(self._path(done[0]))
+
+    def _check_not_somebodys(self) -> None:
+        # Listed before the manifest is looked for: a run that starts at this moment writes its shards after it.
+        names = {path.name for path in self.directory.iterdir()} if self.directory.exists() else set()
+        others = sorted(names - _MAY_BE_THERE)
+        if others and not self._manifest_path.exists():
+            raise ShardError(
+                f"{self.directory} is not empty, and what is in it ({_short(', '.join(others))}) was not written by "
+                "trl-lopd. Choose a new or empty directory for the output."
+            )
+
+    def _check_process_0_entered(self) -> None:
+        holder = self._read_holder(0)
+        if holder.get("num_processes") != self.num_processes or not self._manifest_path.exists():
+            raise ShardError(
+                f"Process {self.process_index} of {self.num_processes} cannot write to {self.directory}: process 0 of "
+                "this run has not entered the store, or was refused. It enters first, then the others."
+            )
+
+    def _check_manifest(self) -> None:
+        try:
+            manifest = json.loads(self._manifest_path.read_bytes())
+            version = manifest["schema_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ShardError(
+                f"{self._manifest_path} cannot be read ({error!r}). Choose another output directory, or delete this "
+                "one to start anew."
+            ) from error
+        if version != SCHEMA_VERSION:
+            raise ShardError(
+                f"{self.directory} was written by another version of trl-lopd (layout {version}, this one has "
+                f"{SCHEMA_VERSION}). Resume it with that version, or choose another output directory."
+            )
+        old, new = _flat(manifest), _flat(self._manifest)
+        changed = [
+            f"  {key.removeprefix('pins.')}: {_short(old.get(key, 'not set'))} -> {_short(new.get(key, 'not set'))}"
+            for key in old | new
+            if old.get(key) != new.get(key)
+        ]
+        if changed:
+            raise ShardError(
+                f"{self.directory} holds shards of a run with other arguments. What changed:\n"
+                + "\n".join(changed)
+                + "\nPass the same arguments to resume it. Choose another output directory, or delete this one, to "
+                "start anew."
+            )
+
+    def _is_done(self, shard: int) -> bool:
+        path, receipt = self._path(shard), self._receipt(shard)
+        if not receipt.exists():
+            return False
+        try:
+            expected = json.loads(receipt.read_bytes())
+            intact = path.stat().st_size == expected["bytes"] and _digest(path) == expected["blake3"]
+            if intact:
+                return True
+            problem = f"is truncated or altered: it is not the file of {expected['bytes']} bytes that was written"
+        except FileNotFoundError:
+            problem = "is missing"
+        except (ValueError, KeyError, TypeError):
+            problem = f"has a receipt that cannot be read, {receipt}"
+        logger.warning("%s %s. Its rows are computed again.", path, problem)
+        receipt.unlink()
+        path.unlink(missing_ok=True)
+        return False
+
+    def _check_schema(self, shard: int, schema: pa.Schema) -> None:
+        self._schema = self._schema or schema
+        if not schema.equals(self._schema):
+            old, new = ({field.name: str(field.type) for field in fields} for fields in (self._schema, schema))
+            changed = [
+                f"{name}: {old.get(name, 'not there')} -> {new.get(name, 'not there')}"
+                for name in old | new
+                if old.get(name) != new.get(name)
+            ]
+            raise ShardError(
+                f"Shard {shard} has other columns than the shards before in {self.directory} "
+                f"({', '.join(changed) or 'their order or nullability'}), and one table cannot hold both. Give every "
+                "shard the same schema."
+            )
+
+    # ---- Locks ----
+
+    def _acquire(self, lock: FileLock) -> None:
+        try:
+            lock.acquire()
+        except Timeout as error:
+            index = int(Path(lock.lock_file).stem.rpartition("-")[2])
+            holder = self._read_holder(index)
+            who = f"pid {holder['pid']} on {holder['host']}" if holder else "its pid is unknown"
+            raise ShardError(
+                f"Another run is writing to {self.directory} (process {index}, {who}). Wait for it, stop it, or "
+                "choose another output directory."
+            ) from error
+
+    def _read_holder(self, index: int) -> dict[str, Any]:
+        try:
+            return json.loads(self._holder(index).read_bytes())
+        except FileNotFoundError:
+            return {}
+
+    # ---- Files ----
+
+    @property
+    def _manifest_path(self) -> Path:
+        return self._hidden / "manifest.json"
+
+    def _number(self, shard: int) -> str:
+        # All of one width, so that the order of the names is that of the shards.
+        return str(shard).zfill(max(5, len(str(self.num_shards))))
+
+    def _name(self, shard: int) -> str:
+        return f"data-{self._number(shard)}-of-{self._number(self.num_shards)}"
+
+    def _path(self, shard: int) -> Path:
+        return self.directory / f"{self._name(shard)}.parquet"
+
+    def _receipt(self, shard: int) -> Path:
+        return self._hidden / f"{self._name(shard)}.json"
+
+    def _receipts(self) -> Iterator[dict[str, Any]]:
+        for path in self._hidden.glob("data-*.json"):
+            yield json.loads(path.read_bytes())
+
+    def _holder(self, index: int) -> Path:
+        return self._hidden / f"process-{index}.json"
+
+    def _safe(self) -> str:
+        return f"{sum(self._receipt(shard).exists() for shard in range(self.num_shards))} of {self.num_shards} shards"
+
+    def _write_json(self, path: Path, content: dict[str, Any]) -> None:
+        with _replacing(path, self._hidden) as file:
+            file.write(json.dumps(content, indent=1).encode())
+
+    @contextmanager
+    def _explain_full_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ShardError(
+                f"The disk of {self.directory} is full ({error.strerror}); {self._safe()} are safe on it. Make room "
+                "and run the same command again; it continues."
+            ) from error
+
+
+@contextmanager
+def _replacing(path: Path, temporary_directory: Path) -> Iterator[BinaryIO]:
+    """A file to write, which becomes `path` at once and for good when the block ends; nothing is left if it raises."""
+    temporary = temporary_directory / f"{path.name}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sync(directory: Path) -> None:
+    """Makes the names in a directory survive a power cut, where the system has a call for that."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(directory, os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
+
+
+def _write_parquet(table: pa.Table, file: BinaryIO) -> None:
+    # Pages end where chunks do.
+    table = table.combine_chunks()
+    empty = pa.BufferOutputStream()
+    pq.write_table(table.schema.empty_table(), empty)
+    leaves = pq.ParquetFile(empty.getvalue()).schema
+    leaves = [leaves.column(i) for i in range(len(leaves))]
+    # A dictionary of token ids or log-probabilities is bigger than the numbers. Split into bytes they compress well.
+    split = [leaf.path for leaf in leaves if leaf.physical_type not in ("BYTE_ARRAY", "BOOLEAN", "INT96")]
+    strings = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+    with pq.ParquetWriter(
+        file, table.schema, compression="zstd", use_dictionary=strings, use_byte_stream_split=split
+    ) as writer:
+        # `datasets` does not get past a row group without rows.
+        if table.num_rows:
+            writer.write_table(table, row_group_size=max(1, _ROW_GROUP_BYTES * table.num_rows // max(1, table.nbytes)))
+
+
+def _flat(value: Any, key: str = "") -> dict[str, str]:
+    """The leaves of nested dicts, by dotted name, as JSON."""
+    if isinstance(value, dict) and value:
+        return {k: leaf for name, item in value.items() for k, leaf in _flat(item, f"{key}.{name}").items()}
+    return {key.removeprefix("."): json.dumps(value, sort_keys=True, ensure_ascii=False)}
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:50]} … {text[-20:]}"
