@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import VOCAB, make_model, make_rollouts, make_tokenizer
 from datasets import Dataset, load_dataset
 from servers import stub_server
@@ -291,3 +292,24 @@ def test_a_served_teacher_scores_as_the_local_one_and_counts_as_probed(
     card = read_model_card(student_dir)
     assert check_teacher_consistency(card, table).evidence == "probed"
     assert check_teacher_consistency(card, declared, mode="declared_ok").evidence == "declared"
+
+
+@pytest.mark.parametrize("max_batch_tokens", [1, 40, 16384])
+@pytest.mark.parametrize("architecture", ["Qwen3", "Llama", "Gemma2"])
+def test_architectures(tokenizer, rollouts, architecture, max_batch_tokens):
+    """Gemma 2 caps its logits and attends in sliding windows."""
+    common = {
+        "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+        "initializer_range": 0.5,
+    }  # fmt: skip
+    special = {"final_logit_softcapping": 5.0, "sliding_window": 4} if architecture == "Gemma2" else {}
+    config = getattr(transformers, f"{architecture}Config")(**common, **special)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
+    table = score_rollouts(rollouts, model, tokenizer=tokenizer, top_k=4, max_batch_tokens=max_batch_tokens)
+    for row in table:
+        plain = plain_logprobs(model, row)
+        sampled = plain.gather(-1, torch.tensor(row["completion_ids"])[:, None])[:, 0]
+        np.testing.assert_allclose(row["teacher_logprobs"], sampled, atol=1e-5)
+        np.testing.assert_allclose(row["teacher_topk_logprobs"], plain.topk(4).values.half(), atol=2e-3, rtol=1e-3)
