@@ -354,8 +354,7 @@ def _dataset_record(splits: dict[str | None, Dataset]) -> dict[str, Any]:
     for key, column in (("students", "student_fingerprint"), ("teachers", "teacher_fingerprint")):
         counts: Counter[str | None] = Counter()
         for part in splits.values():
-            if column in part.column_names:
-                counts += column_counts(part, column)
+            counts += column_counts(part, column)
         entries = [item for record in known for item in record.get(key, ())]
         if any(counts):
             result[key] = count_teachers(counts, entries)

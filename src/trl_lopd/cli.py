@@ -215,7 +215,7 @@ def _about_rows(rows: Dataset) -> dict[str, Any]:
     if "completion_ids" in rows.column_names and "prompt_ids" in rows.column_names:
         about["completion_tokens"] = int(lengths(rows)[1].sum())
     for key, column in columns.items():
-        about[key] = dict(column_counts(rows, column)) if column in rows.column_names else {}
+        about[key] = dict(column_counts(rows, column))
     record = record_of(rows)
     status, problems = check_rows(rows)
     about |= {"scored": "teacher_logprobs" in rows.column_names, "integrity": status, "card": record}

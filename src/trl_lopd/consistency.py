@@ -122,10 +122,7 @@ def check_teacher_consistency(
     if hasattr(table, "column_names"):
         from .table import column_counts
 
-        columns = [
-            column_counts(table, name) if name in table.column_names else {}
-            for name in ("teacher_fingerprint", "student_fingerprint")
-        ]
+        columns = [column_counts(table, name) for name in ("teacher_fingerprint", "student_fingerprint")]
         rows, altered = check_rows(table, table_name)
         claimed = record_of(table).get("teachers") or []
         table, sampled_by = columns
@@ -340,9 +337,8 @@ def check_rows(table: Dataset, table_name: str = "the table") -> tuple[str, tupl
 
 def _compared(teacher: str, entries: list[dict[str, Any]]) -> str:
     """A teacher that wrote none of the SFT data, and how it differs from the one of those that is most like it."""
-    phrases = min((diff_ids(teacher, entry["id"]) for entry in entries), key=len)
-    nearest = next(entry["id"] for entry in entries if diff_ids(teacher, entry["id"]) == phrases)
-    return f"{teacher} (beside {nearest}: {', '.join(phrases)})"
+    nearest = min((entry["id"] for entry in entries), key=lambda id: len(diff_ids(teacher, id)))
+    return f"{teacher} (beside {nearest}: {', '.join(diff_ids(teacher, nearest))})"
 
 
 def _listed(ids: list[str], noun: str = "teacher") -> str:

@@ -220,11 +220,16 @@ def verify_served_teacher(
     return ProbeResult(accepted, with_evidence(teacher, "probed") if accepted else None, mean, largest, spread, reason)
 
 
-def _probed_teachers(card: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Id and probes of each teacher in a card that has probes; they are checked."""
+def probed_entries(card: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of a card's teachers that have probes, of a model card and of a dataset card alike."""
     # What `trl-lopd fingerprint --probes --json` prints is an entry by itself.
     entries = [card] if "probes" in card else [*(card.get("teachers") or ()), *(card.get("sft_teachers") or ())]
-    found = [(entry["id"], entry["probes"]) for entry in entries if entry.get("probes")]
+    return [entry for entry in entries if entry.get("probes")]
+
+
+def _probed_teachers(card: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Id and probes of each teacher in a card that has probes; they are checked."""
+    found = [(entry["id"], entry["probes"]) for entry in probed_entries(card)]
     if not found:
         raise ValueError(
             "The card has no probes of its teachers to compare the server with. Load the teacher locally once: "

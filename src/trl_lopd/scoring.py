@@ -21,7 +21,7 @@ from .cards import attach_record, entry, read_dataset_card, record_of, stamp_dat
 from .fingerprint import fingerprint_teacher, with_evidence
 from .head import LogitTransform, score_tokens
 from .models import load_model, load_tokenizer
-from .probes import probe_model
+from .probes import probe_model, probed_entries
 from .processes import on_main_process
 from .shards import ShardStore
 from .table import (
@@ -92,8 +92,8 @@ def score_rollouts(
     Scores every completion token once (Lightning OPD, stage 2).
 
     Log-probabilities are at temperature 1 over the full vocabulary, computed in float32 from the model's logits on
-    chunks of tokens; logits of all tokens never exist together. Rows of like length are scored together, and a prompt
-    that several of them share is read once; the result has the order of the input.
+    chunks of tokens; logits of all tokens never exist together. Rows of like length are scored together; the result
+    has the order of the input.
 
     With `output_dir`, each shard is on disk when it is done: a run that was killed continues when it is started again
     with the same arguments, and gives the same table. `load_dataset(output_dir)` and `load_table(output_dir)` read it.
@@ -196,9 +196,6 @@ def score_rollouts(
         shards = range(-(-len(dataset) // rows_per_shard)) if store is None else store.pending
         starts = [shard * rows_per_shard for shard in shards]
         spans = [range(start, min(start + rows_per_shard, len(dataset))) for start in starts]
-        # The student first: if it cannot be scored, that shows before a long row of the teacher's.
-        if ref_model is not None and spans:
-            load(ref_model)
         with tqdm(
             total=int(sum(tokens[span].sum() for span in spans)),
             desc="Scoring",
@@ -208,6 +205,7 @@ def score_rollouts(
             for shard, span in zip(shards, spans, strict=True):
                 rows = dataset.select(span)
                 scored = {}
+                # The student first: if it cannot be scored, that shows before the teacher's time is spent.
                 if ref_model is not None:
                     scored["ref"] = _score(load(ref_model), rows, span.start, 0)
                 scored["teacher"] = _score(teacher if is_served else load(teacher), rows, span.start, top_k)
@@ -217,8 +215,8 @@ def score_rollouts(
         if not is_served and state.is_main_process:
             # A table that was finished before has a card that holds them.
             card = read_dataset_card(output_dir) if store is not None else {}
-            known = [about_it["probes"] for about_it in card.get("teachers") or [] if about_it.get("probes")]
-            if probes := known[0] if known else _probes(load(teacher).model, tokenizer):
+            known = probed_entries(card)
+            if probes := known[0]["probes"] if known else _probes(load(teacher).model, tokenizer):
                 about["probes"] = probes
         state.wait_for_everyone()
         table = concatenate_datasets(parts) if store is None else store.dataset()
@@ -363,16 +361,18 @@ def _about_served(
     teacher: Teacher, row: dict[str, Any], fingerprint: TeacherFingerprint | None, card: dict[str, Any] | None
 ) -> dict[str, Any]:
     """The entry of a served teacher: the one whose probes it answers, or what it is declared to be."""
-    if fingerprint is None and card is None:
+    probed = None
+    if hasattr(teacher, "self_test"):
+        probed = teacher.self_test(card, [*row["prompt_ids"], *row["completion_ids"]][:64])
+    if probed is not None:
+        return entry(probed)
+    if fingerprint is None:
         raise ValueError(
             f"Nothing says which teacher {teacher!r} is. Give `teacher_card`, a card with its probes (that of the "
             "student, `read_model_card(student)`, if `generate_sft_data` made the data), or declare it with "
             "`fingerprint`."
         )
-    probed = None
-    if hasattr(teacher, "self_test"):
-        probed = teacher.self_test(card, [*row["prompt_ids"], *row["completion_ids"]][:64])
-    return entry(fingerprint, "declared") if probed is None else entry(probed)
+    return entry(fingerprint, "declared")
 
 
 def _probes(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:

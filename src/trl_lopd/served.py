@@ -21,7 +21,7 @@ import httpx
 import numpy as np
 from anyio.from_thread import start_blocking_portal
 
-from .probes import probe_sequences, verify_served_teacher
+from .probes import probe_sequences, probed_entries, verify_served_teacher
 from .scoring import Scores
 from .table import TOLERANCE
 
@@ -176,8 +176,7 @@ class _ServedTeacher:
             `TeacherError`: if a test fails, or the server does.
             `ValueError`: if there is neither tokenizer nor probes nor `sequence`; if the card's probes are malformed.
         """
-        entries = [*((card or {}).get("teachers") or ()), *((card or {}).get("sft_teachers") or ())]
-        probes = [entry["probes"]["sequences"] for entry in entries if entry.get("probes")]
+        probes = [entry["probes"]["sequences"] for entry in probed_entries(card or {})]
         if sequence is None:
             if self.tokenizer is None and not probes:
                 raise ValueError(

@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from transformers import TrainerCallback
@@ -81,7 +81,11 @@ class TeacherStampCallback(TrainerCallback):
             raise ValueError(f"No row of the training data names its teacher: the column `{COLUMN}` is empty.")
         parent = parent or get_config_model_id(trainer.model.config)
         before = read_model_card(parent) if parent else {}
-        earlier = inherited_teachers(before, _id_of(parent)) if before.get("sft_teachers") else []
+        earlier = []
+        if before.get("sft_teachers"):
+            consequence = f"{parent} cannot be fingerprinted, so what its card says counts as declared"
+            own = fingerprint_or_none(parent, consequence)
+            earlier = inherited_teachers(before, own and own.id)
         for entry in earlier:
             counts[with_evidence(entry["id"], entry["evidence"])] += entry.get("rows", 0)
         counts[None] += max(before.get("sft_rows", 0) - sum(entry.get("rows", 0) for entry in earlier), 0)
@@ -138,19 +142,25 @@ class TeacherStampCallback(TrainerCallback):
         )
 
 
-def _id_of(model: str | Path) -> str | None:
-    try:
-        return fingerprint_teacher(model).id
-    except (OSError, ValueError) as error:
-        logger.warning(f"{model} cannot be fingerprinted, so what its card says counts as declared: {error}")
-        return None
-
-
 def checkpoint_fingerprint(directory: str) -> TeacherFingerprint | None:
     """Fingerprint of a checkpoint just saved; `None`, with a word in the log, if it does not hold whole weights."""
+    # ZeRO-3 may save shards of the optimizer's state only, for instance; the teachers are recorded all the same.
+    return fingerprint_or_none(directory, f"The card of {directory} is not bound to its weights", logging.INFO)
+
+
+def fingerprint_or_none(
+    model: str | Path, consequence: str, level: int = logging.WARNING, **kwargs: Any
+) -> TeacherFingerprint | None:
+    """
+    `fingerprint_teacher(model, **kwargs)`, or `None` for what has no fingerprint or is out of reach.
+
+    Args:
+        model (`str` or `Path`): Local directory or Hub id.
+        consequence (`str`): What follows if there is none; logged with the reason.
+        level (`int`, *optional*): At which level.
+    """
     try:
-        return fingerprint_teacher(directory)
+        return fingerprint_teacher(model, **kwargs)
     except (OSError, ValueError) as error:
-        # ZeRO-3 may save shards of the optimizer's state only, for instance; the teachers are recorded all the same.
-        logger.info(f"The card of {directory} is not bound to its weights: {error}")
+        logger.log(level, f"{consequence}: {error}")
         return None

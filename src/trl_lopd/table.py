@@ -123,8 +123,10 @@ def lengths(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 
 def column_counts(dataset: Dataset, column: str) -> Counter[str | None]:
-    """How many rows have each value of a string column; missing values count as `None`."""
+    """How many rows have each value of a string column; missing values count as `None`. Empty without the column."""
     counts: Counter[str | None] = Counter()
+    if column not in dataset.column_names:
+        return counts
     for batch in dataset.select_columns([column]).with_format("arrow").iter(10_000):
         for pair in pc.value_counts(batch[column].combine_chunks()):
             counts[pair["values"].as_py()] += pair["counts"].as_py()

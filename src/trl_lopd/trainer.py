@@ -32,7 +32,7 @@ from .cards import count_teachers, read_model_card, stamp_model_card
 from .collator import OfflineOPDCollator
 from .config import OfflineOPDConfig
 from .consistency import Verdict, check_teacher_consistency, inherited_teachers
-from .fingerprint import TeacherFingerprint, fingerprint_teacher
+from .fingerprint import TeacherFingerprint
 from .head import add_distillation_head, assert_head_is_plain
 from .models import load_tokenizer
 from .objective import (
@@ -46,7 +46,7 @@ from .objective import (
     teacher_support,
 )
 from .processes import on_main_process
-from .stamp import checkpoint_fingerprint
+from .stamp import checkpoint_fingerprint, fingerprint_or_none
 from .table import (
     REQUIRED_COLUMNS,
     TOKEN_COLUMNS,
@@ -176,9 +176,15 @@ class OfflineOPDTrainer(Trainer):
         self._student_card = read_model_card(model_id, hub_kwargs["revision"]) if model_id else {}
         own_id = None
         if model_id and args.teacher_consistency != "off":
-            own_id = on_main_process(
-                args.distributed_state, lambda: _own_fingerprint(model_id, processing_class, **hub_kwargs)
+            consequence = (
+                "The student cannot be fingerprinted, so neither is its card compared with its weights, nor are they "
+                "with those that sampled the rollouts"
             )
+            own = on_main_process(
+                args.distributed_state,
+                lambda: fingerprint_or_none(model_id, consequence, tokenizer=processing_class, **hub_kwargs),
+            )
+            own_id = own and own.id
         check_args = {
             "card": self._student_card,
             "student": student,
@@ -507,8 +513,8 @@ class OfflineOPDTrainer(Trainer):
         }
         if isinstance(table, Dataset):
             round |= {"rows": len(table), "teachers": count_teachers(self._check.seen)}
-            if "student_fingerprint" in table.column_names:
-                round["sampled_by"] = count_teachers(column_counts(table, "student_fingerprint"))
+            if samplers := column_counts(table, "student_fingerprint"):
+                round["sampled_by"] = count_teachers(samplers)
         else:
             round["teachers"] = count_teachers(dict.fromkeys(self._check.seen, 0))
         stamp_model_card(
@@ -519,17 +525,6 @@ class OfflineOPDTrainer(Trainer):
             checkpoint=self._saved[2] if self._saved[:2] == (output_dir, self.state.global_step) else None,
             opd_rounds=[*(self._student_card.get("opd_rounds") or []), round],
         )
-
-
-def _own_fingerprint(model_id: str, tokenizer: PreTrainedTokenizerBase, **hub_kwargs: Any) -> str | None:
-    try:
-        return fingerprint_teacher(model_id, tokenizer, **hub_kwargs).id
-    except (OSError, ValueError) as error:
-        logger.warning(
-            "The student cannot be fingerprinted, so neither is its card compared with its weights, nor are they with "
-            f"those that sampled the rollouts: {error}"
-        )
-        return None
 
 
 def _load_adapter(path: str, adapter: PeftConfig, init_kwargs: dict[str, Any]) -> PeftModel:
