@@ -16,16 +16,16 @@ from servers import stub_server
 from transformers import AutoModelForCausalLM
 
 from trl_lopd import (
-    SGLangTeacher,
+    SGLangServer,
     ShardError,
     TableError,
-    VLLMTeacher,
+    VLLMServer,
     check_teacher_consistency,
     fingerprint_teacher,
     load_table,
     read_model_card,
     score_rollouts,
-    scoring,
+    teachers,
     validate_table,
 )
 from trl_lopd.cards import record_of
@@ -249,7 +249,7 @@ def test_killed_twenty_times_it_ends_in_the_same_table(tmp_path, teacher_dir, st
 
 def test_when_memory_runs_out_fewer_rows_are_scored_at_a_time(teacher_dir, rollouts, monkeypatch, caplog):
     expected = score_rollouts(rollouts, str(teacher_dir), top_k=2)
-    real, sizes = scoring._score_batch, []
+    real, sizes = teachers._score_batch, []
 
     def small_memory(model, sequences, counts, top_k):
         size = len(sequences) * max(map(len, sequences))
@@ -258,13 +258,13 @@ def test_when_memory_runs_out_fewer_rows_are_scored_at_a_time(teacher_dir, rollo
             raise torch.OutOfMemoryError
         return real(model, sequences, counts, top_k)
 
-    monkeypatch.setattr(scoring, "_score_batch", small_memory)
+    monkeypatch.setattr(teachers, "_score_batch", small_memory)
     table = score_rollouts(rollouts, str(teacher_dir), top_k=2, max_batch_tokens=160)
     assert max(sizes) > 40 and "Out of memory: from here on 40 tokens" in caplog.text
     for a, b in zip(table, expected, strict=True):
         np.testing.assert_allclose(a["teacher_logprobs"], b["teacher_logprobs"], atol=1e-5)
         assert a["teacher_topk_ids"] == b["teacher_topk_ids"]
-    monkeypatch.setattr(scoring, "_score_batch", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    monkeypatch.setattr(teachers, "_score_batch", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError()))
     with pytest.raises(torch.OutOfMemoryError):
         score_rollouts(rollouts, str(teacher_dir), top_k=2)
 
@@ -279,7 +279,7 @@ def test_a_served_teacher_scores_as_the_local_one_and_counts_as_probed(
     model = AutoModelForCausalLM.from_pretrained(teacher_dir)
     local = score_rollouts(rollouts, str(teacher_dir), top_k=3)
     with stub_server(kind, model) as server:
-        teacher = (VLLMTeacher if kind == "vllm" else SGLangTeacher)(server.url)
+        teacher = (VLLMServer if kind == "vllm" else SGLangServer)(server.url)
         with pytest.raises(ValueError, match="Nothing says which teacher"):
             score_rollouts(rollouts, teacher, top_k=3)
         table = score_rollouts(

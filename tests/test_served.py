@@ -24,10 +24,10 @@ from servers import changed, honest, status, stub_server, trl_client
 
 from trl_lopd import score_rollouts, served
 from trl_lopd.probes import probe_model
-from trl_lopd.served import SGLangTeacher, TeacherError, VLLMTeacher
+from trl_lopd.served import ServerError, SGLangServer, VLLMServer
 
 TEACHER_ID = "teacher@1-0123456789ab-01234567-89abcdef"
-TEACHERS = {"vllm": VLLMTeacher, "sglang": SGLangTeacher}
+TEACHERS = {"vllm": VLLMServer, "sglang": SGLangServer}
 KEY = "sk-very-secret-0123456789"
 
 both = pytest.mark.parametrize("kind", TEACHERS)
@@ -106,7 +106,7 @@ def test_vllm_is_asked_as_trl_asks(monkeypatch, model, rows):
         prompts = [len(sequence) - length for sequence, length in zip(sequences, lengths, strict=True)]
         theirs = client.get_sequence_logprobs([s.tolist() for s in sequences], prompts, top_logprobs=4, chunk_size=1)
         asked, server.requests = server.requests, []
-        ours = VLLMTeacher(server.url).score(sequences, lengths, 4)
+        ours = VLLMServer(server.url).score(sequences, lengths, 4)
 
         def in_order(requests):
             return sorted(requests, key=lambda body: body["prompt"])
@@ -120,7 +120,7 @@ def test_vllm_is_asked_as_trl_asks(monkeypatch, model, rows):
 
 def test_sglang_is_asked_for_the_completion_only(model):
     with stub_server("sglang", model) as server:
-        SGLangTeacher(server.url).score([np.arange(3, 12)], [4], 2)
+        SGLangServer(server.url).score([np.arange(3, 12)], [4], 2)
     assert server.requests == [
         {
             "input_ids": list(range(3, 12)),
@@ -136,7 +136,7 @@ def test_sglang_clips_the_last_id(model):
     """The last of the vocabulary comes back as 0; that is the only change of an id that is let pass."""
     sequence = np.array([5, VOCAB - 1, 7, VOCAB - 1])
     with stub_server("sglang", model) as server:
-        (scores,) = SGLangTeacher(server.url).score([sequence], [3], 1)
+        (scores,) = SGLangServer(server.url).score([sequence], [3], 1)
     np.testing.assert_array_equal(scores.logprobs, next(plain(model, [sequence], [3], 1))[0])
 
 
@@ -149,7 +149,7 @@ def test_vllm_writes_a_number_for_minus_infinity(model):
         servers.every_logprob(body, lambda value: value if value >= limit else -9999.0)
 
     with stub_server("vllm", model, faults=[changed(change)]) as server:
-        (scores,) = VLLMTeacher(server.url, max_retries=0).score([sequence], [8], VOCAB)
+        (scores,) = VLLMServer(server.url, max_retries=0).score([sequence], [8], VOCAB)
     np.testing.assert_array_equal(scores.logprobs, np.where(expected >= limit, expected, -np.inf))
     assert 0 < np.isneginf(scores.logprobs).mean() < 1
     assert np.isneginf(scores.topk_logprobs[top < limit - 0.01]).all()
@@ -157,7 +157,7 @@ def test_vllm_writes_a_number_for_minus_infinity(model):
 
 def test_inside_a_running_event_loop(model, rows):
     async def cell():
-        return VLLMTeacher(server.url).score(*rows, 1)
+        return VLLMServer(server.url).score(*rows, 1)
 
     with stub_server("vllm", model) as server:
         assert len(asyncio.run(cell())) == len(rows[0])
@@ -176,7 +176,7 @@ def test_bounded_concurrency(model, kind):
 def test_order_is_that_of_the_call(model, rows):
     faults = itertools.chain.from_iterable(itertools.repeat((servers.slow(0.05), honest, status(500))))
     with stub_server("sglang", model, faults=faults) as server:
-        result = SGLangTeacher(server.url).score(*rows, 0)
+        result = SGLangServer(server.url).score(*rows, 0)
     for scores, (expected, _, _) in zip(result, plain(model, *rows, 1), strict=True):
         np.testing.assert_array_equal(scores.logprobs, expected)
 
@@ -184,12 +184,12 @@ def test_order_is_that_of_the_call(model, rows):
 @pytest.mark.parametrize(("length", "k"), [(0, 1), (6, 1), (7, 1), (3, -1)])
 def test_what_cannot_be_scored(length, k):
     with pytest.raises(ValueError, match="cannot be scored|`top_k` is 0 or more"):
-        VLLMTeacher("http://127.0.0.1:1").score([np.arange(3, 9)], [length], k)
+        VLLMServer("http://127.0.0.1:1").score([np.arange(3, 9)], [length], k)
 
 
 def test_nothing_to_score(model):
     with stub_server("sglang", model) as server:
-        assert SGLangTeacher(server.url).score([], [], 4) == []
+        assert SGLangServer(server.url).score([], [], 4) == []
 
 
 # ---- Faults ----
@@ -267,7 +267,7 @@ def test_a_fault_that_stays(model, kind, name):
     fault, message = FAULTS[name]
     with stub_server(kind, model, faults=[honest, *[fault] * 9]) as server:
         teacher = teacher_of(kind, server, max_retries=1, max_concurrency=1)
-        with pytest.raises(TeacherError, match=f"(?s)^Row 1, http://127.*{message}.*asked 2 times\\. ") as caught:
+        with pytest.raises(ServerError, match=f"(?s)^Row 1, http://127.*{message}.*asked 2 times\\. ") as caught:
             teacher.score([np.arange(3, 12)] * 2, [4, 4], 2)
     assert caught.value.row == 1 and len(server.requests) == 3
 
@@ -275,9 +275,7 @@ def test_a_fault_that_stays(model, kind, name):
 @both
 def test_bad_input_is_not_repeated(model, kind):
     with stub_server(kind, model) as server:
-        with pytest.raises(
-            TeacherError, match="Row 0.*status 400, 'Token id 999 is out of vocabulary'.*another token"
-        ):
+        with pytest.raises(ServerError, match="Row 0.*status 400, 'Token id 999 is out of vocabulary'.*another token"):
             TEACHERS[kind](server.url).score([np.array([3, 999, 5])], [2], 1)
         assert len(server.requests) == 1
 
@@ -288,7 +286,7 @@ def test_bad_input_is_not_repeated(model, kind):
 )
 def test_refusals_say_what_to_do(model, kind, code, remedy):
     with stub_server(kind, model, faults=[status(code, "no")]) as server:
-        with pytest.raises(TeacherError, match=f"status {code}, 'no'.*{remedy}"):
+        with pytest.raises(ServerError, match=f"status {code}, 'no'.*{remedy}"):
             TEACHERS[kind](server.url).score([np.arange(3, 12)], [4], 1)
         assert len(server.requests) == 1
 
@@ -299,7 +297,7 @@ def test_retry_after_is_honoured(model, form):
     fault = status(429, Retry_After="1" if form == "seconds" else when)
     with stub_server("vllm", model, faults=[fault]) as server:
         start = time.monotonic()
-        VLLMTeacher(server.url, model="served").score([np.arange(3, 12)], [4], 1)
+        VLLMServer(server.url, model="served").score([np.arange(3, 12)], [4], 1)
     # A date has whole seconds.
     assert 0.9 < time.monotonic() - start < 4
 
@@ -319,7 +317,7 @@ def test_waits_double_and_differ(monkeypatch, model):
     monkeypatch.setattr(served, "BACKOFF_SECONDS", 1.0)
     monkeypatch.setattr(served, "MAX_BACKOFF_SECONDS", 8.0)
     with stub_server("vllm", model, faults=[status(502)] * 6) as server:
-        VLLMTeacher(server.url, model="served").score([np.arange(3, 12)], [4], 1)
+        VLLMServer(server.url, model="served").score([np.arange(3, 12)], [4], 1)
     assert len(waits) == 6 and len(set(waits)) == 6
     assert all(0.5 * base <= wait <= 1.5 * base for wait, base in zip(waits, [1, 2, 4, 8, 8, 8], strict=True))
 
@@ -328,14 +326,14 @@ def test_nobody_there():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    with pytest.raises(TeacherError, match="no answer .ConnectError.*asked 2 times.*Is the server up"):
-        SGLangTeacher(url, max_retries=1).score([np.arange(3, 12)], [4], 1)
+    with pytest.raises(ServerError, match="no answer .ConnectError.*asked 2 times.*Is the server up"):
+        SGLangServer(url, max_retries=1).score([np.arange(3, 12)], [4], 1)
 
 
 def test_another_server_there(model):
     with stub_server("vllm", model) as server:
-        with pytest.raises(TeacherError, match="status 404"):
-            SGLangTeacher(server.url).score([np.arange(3, 12)], [4], 1)
+        with pytest.raises(ServerError, match="status 404"):
+            SGLangServer(server.url).score([np.arange(3, 12)], [4], 1)
 
 
 def test_the_first_failure_ends_the_call(model):
@@ -343,8 +341,8 @@ def test_the_first_failure_ends_the_call(model):
     faults = [status(400), *[servers.slow(2)] * 99]
     with stub_server("vllm", model, faults=faults) as server:
         start = time.monotonic()
-        with pytest.raises(TeacherError, match="Row"):
-            VLLMTeacher(server.url, model="served", max_concurrency=2).score([np.arange(3, 12)] * 50, [4] * 50, 1)
+        with pytest.raises(ServerError, match="Row"):
+            VLLMServer(server.url, model="served", max_concurrency=2).score([np.arange(3, 12)] * 50, [4] * 50, 1)
         assert time.monotonic() - start < 1.5
         assert len(server.requests) <= 4
     assert not any("portal" in thread.name for thread in threading.enumerate())
@@ -357,8 +355,8 @@ def test_two_scores_of_one_token_that_differ(model):
         body["meta_info"]["input_token_logprobs"][-1][0] -= 0.3
 
     with stub_server("sglang", model, faults=[changed(change)]) as server:
-        with pytest.raises(TeacherError, match="contradict the score of the token itself, at completion token 3"):
-            SGLangTeacher(server.url, max_retries=0).score([np.arange(3, 12)], [4], VOCAB)
+        with pytest.raises(ServerError, match="contradict the score of the token itself, at completion token 3"):
+            SGLangServer(server.url, max_retries=0).score([np.arange(3, 12)], [4], VOCAB)
 
 
 def test_an_interrupt_ends_the_call(model):
@@ -367,7 +365,7 @@ def test_an_interrupt_ends_the_call(model):
         start = time.monotonic()
         timer.start()
         with pytest.raises(KeyboardInterrupt):
-            SGLangTeacher(server.url).score([np.arange(3, 12)] * 9, [4] * 9, 1)
+            SGLangServer(server.url).score([np.arange(3, 12)] * 9, [4] * 9, 1)
         assert time.monotonic() - start < 2
     assert not any("portal" in thread.name for thread in threading.enumerate())
 
@@ -378,21 +376,21 @@ def test_an_interrupt_ends_the_call(model):
 def test_names_of_served_models(model):
     arguments = [np.arange(3, 12)], [4], 1
     with stub_server("vllm", model, names=("base", "served")) as server:
-        with pytest.raises(TeacherError, match="serves .'base', 'served'.. Say which"):
-            VLLMTeacher(server.url).score(*arguments)
-        VLLMTeacher(server.url + "/v1/", model="served").score(*arguments)
+        with pytest.raises(ServerError, match="serves .'base', 'served'.. Say which"):
+            VLLMServer(server.url).score(*arguments)
+        VLLMServer(server.url + "/v1/", model="served").score(*arguments)
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://", "served", ""])
 def test_addresses(url):
     with pytest.raises(ValueError, match="is like http://localhost:8000"):
-        VLLMTeacher(url)
+        VLLMServer(url)
 
 
 @pytest.mark.parametrize("options", [{"max_concurrency": 0}, {"timeout": 0}, {"max_retries": -1}])
 def test_options_out_of_range(options):
     with pytest.raises(ValueError, match="`max_retries` is 0 or more"):
-        SGLangTeacher("http://localhost:1", **options)
+        SGLangServer("http://localhost:1", **options)
 
 
 # ---- The API key ----
@@ -408,7 +406,7 @@ def test_the_key_is_sent_and_told_nobody(monkeypatch, caplog, model, tokenizer, 
     with stub_server(kind, model, faults=faults) as server:
         teacher = TEACHERS[kind](server.url, tokenizer=tokenizer)
         teacher.score([np.arange(3, 12)], [4], 1)
-        with pytest.raises(TeacherError) as caught:
+        with pytest.raises(ServerError) as caught:
             teacher.score([np.arange(3, 12)], [4], 1)
         assert set(server.authorizations) == {f"Bearer {KEY}"} and len(server.authorizations) == 4
     assert "***" in str(caught.value) and "status 500" in caplog.text
@@ -426,14 +424,14 @@ def test_the_key_is_sent_and_told_nobody(monkeypatch, caplog, model, tokenizer, 
 def test_a_key_that_is_none(monkeypatch):
     monkeypatch.setenv(served.API_KEY_VARIABLE, f"{KEY}\n{KEY}")
     with pytest.raises(ValueError, match=served.API_KEY_VARIABLE) as caught:
-        VLLMTeacher("http://127.0.0.1:1").score([np.arange(3, 12)], [4], 1)
+        VLLMServer("http://127.0.0.1:1").score([np.arange(3, 12)], [4], 1)
     assert KEY not in "".join(traceback.format_exception(caught.value))
 
 
 @pytest.mark.parametrize("url", [f"http://user:{KEY}@host:8000", f"http://host/?key={KEY}"])
 def test_a_key_in_the_address(url):
     with pytest.raises(ValueError, match="no user, password or query") as caught:
-        VLLMTeacher(url)
+        VLLMServer(url)
     assert KEY not in str(caught.value)
 
 
@@ -457,7 +455,7 @@ def test_self_test_refuses_a_replica_that_is_off(model, tokenizer, card, kind, w
     faults = itertools.cycle([honest, changed(servers.off_by_half_a_nat)])
     with stub_server(kind, model, faults=faults) as server:
         teacher = TEACHERS[kind](server.url, tokenizer=tokenizer)
-        with pytest.raises(TeacherError, match="self-test of http.*disagrees with itself.*0.500 nats a token"):
+        with pytest.raises(ServerError, match="self-test of http.*disagrees with itself.*0.500 nats a token"):
             teacher.self_test(card if with_card else None)
 
 
@@ -466,12 +464,12 @@ def test_self_test_refuses_another_tokenizer(model, tokenizer, kind):
     texts = [f"w{(token * 7) % VOCAB}" for token in range(VOCAB)]
     with stub_server(kind, model, texts=texts) as server:
         teacher = TEACHERS[kind](server.url, tokenizer=tokenizer)
-        with pytest.raises(TeacherError, match="another tokenizer: token id .* is 'w.*' there and 'w.*' here"):
+        with pytest.raises(ServerError, match="another tokenizer: token id .* is 'w.*' there and 'w.*' here"):
             teacher.self_test()
         assert len(server.requests) == 1
     # One with fewer tokens.
     with stub_server(kind, model, texts=["", *(f"w{token}" for token in range(1, 20))]) as server:
-        with pytest.raises(TeacherError, match="self-test.*status 400, 'Token id .* is out of vocabulary'"):
+        with pytest.raises(ServerError, match="self-test.*status 400, 'Token id .* is out of vocabulary'"):
             TEACHERS[kind](server.url, tokenizer=tokenizer).self_test()
 
 
@@ -485,16 +483,16 @@ def test_self_test_takes_no_offence_at_spaces(model, tokenizer, kind):
 @both
 def test_self_test_refuses_another_model(tokenizer, card, kind):
     with stub_server(kind, make_model(seed=2)) as server:
-        with pytest.raises(TeacherError, match="self-test.*does not answer the probes"):
+        with pytest.raises(ServerError, match="self-test.*does not answer the probes"):
             TEACHERS[kind](server.url, tokenizer=tokenizer).self_test(card)
 
 
 def test_self_test_with_limits_of_ones_own(model, card):
     near = copy.deepcopy(model).to(torch.bfloat16)
     with stub_server("sglang", near) as server:
-        teacher = SGLangTeacher(server.url)
+        teacher = SGLangServer(server.url)
         assert teacher.self_test(card) is not None
-        with pytest.raises(TeacherError, match="does not answer the probes"):
+        with pytest.raises(ServerError, match="does not answer the probes"):
             teacher.self_test(card, tolerance=1e-4)
 
 
@@ -506,8 +504,8 @@ def test_self_test_refuses_a_start_that_is_off(model, tokenizer):
             servers.off_by_half_a_nat(body)
 
     with stub_server("sglang", model, faults=itertools.repeat(changed(change))) as server:
-        with pytest.raises(TeacherError, match="disagrees with itself"):
-            SGLangTeacher(server.url, tokenizer=tokenizer).self_test()
+        with pytest.raises(ServerError, match="disagrees with itself"):
+            SGLangServer(server.url, tokenizer=tokenizer).self_test()
 
 
 @both
@@ -515,11 +513,11 @@ def test_self_test_on_a_server_in_trouble(model, tokenizer, kind):
     with stub_server(kind, model, faults=[status(500), servers.truncated]) as server:
         assert TEACHERS[kind](server.url, tokenizer=tokenizer).self_test() is None
     with stub_server(kind, model, faults=itertools.repeat(status(500))) as server:
-        with pytest.raises(TeacherError, match="self-test.*status 500"):
+        with pytest.raises(ServerError, match="self-test.*status 500"):
             TEACHERS[kind](server.url, tokenizer=tokenizer, max_retries=1).self_test()
 
 
 def test_self_test_with_nothing_to_test_with():
     for arguments in ((), ({"teachers": []},), (None, [3, 4, 5])):
         with pytest.raises(ValueError, match="nothing to test|4 or more"):
-            VLLMTeacher("http://127.0.0.1:1").self_test(*arguments)
+            VLLMServer("http://127.0.0.1:1").self_test(*arguments)

@@ -12,15 +12,15 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     "OfflineOPDConfig": "config",
     "OfflineOPDTrainer": "trainer",
-    "SGLangTeacher": "served",
+    "SGLangServer": "served",
     "ShardError": "shards",
     "TableError": "table",
     "TableSummary": "table",
     "TeacherConsistencyError": "consistency",
-    "TeacherError": "served",
+    "ServerError": "served",
     "TeacherFingerprint": "fingerprint",
     "TeacherStampCallback": "stamp",
-    "VLLMTeacher": "served",
+    "VLLMServer": "served",
     "Verdict": "consistency",
     "check_teacher_consistency": "consistency",
     "collect_rollouts": "rollouts",
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from .probes import verify_served_teacher
     from .rollouts import collect_rollouts, generate_sft_data
     from .scoring import score_rollouts
-    from .served import SGLangTeacher, TeacherError, VLLMTeacher
+    from .served import ServerError, SGLangServer, VLLMServer
     from .shards import ShardError
     from .stamp import TeacherStampCallback
     from .table import TableError, TableSummary, table_features, validate_table

@@ -163,7 +163,7 @@ def verify_served_teacher(
     stay unseen.
 
     Args:
-        client: A teacher behind HTTP, such as [`VLLMTeacher`], or anything with the method `get_sequence_logprobs` of
+        client: A teacher behind HTTP, such as [`VLLMServer`], or anything with the method `get_sequence_logprobs` of
             TRL's `VLLMClient`.
         card (`dict`): A card's record. Entries in `teachers` (dataset card) or `sft_teachers` (model card) that have
             `probes` (see [`probe_model`]) are compared; the closest is reported.
@@ -175,7 +175,7 @@ def verify_served_teacher(
     Raises:
         `ValueError`: if the card has no probes, or probes of another version or malformed ones; if the server answers
             with NaN, infinity, too few or other tokens, or without log-probabilities; if an option is out of range.
-        `TeacherError`: from a [`VLLMTeacher`] or [`SGLangTeacher`] that does not answer, or with anything but scores.
+        `ServerError`: from a [`VLLMServer`] or [`SGLangServer`] that does not answer, or with anything but scores.
     """
     if not (tolerance > 0 and max_spread > 0 and repeats >= 2):
         raise ValueError(

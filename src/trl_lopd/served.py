@@ -22,15 +22,15 @@ import numpy as np
 from anyio.from_thread import start_blocking_portal
 
 from .probes import probe_sequences, probed_entries, verify_served_teacher
-from .scoring import Scores
 from .table import TOLERANCE
+from .teachers import Scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-API_KEY_VARIABLE = "TRL_LOPD_TEACHER_API_KEY"
+API_KEY_VARIABLE = "TRL_LOPD_API_KEY"
 
 # The first wait before a request is repeated; it doubles each time, up to the second.
 BACKOFF_SECONDS = 1.0
@@ -42,7 +42,7 @@ MAX_RETRY_AFTER_SECONDS = 600.0
 _BUSY = {408, 425, 429}
 
 
-class TeacherError(RuntimeError):
+class ServerError(RuntimeError):
     """
     A served teacher cannot be used: it refuses or does not answer, its answers are wrong, or it is another model.
 
@@ -63,7 +63,7 @@ class _Failure(Exception):
         self.what, self.remedy, self.wait = what, remedy, wait
 
 
-class _ServedTeacher:
+class _Server:
     """What vLLM and SGLang have in common: each sequence is a request of its own, checked and repeated by itself."""
 
     _path: str
@@ -103,13 +103,19 @@ class _ServedTeacher:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base_url!r})"
 
-    def score(self, sequences: list[np.ndarray], completion_lengths: list[int], top_k: int) -> list[Scores]:
+    def score(
+        self,
+        sequences: list[np.ndarray],
+        completion_lengths: list[int],
+        top_k: int,
+        advance: Callable[[int], object] = lambda tokens: None,
+    ) -> list[Scores]:
         """
         Scores the last tokens of each sequence: see [`Teacher`]. Holds no connection when it returns, and may be
         called where an event loop runs, as in a notebook.
 
         Raises:
-            `TeacherError`: at the first sequence that the server refuses, or that still fails when it has been asked
+            `ServerError`: at the first sequence that the server refuses, or that still fails when it has been asked
                 `1 + max_retries` times: no answer, or one with null or NaN, for other or fewer tokens, or without the
                 most likely ones. Its `row` is the sequence's position.
             `ValueError`: if a completion is empty or is the whole sequence, or if `top_k` is negative.
@@ -134,7 +140,9 @@ class _ServedTeacher:
                     def parse(body: dict) -> Scores:
                         return _scores(ids[-length:], top_k, *self._read(body, ids, length, top_k))
 
-                    return await self._ask(client, self._payload(ids, length, top_k), parse, row)
+                    scores = await self._ask(client, self._payload(ids, length, top_k), parse, row)
+                    advance(length)
+                    return scores
 
             tasks = [asyncio.ensure_future(one(row)) for row in range(len(sequences))]
             try:
@@ -173,7 +181,7 @@ class _ServedTeacher:
             compared: then it is for a person to declare who the teacher is.
 
         Raises:
-            `TeacherError`: if a test fails, or the server does.
+            `ServerError`: if a test fails, or the server does.
             `ValueError`: if there is neither tokenizer nor probes nor `sequence`; if the card's probes are malformed.
         """
         probes = [entry["probes"]["sequences"] for entry in probed_entries(card or {})]
@@ -200,7 +208,7 @@ class _ServedTeacher:
             tails = [logprobs[-lengths[-1] :] for logprobs in answers]
             spread = max(_spread(answers[:-1]), _spread(tails))
             if spread > max_spread:
-                raise TeacherError(
+                raise ServerError(
                     f"It disagrees with itself: answers to one sequence lie {spread:.3f} nats a token apart (limit "
                     f"{max_spread:g}). Its replicas are different models or run in different precisions, or an "
                     "answer depends on what else is in the batch. Serve one model in one precision, in a "
@@ -209,10 +217,10 @@ class _ServedTeacher:
             if not probes:
                 return None
             result = verify_served_teacher(self, card, tolerance, max_spread=max_spread, repeats=repeats)
-        except TeacherError as error:
-            raise TeacherError(f"The self-test of {self.base_url} fails. {error}") from error
+        except ServerError as error:
+            raise ServerError(f"The self-test of {self.base_url} fails. {error}") from error
         if not result.accepted:
-            raise TeacherError(f"The self-test of {self.base_url} fails. {result.reason}")
+            raise ServerError(f"The self-test of {self.base_url} fails. {result.reason}")
         return result.teacher
 
     def _payload(self, ids: list[int], length: int, top_k: int) -> dict[str, Any]:
@@ -260,14 +268,14 @@ class _ServedTeacher:
             except _Failure as failure:
                 if attempt > self.max_retries:
                     times = "once" if attempt == 1 else f"{attempt} times"
-                    raise TeacherError(f"{where}: {failure.what}, asked {times}. {failure.remedy}", row) from None
+                    raise ServerError(f"{where}: {failure.what}, asked {times}. {failure.remedy}", row) from None
                 # Jitter, so that rows that failed together do not return together.
                 wait = min(BACKOFF_SECONDS * 2 ** (attempt - 1), MAX_BACKOFF_SECONDS) * random.uniform(0.5, 1.5)
                 wait = max(wait, min(failure.wait, MAX_RETRY_AFTER_SECONDS))
                 logger.info(f"{where}: {failure.what}. Asking again in {wait:.1f} s.")
                 await asyncio.sleep(wait)
-            except TeacherError as error:
-                raise TeacherError(f"{where}: {error}", row) from None
+            except ServerError as error:
+                raise ServerError(f"{where}: {error}", row) from None
 
     async def _ask_once(self, client: httpx.AsyncClient, payload: dict | None, parse: Callable, path: str) -> Any:
         try:
@@ -287,7 +295,7 @@ class _ServedTeacher:
                 _retry_after(response),
             )
         if status != 200:
-            raise TeacherError(f"the server refuses with status {status}, {_words(response)}. {_remedy(status)}")
+            raise ServerError(f"the server refuses with status {status}, {_words(response)}. {_remedy(status)}")
         try:
             return parse(response.json())
         except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
@@ -298,7 +306,7 @@ class _ServedTeacher:
             ) from None
 
     def _check_texts(self, sequence: list[int]) -> None:
-        """Raises a `TeacherError` if the server's text for a token is not the tokenizer's."""
+        """Raises a `ServerError` if the server's text for a token is not the tokenizer's."""
 
         async def texts(client: httpx.AsyncClient) -> list[str | None]:
             payload = self._payload(sequence, len(sequence) - 1, 1) | self._text_options
@@ -309,18 +317,18 @@ class _ServedTeacher:
             # A part of a character has no text of its own, and servers differ in the spaces around a word.
             if text is None or "\ufffd" in text + decoded or text.strip() in (decoded.strip(), token):
                 continue
-            raise TeacherError(
+            raise ServerError(
                 f"It has another tokenizer: token id {id} is {text!r} there and {decoded!r} here. Its scores would be "
                 "of other words. Serve a teacher that shares the student's tokenizer."
             )
 
 
-class VLLMTeacher(_ServedTeacher):
+class VLLMServer(_Server):
     """
     A teacher behind `vllm serve`: `prompt_logprobs` of its completions endpoint, as TRL's `VLLMClient` asks for them.
 
     `top_k` above 20 needs a server started with `--max-logprobs`. An API key is read from the environment variable
-    `TRL_LOPD_TEACHER_API_KEY` at each call, and kept nowhere.
+    `TRL_LOPD_API_KEY` at each call, and kept nowhere.
 
     Args:
         base_url (`str`): The server's address, `http://localhost:8000`.
@@ -351,7 +359,7 @@ class VLLMTeacher(_ServedTeacher):
         )
         if len(names) != 1:
             # Adapters are served beside their base: to take the first could be to take another teacher.
-            raise TeacherError(f"{self.base_url} serves {names}. Say which is the teacher: `model=...`.")
+            raise ServerError(f"{self.base_url} serves {names}. Say which is the teacher: `model=...`.")
         self.model = names[0]
 
     def _payload(self, ids: list[int], length: int, top_k: int) -> dict[str, Any]:
@@ -386,17 +394,17 @@ class VLLMTeacher(_ServedTeacher):
         return list(zip(ids, positions, strict=True))
 
 
-class SGLangTeacher(_ServedTeacher):
+class SGLangServer(_Server):
     """
     A teacher behind an SGLang server: `input_token_logprobs` of its `/generate` endpoint.
 
     Only what follows the prompt is asked for, so that the server may keep the prompt in its prefix cache, once for
-    all its completions. An API key is read from the environment variable `TRL_LOPD_TEACHER_API_KEY` at each call, and
+    all its completions. An API key is read from the environment variable `TRL_LOPD_API_KEY` at each call, and
     kept nowhere.
 
     Args:
         base_url (`str`): The server's address, `http://localhost:30000`.
-        tokenizer, max_concurrency, timeout, max_retries: As in [`VLLMTeacher`].
+        tokenizer, max_concurrency, timeout, max_retries: As in [`VLLMServer`].
 
     Raises:
         `ValueError`: if an option is out of range, or if the address holds a user, a password or a query.
