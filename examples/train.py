@@ -85,7 +85,7 @@ def fresh_reverse_kl(model: str, prompts, script_args: TrainScriptArguments) -> 
     rollouts = collect_rollouts(
         prompts, model, temperature=1.0, max_completion_length=script_args.eval_max_completion_length, batch_size=256
     )
-    scored = score_rollouts(rollouts, script_args.teacher, top_k=0, ref_model=model)
+    scored = score_rollouts(rollouts, script_args.teacher, top_k=0)
     values = [sum(p) - sum(t) for p, t in zip(scored["ref_logprobs"], scored["teacher_logprobs"], strict=True)]
     mean = sum(values) / len(values)
     variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)

@@ -59,7 +59,7 @@ def fine_tune(teacher: str, base: str, out: str) -> None:
 
 def distill(student: str, teacher: str, out: str, round: int) -> None:
     rollouts = collect_rollouts(PROMPTS, student, max_completion_length=6, seed=round)
-    table = score_rollouts(rollouts, teacher, top_k=2, ref_model=student)
+    table = score_rollouts(rollouts, teacher, top_k=2)
     table.push_to_hub(f"tester/table-{round}")
     stamp_dataset_card(f"tester/table-{round}", table)
     args = OfflineOPDConfig(**common(out, f"tester/student-opd-{round}"), learning_rate=1e-3)

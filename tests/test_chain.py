@@ -233,8 +233,10 @@ def test_rollouts_inherit_the_students_stamp_and_are_signed(student_dir, teacher
     (about,) = record_of(rollouts)["students"]
     assert {**student.to_dict(), "evidence": "verified", "rows": 2}.items() <= about.items()
     assert about["sft_teachers"] == [fingerprint_teacher(teacher_dir).id]
-    sampling = {"num_generations": 1, "temperature": 0.8, "top_p": 1.0, "max_completion_length": 4}
-    assert about["sampling"] == {**sampling, "batch_size": 64, "seed": 3}
+    cut = rollouts["finish_reason"].count("length")
+    sampling = {"num_generations": 1, "temperature": 0.8, "top_p": 1.0, "max_completion_length": 4, "seed": 3}
+    how = {"engine": "transformers", "batch_size": 64, "rows_per_shard": 1024, "truncated": "keep"}
+    assert about["sampling"] == {**sampling, **how, "truncated_answers": cut}
     # Sampled again by somebody else, the old signature goes.
     again = collect_rollouts(rollouts, str(teacher_dir), max_completion_length=4)
     assert set(again["student_fingerprint"]) == {fingerprint_teacher(teacher_dir).id}
@@ -255,7 +257,7 @@ def test_off_policy_rollouts_are_a_warning_with_the_measured_weights(
         checkpoint=fingerprint_teacher(other),
     )
     rollouts = collect_rollouts(["w5", "w6"] * 4, str(student_dir), max_completion_length=4)
-    table = score_rollouts(rollouts, str(teacher_dir), top_k=2, ref_model=str(student_dir))
+    table = score_rollouts(rollouts, str(teacher_dir), top_k=2)
     with caplog.at_level(logging.WARNING):
         trainer = OfflineOPDTrainer(str(other), make_args(tmp_path, max_steps=2, logging_steps=1), table)
         trainer.train()

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import json
+
+import kills
+import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from transformers import GenerationConfig
 
-from trl_lopd import collect_rollouts
+from trl_lopd import (
+    ShardError,
+    collect_rollouts,
+    fingerprint_teacher,
+    generate_sft_data,
+    load_table,
+    read_dataset_card,
+    score_rollouts,
+)
+from trl_lopd.cards import record_of
 
 PROMPTS = ["w5 w6", "w7", "w8 w9 w10 w11", "w12 w13"]
 
@@ -69,6 +82,181 @@ def test_samples_follow_the_model_s_distribution(student, tokenizer):
     assert chi2 < often.sum() + 5 * (2 * often.sum()) ** 0.5
 
 
+@pytest.mark.parametrize("engine", ["transformers", "continuous_batching"])
+@pytest.mark.parametrize("how", [{"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8}, {"temperature": 0}])
+def test_ref_logprobs_are_those_of_the_whole_distribution_at_temperature_1(student, tokenizer, engine, how):
+    rollouts = collect_rollouts(
+        PROMPTS * 3, student, tokenizer=tokenizer, engine=engine, max_completion_length=12, batch_size=5, **how
+    )
+    assert str(rollouts.features["ref_logprobs"].feature.dtype) == "float32"
+    for row in rollouts:
+        ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
+        with torch.no_grad():
+            logprobs = student(ids).logits[0, :-1].log_softmax(-1)
+        expected = logprobs.gather(-1, ids[0, 1:, None])[len(row["prompt_ids"]) - 1 :, 0]
+        np.testing.assert_allclose(row["ref_logprobs"], expected, atol=1e-5)
+    without = collect_rollouts(
+        PROMPTS, student, tokenizer=tokenizer, engine=engine, max_completion_length=3, ref_logprobs=False, **how
+    )
+    assert "ref_logprobs" not in without.column_names
+
+
+def test_the_finish_reason_says_how_an_answer_ended(student, tokenizer):
+    rollouts = collect_rollouts(PROMPTS * 10, student, tokenizer=tokenizer, temperature=2.0, max_completion_length=20)
+    assert set(rollouts["finish_reason"]) == {"stop", "length"}
+    for row in rollouts:
+        ended = row["completion_ids"][-1] == tokenizer.eos_token_id
+        assert row["finish_reason"] == ("stop" if ended else "length")
+        assert ended or len(row["completion_ids"]) == 20
+
+
+def test_stop_texts_end_an_answer_and_their_tokens_are_kept(student, tokenizer):
+    # The padding is one of the tokens that end an answer: what follows an end must not be taken for a part of it.
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    free = collect_rollouts(PROMPTS * 5, student, tokenizer=tokenizer, temperature=0, max_completion_length=20)
+    common = max(range(3, 32), key=lambda id: sum(id in ids[:-1] for ids in free["completion_ids"]))
+    word = tokenizer.decode([common])
+    stopped = collect_rollouts(
+        PROMPTS * 5, student, tokenizer=tokenizer, temperature=0, max_completion_length=20, stop=[word, "nothing"]
+    )
+    hits = 0
+    for before, row in zip(free, stopped, strict=True):
+        ids = before["completion_ids"]
+        hit = next((i + 1 for i, id in enumerate(ids) if word in tokenizer.decode([id])), None)
+        assert row["completion_ids"] == ids[:hit]
+        assert len(row["ref_logprobs"]) == len(row["completion_ids"])
+        if hit:
+            hits += 1
+            assert row["finish_reason"] == "stop"
+    assert hits > 0
+
+
+def test_a_stop_text_in_the_prompt_ends_nothing(student, tokenizer):
+    rollouts = collect_rollouts(
+        ["w5 w6"], student, tokenizer=tokenizer, temperature=0, max_completion_length=8, stop="w6"
+    )
+    free = collect_rollouts(["w5 w6"], student, tokenizer=tokenizer, temperature=0, max_completion_length=8)
+    assert 6 not in free[0]["completion_ids"] and rollouts["completion_ids"] == free["completion_ids"]
+
+
+def test_cut_answers_are_kept_or_dropped_and_counted_either_way(student, tokenizer, caplog):
+    kwargs = dict(tokenizer=tokenizer, temperature=2.0, max_completion_length=20, rows_per_shard=7)
+    kept = collect_rollouts(PROMPTS * 10, student, **kwargs)
+    cut = kept["finish_reason"].count("length")
+    assert 0 < cut < 40 and f"{cut} of 40 answers were cut at 20 tokens and kept" in caplog.text
+    dropped = collect_rollouts(PROMPTS * 10, student, truncated="drop", **kwargs)
+    assert f"{cut} of 40 answers were cut at 20 tokens and dropped" in caplog.text
+    assert dropped.to_list() == [row for row in kept if row["finish_reason"] == "stop"]
+    for table in (kept, dropped):
+        assert record_of(table)["students"][0]["sampling"]["truncated_answers"] == cut
+    with pytest.raises(ValueError, match="All 4 answers were cut at 1 tokens"):
+        collect_rollouts(PROMPTS, student, tokenizer=tokenizer, max_completion_length=1, truncated="drop", seed=1)
+
+
+# ---- Continuous batching ----
+
+
+def test_continuous_batching_gives_the_same_greedy_answers(student, tokenizer):
+    kwargs = dict(tokenizer=tokenizer, temperature=0, max_completion_length=12, num_generations=2)
+    plain = collect_rollouts(PROMPTS * 3, student, **kwargs)
+    state, attention = torch.get_rng_state(), student.config._attn_implementation
+    continuous = collect_rollouts(PROMPTS * 3, student, engine="continuous_batching", **kwargs)
+    assert torch.equal(torch.get_rng_state(), state) and student.config._attn_implementation == attention
+    for column in ("prompt", "completion_ids", "finish_reason"):
+        assert continuous[column] == plain[column]
+
+
+def test_continuous_batching_repeats_itself_by_shard(student, tokenizer):
+    kwargs = dict(tokenizer=tokenizer, temperature=1.0, max_completion_length=8, rows_per_shard=6)
+    kwargs["engine"] = "continuous_batching"
+    a = collect_rollouts(["w5 w6"] * 12, student, **kwargs)["completion_ids"]
+    b = collect_rollouts(["w5 w6"] * 12, student, **kwargs)["completion_ids"]
+    c = collect_rollouts(["w5 w6"] * 12, student, seed=1, **kwargs)["completion_ids"]
+    assert a == b != c and a[:6] != a[6:] and len({tuple(ids) for ids in a}) > 6
+
+
+def test_continuous_batching_knows_no_stop_texts(student, tokenizer):
+    with pytest.raises(ValueError, match="knows no `stop` texts"):
+        collect_rollouts(PROMPTS, student, tokenizer=tokenizer, engine="continuous_batching", stop="w5")
+
+
+# ---- On disk ----
+
+
+def test_rollouts_on_disk_are_those_in_memory(tmp_path, student_dir, teacher_dir, capsys):
+    prompts = Dataset.from_dict({"prompt": PROMPTS * 3, "answer": list("abcdefghijkl")})
+    options = dict(num_generations=2, max_completion_length=6, rows_per_shard=5)
+    in_memory = collect_rollouts(prompts, str(student_dir), **options)
+    on_disk = collect_rollouts(prompts, str(student_dir), output_dir=tmp_path / "rollouts", **options)
+    assert on_disk.features == in_memory.features and on_disk.to_dict() == in_memory.to_dict()
+    totals = json.loads(capsys.readouterr().out.splitlines()[-1])
+    tokens, cut = sum(map(len, on_disk["completion_ids"])), on_disk["finish_reason"].count("length")
+    assert {"rows": 24, "answers": 24, "truncated": cut, "dropped": 0, "completion_tokens": tokens}.items() <= (
+        totals.items()
+    )
+    assert totals["run"] == "sampling" and totals["tokens_this_run"] == tokens and totals["tokens_per_second"] > 0
+
+    loaded = load_dataset(str(tmp_path / "rollouts"), split="train")
+    assert loaded.features == in_memory.features and loaded.to_dict() == in_memory.to_dict()
+    rollouts = load_table(tmp_path / "rollouts", split="train")
+    student = fingerprint_teacher(student_dir)
+    (about,) = record_of(rollouts)["students"]
+    assert about["id"] == student.id and about["sampling"]["num_generations"] == 2
+    scored = score_rollouts(rollouts, str(teacher_dir), top_k=2)
+    assert record_of(scored)["students"] == record_of(rollouts)["students"]
+
+
+def test_finished_rollouts_are_given_back_without_loading_a_model(tmp_path, student_dir, monkeypatch, capsys):
+    options = dict(output_dir=tmp_path / "rollouts", max_completion_length=6)
+    first = collect_rollouts(PROMPTS, str(student_dir), **options)
+    monkeypatch.setattr("trl_lopd.rollouts.load_model", lambda *args: pytest.fail("a model was loaded"))
+    again = collect_rollouts(PROMPTS, str(student_dir), **options)
+    assert again.to_dict() == first.to_dict() and record_of(again) == record_of(first)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens_this_run"] == 0
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"temperature": 0.7}, "temperature: 0.8 -> 0.7"),
+        ({"seed": 1}, "seed: 0 -> 1"),
+        ({"stop": "w5"}, "stop: not set -> "),
+        ({"engine": "continuous_batching"}, 'engine: "transformers" -> "continuous_batching"'),
+        ({"prompts": PROMPTS[::-1]}, "prompts: "),
+        ({"student": "teacher"}, "student: .*student@1-.* -> .*teacher@1-"),
+    ],
+)
+def test_a_run_that_is_not_the_same_is_refused(tmp_path, student_dir, teacher_dir, change, words):
+    collect_rollouts(PROMPTS, str(student_dir), output_dir=tmp_path / "rollouts", max_completion_length=3)
+    student = str(teacher_dir if change.pop("student", None) else student_dir)
+    prompts = change.pop("prompts", PROMPTS)
+    with pytest.raises(ShardError, match=words):
+        collect_rollouts(prompts, student, output_dir=tmp_path / "rollouts", max_completion_length=3, **change)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_twenty_times_it_ends_in_the_same_rollouts(tmp_path, student_dir, processes):
+    prompts = [f"w{i % 29 + 3} w{i // 29 + 3}" for i in range(160)]
+    Dataset.from_dict({"prompt": prompts}).save_to_disk(tmp_path / "prompts")
+    kills.check("sample", processes, tmp_path, str(tmp_path / "prompts"), str(student_dir))
+
+
+def test_sft_data_on_disk_names_the_teacher(tmp_path, teacher_dir):
+    options = dict(max_completion_length=6, rows_per_shard=3)
+    in_memory = generate_sft_data(PROMPTS, str(teacher_dir), **options)
+    data = generate_sft_data(PROMPTS, str(teacher_dir), output_dir=tmp_path / "sft", **options)
+    assert data.to_dict() == in_memory.to_dict() and record_of(data) == record_of(in_memory)
+    assert set(data["teacher_fingerprint"]) == {fingerprint_teacher(teacher_dir).id}
+    assert "ref_logprobs" not in data.column_names and "student_fingerprint" not in data.column_names
+    card = read_dataset_card(tmp_path / "sft")
+    assert card["sft_teachers"] == record_of(data)["sft_teachers"] and card["sft_teachers"][0]["probes"]
+    assert "teachers" not in card
+
+
+# ---- What cannot be done ----
+
+
 @pytest.mark.parametrize("option", [{"repetition_penalty": 5.0}, {"min_p": 0.5}, {"no_repeat_ngram_size": 1}])
 def test_the_model_s_own_generation_config_does_not_change_the_policy(student, tokenizer, option):
     kwargs = dict(tokenizer=tokenizer, temperature=1.0, max_completion_length=12)
@@ -111,6 +299,19 @@ def test_chat_prompts_go_through_the_template(student):
 def test_bad_prompts(student, tokenizer, prompts, message):
     with pytest.raises(ValueError, match=message):
         collect_rollouts(prompts, student, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"engine": "tgi"}, "`engine` is one of 'transformers'.*got 'tgi'"),
+        ({"engine": "vllm"}, "loads the model itself"),
+        ({"truncated": "maybe"}, '`truncated` is "keep" or "drop"'),
+    ],
+)
+def test_what_cannot_be_done_is_said(student, tokenizer, options, words):
+    with pytest.raises(ValueError, match=words):
+        collect_rollouts(PROMPTS, student, tokenizer=tokenizer, **options)
 
 
 @pytest.mark.parametrize("option", [{"temperature": -1}, {"top_p": 0}, {"num_generations": 0}, {"batch_size": 0}])

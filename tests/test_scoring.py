@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
+import kills
 import numpy as np
 import pytest
 import torch
@@ -182,8 +179,6 @@ def test_tokens_without_any_probability_are_counted_not_fatal(tokenizer, caplog)
 
 # ---- On disk ----
 
-KILLS = Path(__file__).parent / "faults" / "scoring_kills.py"
-
 
 def test_the_table_on_disk_is_the_table_in_memory(tmp_path, teacher_dir, student_dir, rollouts):
     options = {"top_k": 3, "ref_model": str(student_dir), "rows_per_shard": 5}
@@ -226,22 +221,8 @@ def test_a_run_that_is_not_the_same_is_refused(tmp_path, teacher_dir, student_di
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_twenty_times_it_ends_in_the_same_table(tmp_path, teacher_dir, student_dir, processes):
-    rollouts = make_rollouts(160)
-    rollouts.save_to_disk(tmp_path / "rollouts")
-    options = {"top_k": 3, "ref_model": str(student_dir), "rows_per_shard": 1, "max_batch_tokens": 64}
-    whole = score_rollouts(rollouts, str(teacher_dir), output_dir=tmp_path / "whole", **options)
-    done = subprocess.run(
-        [sys.executable, KILLS, str(processes), "20", "0", tmp_path / "rollouts", teacher_dir, student_dir,
-         tmp_path / "killed"],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    at = [int(line.split()[2]) for line in done.stdout.splitlines() if line.startswith("killed with")]
-    assert len(at) == 20 and len(set(at)) >= 5 and at[0] < 160  # killed in the middle, not before or after
-    killed = load_table(tmp_path / "killed", split="train")
-    assert killed.to_dict() == whole.to_dict() and record_of(killed) == record_of(whole)
-    for file in sorted((tmp_path / "whole").glob("*.parquet")):
-        assert (tmp_path / "killed" / file.name).read_bytes() == file.read_bytes()
+    make_rollouts(160).save_to_disk(tmp_path / "rollouts")
+    kills.check("score", processes, tmp_path, str(tmp_path / "rollouts"), str(teacher_dir), str(student_dir))
 
 
 # ---- When memory runs out ----

@@ -191,17 +191,15 @@ def main(args: Arguments) -> None:
         fine_tune(model, tokenizer, gold, Path(teacher), args.teacher_steps, seed=1)
         say(f"teacher: {model.num_parameters():,} parameters, accuracy {accuracy(teacher, eval_problems):.3f}")
 
-    answers = generate_sft_data(
-        sft_problems, teacher, max_completion_length=MAX_ANSWER_TOKENS, batch_size=500, seed=args.seed
-    )
+    sampling = dict(max_completion_length=MAX_ANSWER_TOKENS, batch_size=500, rows_per_shard=4096, seed=args.seed)
+    answers = generate_sft_data(sft_problems, teacher, **sampling)
     student = str(out / "student")
     model = make_model(tokenizer, seed=args.seed + 2, hidden=64, layers=4)
     fine_tune(model, tokenizer, answers, Path(student), args.sft_steps, seed=args.seed)
     say(f"SFT student: {model.num_parameters():,} parameters, accuracy {accuracy(student, eval_problems):.3f}")
 
-    rollouts = collect_rollouts(
-        opd_problems, student, temperature=0.8, max_completion_length=MAX_ANSWER_TOKENS, batch_size=500, seed=args.seed
-    ).select_columns(["prompt_ids", "completion_ids", "student_fingerprint"])
+    rollouts = collect_rollouts(opd_problems, student, temperature=0.8, ref_logprobs=False, **sampling)
+    rollouts = rollouts.select_columns(["prompt_ids", "completion_ids", "student_fingerprint"])
     table = score_rollouts(rollouts, teacher, top_k=args.top_k, ref_model=student)
     (out / "table").mkdir(parents=True, exist_ok=True)
     splits = {

@@ -47,6 +47,8 @@ trl_lopd:
   - {rows: 3000, digest: ...}
 ```
 
+The card of SFT data that a teacher wrote has `sft_teachers` in the place of `students` and `teachers`.
+
 A `datasets.Dataset` in memory carries the same record in `info.description`, which `map`, `filter`, `shuffle`,
 `concatenate_datasets` and `save_to_disk` keep; parquet files and `push_to_hub` do not, hence `stamp_dataset_card`.
 """
@@ -241,11 +243,16 @@ def stamp_dataset_card(
     """
     splits = dict(dataset) if isinstance(dataset, dict) else {None: dataset}
     record = _dataset_record(splits)
-    if "digests" not in record:
+    if "teachers" in record and "digests" not in record:
         logger.warning(
             "The card of %s gets no digest of its rows: they are not, or not all, what `score_rollouts` gave.", table
         )
-    _write(table, {**dict.fromkeys(("students", "teachers", "columns", "digests")), **record}, "dataset", token)
+    _write(
+        table,
+        {**dict.fromkeys(("students", "teachers", "sft_teachers", "columns", "digests")), **record},
+        "dataset",
+        token,
+    )
 
 
 def read_dataset_card(table: str | Path, revision: str | None = None) -> dict[str, Any]:
@@ -351,7 +358,10 @@ def _dataset_record(splits: dict[str | None, Dataset]) -> dict[str, Any]:
     # The parts of one table all carry its record; parts of several tables carry theirs.
     known = {json.dumps(record, sort_keys=True): record for record in records}.values()
     result: dict[str, Any] = {}
-    for key, column in (("students", "student_fingerprint"), ("teachers", "teacher_fingerprint")):
+    # Who signed rows without scores wrote them.
+    scored = all("teacher_logprobs" in part.column_names for part in splits.values())
+    signed = {"students": "student_fingerprint", "teachers" if scored else "sft_teachers": "teacher_fingerprint"}
+    for key, column in signed.items():
         counts: Counter[str | None] = Counter()
         for part in splits.values():
             counts += column_counts(part, column)
@@ -365,8 +375,8 @@ def _dataset_record(splits: dict[str | None, Dataset]) -> dict[str, Any]:
     columns = next((record["columns"] for record in known if record.get("digests")), None)
     if columns and all(set(columns) <= set(part.column_names) for part in splits.values()):
         digests = [rows_digest(part, columns) for part in splits.values()]
-        scored = [item["digest"] for record in known for item in record.get("digests", ())]
-        if add_digests(digests) == add_digests(scored) or set(digests) <= set(scored):
+        recorded = [item["digest"] for record in known for item in record.get("digests", ())]
+        if add_digests(digests) == add_digests(recorded) or set(digests) <= set(recorded):
             result["columns"] = columns
             result["digests"] = [
                 {**({"split": split} if split else {}), "rows": len(part), "digest": digest}

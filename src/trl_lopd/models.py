@@ -1,10 +1,10 @@
-"""Loading a model that samples or scores, and its tokenizer."""
+"""Loading a model that samples or scores, its tokenizer, and the tokens that end its answers."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, find_adapter_config_file
 from trl.trainer.utils import create_model_from_path
 
@@ -43,3 +43,26 @@ def load_tokenizer(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedTok
         adapter = PeftConfig.from_pretrained(name, revision=kwargs.get("revision"))
         name, kwargs = adapter.base_model_name_or_path, {**kwargs, "revision": adapter.revision}
     return AutoTokenizer.from_pretrained(name, **kwargs)
+
+
+def eos_token_ids(
+    model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, revision: str | None = None
+) -> tuple[int, ...]:
+    """The tokens that end an answer: those of the model's generation config, several in many chat models, and the
+    tokenizer's. A model that is a path is not loaded for it."""
+    if isinstance(model, str):
+        if find_adapter_config_file(model, revision=revision) is not None:
+            from peft import PeftConfig
+
+            adapter = PeftConfig.from_pretrained(model, revision=revision)
+            model, revision = adapter.base_model_name_or_path, adapter.revision
+        try:
+            generation_config = GenerationConfig.from_pretrained(model, revision=revision)
+        except OSError:  # it has none
+            config = AutoConfig.from_pretrained(model, revision=revision)
+            generation_config = GenerationConfig.from_model_config(config)
+    else:
+        generation_config = model.generation_config
+    of_model = generation_config.eos_token_id if generation_config is not None else None
+    ids = of_model if isinstance(of_model, list) else [of_model, tokenizer.eos_token_id]
+    return tuple(dict.fromkeys(i for i in ids if i is not None))

@@ -2,47 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from datasets import Dataset, Features, List, Value
-from tqdm.auto import tqdm
-from transformers import GenerationConfig
+from accelerate import PartialState
+from datasets import Dataset, DatasetInfo, Features, List, Value, concatenate_datasets
 from trl.data_utils import is_conversational
 
-from .cards import attach_record, entry, read_model_card, record_of
-from .fingerprint import fingerprint_teacher
-from .models import load_model, load_tokenizer
+from .cards import attach_record, entry, read_dataset_card, read_model_card, stamp_dataset_card
+from .fingerprint import fingerprint_teacher, with_evidence
+from .models import eos_token_ids, load_model, load_tokenizer
 from .probes import probe_model
+from .processes import on_main_process
+from .runs import ShardedRun
+from .samplers import ContinuousBatchingSampler, Sample, Sampler, Sampling, TransformersSampler
+from .table import content_digest
+from .teachers import LocalTeacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .fingerprint import TeacherFingerprint
 
+logger = logging.getLogger(__name__)
+
 Prompt = str | list[dict[str, Any]]
+
+ENGINES = ("transformers", "continuous_batching", "vllm")
 
 
 def collect_rollouts(
     prompts: Dataset | Sequence[Prompt],
     student: str | PreTrainedModel,
     *,
+    engine: str | Sampler = "transformers",
+    output_dir: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     num_generations: int = 1,
     temperature: float = 0.8,
     top_p: float = 1.0,
     max_completion_length: int = 4096,
+    stop: str | Sequence[str] = (),
+    truncated: str = "keep",
+    ref_logprobs: bool = True,
     batch_size: int = 64,
+    rows_per_shard: int = 1024,
     seed: int = 0,
     chat_template_kwargs: dict[str, Any] | None = None,
     model_init_kwargs: dict[str, Any] | None = None,
     fingerprint: TeacherFingerprint | None = None,
 ) -> Dataset:
     """
-    Samples the student's answers with transformers generation (Lightning OPD, stage 2: temperature 0.8, top-p 1, one
-    answer a prompt, up to 4096 tokens).
+    Samples the student's answers (Lightning OPD, stage 2: temperature 0.8, top-p 1, one answer a prompt, up to 4096
+    tokens).
+
+    With `output_dir`, each shard is on disk when it is done: a run that was killed continues when it is started again
+    with the same arguments, and samples the same tokens. `load_dataset(output_dir)` and `load_table(output_dir)` read
+    it. Under `accelerate launch`, every process samples its share of the shards.
 
     Args:
         prompts ([`~datasets.Dataset`] or sequence):
@@ -51,6 +71,13 @@ def collect_rollouts(
         student (`str` or [`~transformers.PreTrainedModel`]):
             A local directory or Hub id (of an adapter too), or a loaded model. Its own generation config is set aside,
             but for its end-of-sequence tokens: a repetition penalty there would make the samples another policy's.
+        engine (`str` or [`Sampler`], *optional*, defaults to `"transformers"`):
+            What samples: `"transformers"`, in batches of `batch_size`; `"continuous_batching"`, transformers' own, for
+            answers of very different lengths; `"vllm"`, in this process (`pip install 'trl-lopd[vllm]'`); or a server
+            that serves the student, `VLLMServer("http://localhost:8000")`. With the last two, each answer has a seed
+            of its own.
+        output_dir (`str` or `Path`, *optional*):
+            Where to write the rollouts, shard by shard. Without it all is in memory, and lost if the process dies.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Loaded from the student's path if not given.
         num_generations (`int`, *optional*, defaults to `1`):
@@ -60,184 +87,374 @@ def collect_rollouts(
         top_p (`float`, *optional*, defaults to `1.0`):
             Nucleus sampling.
         max_completion_length (`int`, *optional*, defaults to `4096`):
-            In tokens. Longer answers are cut; they then do not end with an end-of-sequence token.
+            In tokens. Longer answers are cut; their `finish_reason` is `"length"`.
+        stop (`str` or sequence of `str`, *optional*):
+            Texts that end an answer, beside the end-of-sequence tokens. The tokens that write them are kept.
+        truncated (`str`, *optional*, defaults to `"keep"`):
+            Whether to `"keep"` answers that were cut, or to `"drop"` them. They are counted either way.
+        ref_logprobs (`bool`, *optional*, defaults to `True`):
+            Whether to add the student's own log-probabilities, at temperature 1 over the full vocabulary. Engines give
+            them with the tokens, in their own precision; continuous batching only at temperature 1 and top-p 1, and
+            otherwise they are computed afterwards.
         batch_size (`int`, *optional*, defaults to `64`):
-            Sequences generated together.
+            Answers generated together by `"transformers"`; other engines decide for themselves.
+        rows_per_shard (`int`, *optional*, defaults to `1024`):
+            Prompts whose answers are sampled, and written, together.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the sampling; with another `batch_size` it gives other samples. The caller's random state is left
-            as it was.
+            Seed of the sampling. The transformers engines give other samples with another `batch_size` or
+            `rows_per_shard`. The caller's random state is left as it was.
         chat_template_kwargs (`dict`, *optional*):
             For the chat template, for instance `{"enable_thinking": False}`.
         model_init_kwargs (`dict`, *optional*):
-            For loading the student from a path, for instance `{"dtype": "bfloat16"}`.
+            For loading the student from a path, for instance `{"dtype": "bfloat16"}`; arguments of `vllm.LLM` with
+            `engine="vllm"`, for instance `{"tensor_parallel_size": 2}`.
         fingerprint ([`TeacherFingerprint`], *optional*):
             The student's. Computed if not given: from the checkpoint that a path names, or from a loaded model as it
             is in memory.
 
     Returns:
         [`~datasets.Dataset`]: One row an answer: the columns of `prompts`, `prompt_ids` and `completion_ids`
-        (`list<int32>`, an end-of-sequence token kept), `completion`, the decoded text, and `student_fingerprint`. It
-        carries a record of the student, the SFT teachers that its card names, and the sampling: see `cards`.
+        (`list<int32>`, an end-of-sequence token kept), `completion`, the decoded text, `finish_reason` (`"stop"` or
+        `"length"`), `ref_logprobs` (`list<float32>`) and `student_fingerprint`, which counts as declared if a server
+        sampled. It carries a record of the student, the SFT teachers that its card names, and the sampling: see
+        `cards`.
 
     Raises:
-        ValueError: No prompts, an empty prompt, no `prompt` column, an option out of range, or a loaded model that
-            cannot be fingerprinted.
+        ValueError: No prompts, an empty prompt, no `prompt` column, an option out of range, an engine that cannot do
+            what is asked, several processes without `output_dir`, no answer left, or a loaded model that cannot be
+            fingerprinted.
+        ShardError: `output_dir` holds something else, another run's rollouts, or is being written to.
+        ServerError: A server that cannot be used.
     """
     revision = (model_init_kwargs or {}).get("revision")
     name = student if isinstance(student, str) else student.config._name_or_path
     sft_teachers = (read_model_card(name, revision) if name else {}).get("sft_teachers") or []
-    fingerprint = fingerprint or fingerprint_teacher(student, tokenizer, revision=revision)
-    sampling = {
-        "num_generations": num_generations,
-        "temperature": temperature,
-        "top_p": top_p,
-        "max_completion_length": max_completion_length,
-        "batch_size": batch_size,
-        "seed": seed,
-        "chat_template_kwargs": chat_template_kwargs,
-    }
-    rollouts = _sample(prompts, student, tokenizer, model_init_kwargs, **sampling)
-    about = entry(
-        fingerprint,
-        rows=len(rollouts),
-        sampling={option: value for option, value in sampling.items() if value is not None},
-        sft_teachers=[teacher["id"] for teacher in sft_teachers],
+    return _collect(
+        prompts,
+        student,
+        role="student",
+        about={"sft_teachers": [teacher["id"] for teacher in sft_teachers]},
+        engine=engine,
+        output_dir=output_dir,
+        tokenizer=tokenizer,
+        num_generations=num_generations,
+        temperature=temperature,
+        top_p=top_p,
+        max_completion_length=max_completion_length,
+        stop=stop,
+        truncated=truncated,
+        ref_logprobs=ref_logprobs,
+        batch_size=batch_size,
+        rows_per_shard=rows_per_shard,
+        seed=seed,
+        chat_template_kwargs=chat_template_kwargs,
+        model_init_kwargs=model_init_kwargs,
+        fingerprint=fingerprint,
     )
-    rollouts = rollouts.add_column("student_fingerprint", [fingerprint.id] * len(rollouts), feature=Value("string"))
-    attach_record(rollouts, {"students": [about]})
-    return rollouts
 
 
 def generate_sft_data(
     prompts: Dataset | Sequence[Prompt],
     teacher: str | PreTrainedModel,
     *,
+    engine: str | Sampler = "transformers",
+    output_dir: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    num_generations: int = 1,
     temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_completion_length: int = 4096,
+    stop: str | Sequence[str] = (),
+    truncated: str = "keep",
+    batch_size: int = 64,
+    rows_per_shard: int = 1024,
+    seed: int = 0,
+    chat_template_kwargs: dict[str, Any] | None = None,
     model_init_kwargs: dict[str, Any] | None = None,
     fingerprint: TeacherFingerprint | None = None,
-    **sampling,
 ) -> Dataset:
     """
     Samples the teacher's answers for fine-tuning the student (Lightning OPD, stage 1), each row signed with the
     teacher's fingerprint. `TeacherStampCallback` reads it while TRL's `SFTTrainer` trains on the result.
 
     Args:
-        prompts, teacher, tokenizer, temperature, model_init_kwargs, fingerprint, **sampling:
+        prompts, engine, output_dir, tokenizer, num_generations, temperature, top_p, max_completion_length, stop,
+        truncated, batch_size, rows_per_shard, seed, chat_template_kwargs, model_init_kwargs, fingerprint:
             As in [`collect_rollouts`], with the teacher in the student's place and the temperature 1 by default.
+        teacher (`str` or [`~transformers.PreTrainedModel`]):
+            A local directory or Hub id, or a loaded model.
 
     Returns:
         [`~datasets.Dataset`]: One row an answer: the columns of `prompts`, `completion` (text; a list with one
         assistant message where the prompt is a list of messages), `prompt_ids` and `completion_ids` (`list<int32>`, an
-        end-of-sequence token kept: a completion without one was cut), and `teacher_fingerprint`. It carries a record
-        of the teacher, the sampling, and the teacher's answers to the probes: see `cards` and `probes`.
+        end-of-sequence token kept), `finish_reason`, and `teacher_fingerprint`. It carries a record of the teacher,
+        the sampling, and, with the transformers engines, the teacher's answers to the probes: see `cards` and
+        `probes`.
 
     Raises:
-        ValueError: As [`collect_rollouts`].
+        ValueError, ShardError, ServerError: As [`collect_rollouts`].
     """
-    if isinstance(teacher, str):
-        revision = (model_init_kwargs or {}).get("revision")
-        fingerprint = fingerprint or fingerprint_teacher(teacher, tokenizer, revision=revision)
-        tokenizer = tokenizer or load_tokenizer(teacher, revision=revision)
-        teacher = load_model(teacher, model_init_kwargs)
-    tokenizer = tokenizer or load_tokenizer(teacher)
-    answers = collect_rollouts(
-        prompts, teacher, tokenizer=tokenizer, temperature=temperature, fingerprint=fingerprint, **sampling
+    return _collect(
+        prompts,
+        teacher,
+        role="teacher",
+        about={"share": 1.0},
+        engine=engine,
+        output_dir=output_dir,
+        tokenizer=tokenizer,
+        num_generations=num_generations,
+        temperature=temperature,
+        top_p=top_p,
+        max_completion_length=max_completion_length,
+        stop=stop,
+        truncated=truncated,
+        ref_logprobs=False,
+        batch_size=batch_size,
+        rows_per_shard=rows_per_shard,
+        seed=seed,
+        chat_template_kwargs=chat_template_kwargs,
+        model_init_kwargs=model_init_kwargs,
+        fingerprint=fingerprint,
     )
-    about = record_of(answers)["students"][0]
-    del about["sft_teachers"]
-    answers = answers.rename_column("student_fingerprint", "teacher_fingerprint")
-    if is_conversational({"prompt": answers[0]["prompt"]}):
-        messages = [[{"role": "assistant", "content": text}] for text in answers["completion"]]
-        answers = answers.remove_columns("completion").add_column("completion", messages)
-    attach_record(answers, {"sft_teachers": [{**about, "share": 1.0, "probes": probe_model(teacher, tokenizer)}]})
-    return answers
 
 
-def _sample(
+def _collect(
     prompts: Dataset | Sequence[Prompt],
-    student: str | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    model_init_kwargs: dict[str, Any] | None,
+    model: str | PreTrainedModel,
     *,
+    role: str,
+    about: dict[str, Any],
+    engine: str | Sampler,
+    output_dir: str | Path | None,
+    tokenizer: PreTrainedTokenizerBase | None,
     num_generations: int,
     temperature: float,
     top_p: float,
     max_completion_length: int,
+    stop: str | Sequence[str],
+    truncated: str,
+    ref_logprobs: bool,
     batch_size: int,
+    rows_per_shard: int,
     seed: int,
     chat_template_kwargs: dict[str, Any] | None,
+    model_init_kwargs: dict[str, Any] | None,
+    fingerprint: TeacherFingerprint | None,
 ) -> Dataset:
-    if temperature < 0 or not 0 < top_p <= 1 or min(num_generations, max_completion_length, batch_size) < 1:
+    """Answers of a model in its role, `"student"` or `"teacher"`; `about` goes into its entry in the record."""
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"`temperature` is 0 or more, `top_p` above 0 and at most 1; got {temperature} and {top_p}.")
+    if min(num_generations, max_completion_length, batch_size, rows_per_shard) < 1:
         raise ValueError(
-            "`temperature` is 0 or more, `top_p` above 0 and at most 1, `num_generations`, `max_completion_length` "
-            f"and `batch_size` at least 1; got {temperature}, {top_p}, {num_generations}, {max_completion_length} "
-            f"and {batch_size}."
+            "`num_generations`, `max_completion_length`, `batch_size` and `rows_per_shard` are 1 or more; got "
+            f"{num_generations}, {max_completion_length}, {batch_size} and {rows_per_shard}."
         )
+    if truncated not in ("keep", "drop"):
+        raise ValueError(f'`truncated` is "keep" or "drop", not {truncated!r}.')
+    _check_engine(engine, model)
     if not isinstance(prompts, Dataset):
         prompts = Dataset.from_dict({"prompt": list(prompts)})
     if "prompt" not in prompts.column_names:
         raise ValueError(f"The dataset has no `prompt` column, only {prompts.column_names}. Rename yours to `prompt`.")
     if len(prompts) == 0:
         raise ValueError("There are no prompts to answer.")
-    if isinstance(student, str):
-        tokenizer = tokenizer or load_tokenizer(student, revision=(model_init_kwargs or {}).get("revision"))
-        student = load_model(student, model_init_kwargs)
-    tokenizer = tokenizer or load_tokenizer(student)
+    as_messages = role == "teacher" and is_conversational({"prompt": prompts[0]["prompt"]})
 
-    prompt_ids = [_encode(row, tokenizer, chat_template_kwargs or {}) for row in prompts.select_columns("prompt")]
-    if empty := [i for i, ids in enumerate(prompt_ids) if not ids]:
-        raise ValueError(f"Prompt {empty[0]} is empty: the first answer token would have no context.")
-
-    eos_ids = _eos_token_ids(student, tokenizer)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    generation_config = GenerationConfig(
-        max_new_tokens=max_completion_length,
-        eos_token_id=eos_ids,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos_ids or [0])[0],
-        **(sampling if temperature > 0 else {"do_sample": False}),
+    state = PartialState()
+    kwargs = dict(model_init_kwargs or {})
+    revision = kwargs.get("revision")
+    fingerprint = fingerprint or fingerprint_teacher(model, tokenizer, revision=revision)
+    tokenizer = tokenizer or load_tokenizer(model, revision=revision)
+    if engine in ENGINES:
+        signature = fingerprint.id
+    else:
+        # What a server serves is somebody's word.
+        signature = with_evidence(fingerprint.id, "declared")
+        about = {"evidence": "declared", **about}
+        if hasattr(engine, "self_test"):
+            engine.tokenizer = engine.tokenizer or tokenizer
+            on_main_process(state, engine.self_test)
+    sampling = Sampling(
+        temperature=temperature,
+        top_p=top_p,
+        max_completion_length=max_completion_length,
+        eos_token_ids=eos_token_ids(model, tokenizer, revision),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        seed=seed,
     )
-    rows = [i for i in range(len(prompts)) for _ in range(num_generations)]
-    # Prompts of like length together waste the least padding.
-    jobs = sorted(rows, key=lambda i: len(prompt_ids[i]), reverse=True)
-    completions: list[list[list[int]]] = [[] for _ in prompt_ids]
-    was_training, own_config = student.training, student.generation_config
-    student.eval()
-    # `generate` would fill what ours leaves open from the model's.
-    student.generation_config = GenerationConfig()
-    devices = [student.device] if student.device.type == "cuda" else []
-    try:
-        with (
-            torch.random.fork_rng(devices),
-            tqdm(total=len(jobs), desc="Sampling rollouts", unit="rollout") as progress,
-        ):
-            for start in range(0, len(jobs), batch_size):
-                torch.manual_seed(int(np.random.SeedSequence([seed, start]).generate_state(1)[0]))
-                batch = jobs[start : start + batch_size]
-                sampled = _generate(student, [prompt_ids[i] for i in batch], generation_config)
-                for i, ids in zip(batch, sampled, strict=True):
-                    completions[i].append(_until_eos(ids, set(eos_ids)))
-                progress.update(len(batch))
-    finally:
-        student.generation_config = own_config
-        student.train(was_training)
-
-    flat = [ids for of_prompt in completions for ids in of_prompt]
-    replaced = [*_FEATURES, "student_fingerprint", "teacher_fingerprint"]
-    result = prompts.select(rows).remove_columns([c for c in replaced if c in prompts.column_names])
-    columns = {
-        "prompt_ids": [prompt_ids[i] for i in rows],
-        "completion_ids": flat,
-        "completion": tokenizer.batch_decode(flat, skip_special_tokens=True),
+    options = {
+        "engine": engine if isinstance(engine, str) else type(engine).__name__,
+        "num_generations": num_generations,
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_completion_length": max_completion_length,
+        "stop": list(sampling.stop) or None,
+        "truncated": truncated,
+        "batch_size": batch_size if engine == "transformers" else None,
+        "rows_per_shard": rows_per_shard,
+        "seed": seed,
+        "chat_template_kwargs": chat_template_kwargs,
     }
-    for name, values in columns.items():
-        result = result.add_column(name, values, feature=_FEATURES[name])
-    return result
+    options = {option: value for option, value in options.items() if value is not None}
+    pins = {
+        "prompts": content_digest(prompts) if output_dir is not None else None,
+        role: signature,
+        "ref_logprobs": ref_logprobs,
+        "dtype": str(kwargs.get("dtype", "auto")),
+        **options,
+    }
+
+    @functools.cache  # once, and not at all if everything is sampled already
+    def load() -> PreTrainedModel:
+        on_device = state.num_processes > 1 and state.device.type != "cpu"
+        return load_model(model, {"device_map": {"": state.device}, **kwargs} if on_device else kwargs)
+
+    @functools.cache
+    def sampler() -> Sampler:
+        if engine == "transformers":
+            return TransformersSampler(load(), tokenizer, batch_size)
+        if engine == "continuous_batching":
+            return ContinuousBatchingSampler(load(), tokenizer)
+        if engine == "vllm":
+            from .vllm_offline import VLLMEngine
+
+            return VLLMEngine(model, **kwargs)
+        return engine
+
+    sizes = np.full(len(prompts), num_generations)
+    with ShardedRun("Sampling", "answer", sizes, rows_per_shard, output_dir, pins) as run:
+        for shard, span in run.pending():
+            rows = _take(prompts, [row for row in span for _ in range(num_generations)])
+            prompt_ids = _encode_all(rows, span.start, num_generations, tokenizer, chat_template_kwargs or {})
+            samples = sampler().sample(
+                prompt_ids, sampling, span.start * num_generations, lambda tokens: run.advance(tokens, 1)
+            )
+            if ref_logprobs:
+                samples = _with_logprobs(samples, prompt_ids, load)
+            part = _with_answers(rows, prompt_ids, samples, tokenizer, f"{role}_fingerprint", signature, as_messages)
+            if not ref_logprobs:
+                part = part.remove_columns("ref_logprobs")
+            cut = [sample.finish_reason == "length" for sample in samples]
+            dropped = sum(cut) if truncated == "drop" else 0
+            if dropped:
+                part = _take(part, [i for i, is_cut in enumerate(cut) if not is_cut])
+            run.write(
+                shard,
+                part,
+                answers=len(samples),
+                truncated=sum(cut),
+                dropped=dropped,
+                completion_tokens=sum(len(sample.ids) for sample in samples),
+            )
+        if role == "teacher" and state.is_main_process and engine in ENGINES and engine != "vllm":
+            known = read_dataset_card(output_dir).get("sft_teachers") if output_dir is not None else None
+            about["probes"] = known[0]["probes"] if known else probe_model(load(), tokenizer)
+        rollouts = run.dataset()
+        counts = run.counts()
+    if len(rollouts) == 0:
+        raise ValueError(
+            f"All {counts['answers']} answers were cut at {max_completion_length} tokens and dropped. Raise "
+            '`max_completion_length`, or keep them with `truncated="keep"`.'
+        )
+    if counts["truncated"]:
+        logger.warning(
+            f"{counts['truncated']} of {counts['answers']} answers were cut at {max_completion_length} tokens and "
+            f"{'dropped' if truncated == 'drop' else 'kept'}."
+        )
+    sampled = {**options, "truncated_answers": counts["truncated"]}
+    about = entry(fingerprint, rows=len(rollouts), sampling=sampled, **about)
+    attach_record(rollouts, {"students" if role == "student" else "sft_teachers": [about]})
+    if output_dir is not None and state.is_main_process:
+        stamp_dataset_card(output_dir, rollouts)
+    state.wait_for_everyone()
+    return rollouts
 
 
-_FEATURES = Features(
-    {"prompt_ids": List(Value("int32")), "completion_ids": List(Value("int32")), "completion": Value("string")}
-)
+def _take(dataset: Dataset, rows: list[int]) -> Dataset:
+    """Some rows, copied: without the mapping of indices that `select` leaves, and the progress bar of removing it."""
+    return Dataset(dataset.with_format("arrow")[rows], info=DatasetInfo(features=dataset.features))
+
+
+def _check_engine(engine: str | Sampler, model: str | PreTrainedModel) -> None:
+    if engine not in ENGINES and not hasattr(engine, "sample"):
+        raise ValueError(
+            f"`engine` is one of {', '.join(map(repr, ENGINES))}, or a server such as `VLLMServer(url)`; got "
+            f"{engine!r}."
+        )
+    if engine == "vllm":
+        if not isinstance(model, str):
+            raise ValueError('`engine="vllm"` loads the model itself: give its directory or Hub id.')
+        if PartialState().num_processes > 1:
+            raise ValueError(
+                "vLLM uses several GPUs from one process: start one, with "
+                '`model_init_kwargs={"tensor_parallel_size": N}`, or serve the model with `vllm serve` and pass '
+                "`VLLMServer(url)` as the engine."
+            )
+
+
+def _with_logprobs(
+    samples: list[Sample], prompt_ids: list[list[int]], load: Callable[[], PreTrainedModel]
+) -> list[Sample]:
+    """The answers with the log-probabilities that the engine did not give."""
+    missing = [i for i, sample in enumerate(samples) if sample.logprobs is None]
+    if not missing:
+        return samples
+    sequences = [np.array([*prompt_ids[i], *samples[i].ids]) for i in missing]
+    scores = LocalTeacher(load()).score(sequences, [len(samples[i].ids) for i in missing], 0)
+    computed = dict(zip(missing, scores, strict=True))
+    return [
+        sample._replace(logprobs=computed[i].logprobs.tolist()) if i in computed else sample
+        for i, sample in enumerate(samples)
+    ]
+
+
+def _with_answers(
+    rows: Dataset,
+    prompt_ids: list[list[int]],
+    samples: list[Sample],
+    tokenizer: PreTrainedTokenizerBase,
+    signature_column: str,
+    signature: str,
+    as_messages: bool,
+) -> Dataset:
+    """The prompts' rows with the columns that sampling adds, in the place of columns of these names."""
+    ids = [sample.ids for sample in samples]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    columns = {
+        "prompt_ids": prompt_ids,
+        "completion_ids": ids,
+        "completion": [[{"role": "assistant", "content": text}] for text in texts] if as_messages else texts,
+        "finish_reason": [sample.finish_reason for sample in samples],
+        "ref_logprobs": [sample.logprobs for sample in samples],
+        signature_column: [signature] * len(samples),
+    }
+    message = List({"role": Value("string"), "content": Value("string")})
+    features = Features(
+        {
+            "prompt_ids": List(Value("int32")),
+            "completion_ids": List(Value("int32")),
+            "completion": message if as_messages else Value("string"),
+            "finish_reason": Value("string"),
+            "ref_logprobs": List(Value("float32")),
+            signature_column: Value("string"),
+        }
+    )
+    replaced = {*columns, "student_fingerprint", "teacher_fingerprint"}
+    kept = rows.remove_columns([name for name in rows.column_names if name in replaced])
+    return concatenate_datasets([kept, Dataset.from_dict(columns, features=features)], axis=1)
+
+
+def _encode_all(
+    rows: Dataset, first: int, num_generations: int, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict
+) -> list[list[int]]:
+    ids: list[list[int]] = []
+    for i in range(0, len(rows), num_generations):
+        encoded = _encode({"prompt": rows[i]["prompt"]}, tokenizer, chat_template_kwargs)
+        if not encoded:
+            prompt = first + i // num_generations
+            raise ValueError(f"Prompt {prompt} is empty: the first answer token would have no context.")
+        ids += [encoded] * num_generations
+    return ids
 
 
 def _encode(row: dict[str, Prompt], tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict) -> list[int]:
@@ -246,28 +463,3 @@ def _encode(row: dict[str, Prompt], tokenizer: PreTrainedTokenizerBase, chat_tem
             row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True, **chat_template_kwargs
         )["input_ids"]
     return tokenizer(row["prompt"], add_special_tokens=True)["input_ids"]
-
-
-def _eos_token_ids(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    of_model = student.generation_config.eos_token_id if student.generation_config is not None else None
-    ids = of_model if isinstance(of_model, list) else [of_model, tokenizer.eos_token_id]
-    return list(dict.fromkeys(i for i in ids if i is not None))
-
-
-@torch.inference_mode()
-def _generate(student: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
-    width = max(map(len, prompts))
-    input_ids = torch.tensor([[config.pad_token_id] * (width - len(ids)) + ids for ids in prompts])
-    attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
-    output = student.generate(
-        input_ids=input_ids.to(student.device),
-        attention_mask=attention_mask.to(student.device),
-        generation_config=config,
-    )
-    return output[:, width:].tolist()
-
-
-def _until_eos(ids: list[int], eos_ids: set[int]) -> list[int]:
-    """Cuts the padding behind the first end-of-sequence token, which is kept."""
-    end = next((i for i, token in enumerate(ids) if token in eos_ids), len(ids) - 1)
-    return ids[: end + 1]

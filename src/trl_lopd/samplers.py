@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
+import torch
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -70,3 +83,180 @@ class Sampler(Protocol):
             advance (`Callable`, *optional*): Called with the number of tokens of each answer when it is done.
         """
         ...
+
+
+class TransformersSampler:
+    """
+    A transformers model that answers in batches of prompts of like length, each batch with a seed of its own.
+
+    The model's own generation config is set aside: a repetition penalty there would make the samples another policy's.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer, for stop texts.
+        batch_size (`int`): Answers generated together.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64):
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+
+    def sample(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        first: int = 0,
+        advance: Callable[[int], object] = lambda tokens: None,
+    ) -> list[Sample]:
+        """See [`Sampler`]."""
+        # Prompts of like length together waste the least padding.
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+        samples: list[Sample | None] = [None] * len(prompts)
+        with _set_up(self.model):
+            for start in range(0, len(order), self.batch_size):
+                torch.manual_seed(sampling.seed_of(first + start))
+                batch = order[start : start + self.batch_size]
+                for i, sample in zip(batch, self._generate([prompts[i] for i in batch], sampling), strict=True):
+                    samples[i] = sample
+                    advance(len(sample.ids))
+        return samples
+
+    @torch.inference_mode()
+    def _generate(self, prompts: list[list[int]], sampling: Sampling) -> list[Sample]:
+        config = _generation_config(sampling, self.tokenizer)
+        width = max(map(len, prompts))
+        input_ids = torch.tensor([[config.pad_token_id] * (width - len(ids)) + ids for ids in prompts])
+        attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
+        raw = _RawLogits()
+        ends = _Ends(raw, width, sampling, self.tokenizer)
+        output = self.model.generate(
+            input_ids=input_ids.to(self.model.device),
+            attention_mask=attention_mask.to(self.model.device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([raw]),
+            stopping_criteria=StoppingCriteriaList([ends]),
+        )[:, width:].tolist()
+        lengths = torch.where(ends.length > 0, ends.length, len(output[0])).tolist()
+        logprobs = torch.stack(ends.logprobs, dim=1).tolist()
+        return [
+            Sample(ids[:length], "stop" if ended else "length", of_row[:length])
+            for ids, of_row, length, ended in zip(output, logprobs, lengths, (ends.length > 0).tolist(), strict=True)
+        ]
+
+
+class _RawLogits(LogitsProcessor):
+    """Keeps the logits of this step as the model gave them: ours runs before temperature and top-p."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.logits, self.log_z = scores, scores.logsumexp(-1)
+        return scores
+
+
+class _Ends(StoppingCriteria):
+    """Sees each token as soon as it is sampled: records its log-probability, and where an answer ends."""
+
+    def __init__(self, raw: _RawLogits, width: int, sampling: Sampling, tokenizer: PreTrainedTokenizerBase):
+        self.raw, self.width, self.logprobs, self.length = raw, width, [], torch.zeros((), dtype=torch.long)
+        self.eos = torch.tensor(sampling.eos_token_ids, dtype=torch.long)
+        self.tokenizer, self.stop = tokenizer, sampling.stop
+        # A token has a byte or more, but for the first, which may lose a space.
+        self.reach = max((len(text.encode()) for text in self.stop), default=0) + 1
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs) -> torch.Tensor:
+        tokens = input_ids[:, -1:]
+        self.logprobs.append(self.raw.logits.gather(-1, tokens).squeeze(-1) - self.raw.log_z)
+        ended = torch.isin(tokens.squeeze(-1), self.eos.to(tokens.device))
+        if self.stop:
+            # A stop text that began in the prompt has not been sampled.
+            tails = input_ids[:, max(self.width, input_ids.shape[1] - self.reach) :]
+            texts = self.tokenizer.batch_decode(tails)
+            ended |= torch.tensor([any(stop in text for stop in self.stop) for text in texts], device=ended.device)
+        new_end = ended & (self.length.to(ended.device) == 0)
+        self.length = torch.where(new_end, len(self.logprobs), self.length.to(ended.device))
+        return self.length > 0
+
+
+class ContinuousBatchingSampler:
+    """
+    A transformers model that answers with continuous batching: an answer that ends makes room for the next at once.
+
+    All prompts of a call share one seed, that of the first answer. The schedule, and with it the samples, also depends
+    on how many sequences the memory holds.
+
+    Args:
+        model, tokenizer: As in [`TransformersSampler`].
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        self.model, self.tokenizer = model, tokenizer
+
+    def sample(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        first: int = 0,
+        advance: Callable[[int], object] = lambda tokens: None,
+    ) -> list[Sample]:
+        """
+        See [`Sampler`]. Log-probabilities are given where the distribution was not changed before sampling, at
+        temperature 1 and top-p 1.
+
+        Raises:
+            ValueError: if there are stop texts, which continuous batching does not know.
+            RuntimeError: if a request fails; transformers logs why.
+        """
+        if sampling.stop:
+            raise ValueError('Continuous batching knows no `stop` texts. Use `engine="transformers"` or vLLM.')
+        unchanged = sampling.temperature == sampling.top_p == 1
+        with _set_up(self.model):
+            outputs = self.model.generate_batch(
+                prompts,
+                generation_config=_generation_config(sampling, self.tokenizer),
+                continuous_batching_config=ContinuousBatchingConfig(
+                    return_logprobs=unchanged,
+                    seed=sampling.seed_of(first),
+                    # Of what is free: by default nearly all, which is right on a GPU only.
+                    max_memory_percent=None if self.model.device.type == "cuda" else 0.05,
+                ),
+                progress_bar=False,
+            )
+        failed = [output.error for output in outputs.values() if output.error is not None]
+        if failed or len(outputs) != len(prompts):
+            raise RuntimeError(
+                f"Continuous batching lost {len(prompts) - len(outputs) + len(failed)} of {len(prompts)} requests"
+                f"{f': {failed[0]}' if failed else '; what transformers logged above says why'}."
+            )
+        samples = []
+        for output in outputs.values():
+            ids = output.generated_tokens
+            reason = "stop" if ids[-1] in sampling.eos_token_ids else "length"
+            samples.append(Sample(ids, reason, output.logprobs if unchanged else None))
+            advance(len(ids))
+        return samples
+
+
+def _generation_config(sampling: Sampling, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    eos_ids = list(sampling.eos_token_ids)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos_ids or [0])[0]
+    how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    return GenerationConfig(
+        max_new_tokens=sampling.max_completion_length,
+        eos_token_id=eos_ids,
+        pad_token_id=pad,
+        **(how if sampling.temperature > 0 else {"do_sample": False}),
+    )
+
+
+@contextlib.contextmanager
+def _set_up(model: PreTrainedModel) -> Iterator[None]:
+    """The model in evaluation mode and with no generation config of its own; it and the random state as they were
+    afterwards."""
+    was_training, own_config = model.training, model.generation_config
+    model.eval()
+    # `generate` would fill what ours leaves open from the model's.
+    model.generation_config = GenerationConfig()
+    try:
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+            yield
+    finally:
+        model.generation_config = own_config
+        model.train(was_training)

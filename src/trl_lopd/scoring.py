@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +12,12 @@ import numpy as np
 import pyarrow as pa
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
-from tqdm.auto import tqdm
 
 from .cards import attach_record, entry, read_dataset_card, record_of, stamp_dataset_card
 from .fingerprint import fingerprint_teacher, with_evidence
 from .models import load_model, load_tokenizer
 from .probes import probe_model, probed_entries
-from .processes import on_main_process
-from .shards import ShardStore
+from .runs import ShardedRun
 from .table import (
     TOPK_COLUMNS,
     TableError,
@@ -80,8 +78,8 @@ def score_rollouts(
             Also store the teacher's most likely tokens at each position. `0` stores none; the trainer then has only
             the sampled-token objective.
         ref_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            The student that sampled the rollouts, or an adapter; scores them into `ref_logprobs` the same way. It is
-            in memory beside a local teacher.
+            The student that sampled the rollouts, or an adapter, for rollouts without `ref_logprobs`: it scores them
+            the same way, in memory beside a local teacher.
         max_batch_tokens (`int`, *optional*, defaults to `16384`):
             Tokens of a forward pass, padding included. A longer row is scored alone. Halved when memory runs out.
         rows_per_shard (`int`, *optional*, defaults to `4096`):
@@ -115,8 +113,6 @@ def score_rollouts(
             f"{top_k}, {max_batch_tokens} and {rows_per_shard}."
         )
     state = PartialState()
-    if state.num_processes > 1 and output_dir is None:
-        raise ValueError("Several processes score into one table on disk: give `output_dir`.")
     if state.num_processes > 1 and state.device.type != "cpu":
         model_init_kwargs = {"device_map": {"": state.device}, **(model_init_kwargs or {})}
     added = ["teacher_logprobs", "teacher_fingerprint", *(TOPK_COLUMNS if top_k else ())]
@@ -131,62 +127,39 @@ def score_rollouts(
         tokenizer = tokenizer or load_tokenizer(teacher, revision=revision)
         about = entry(fingerprint or fingerprint_teacher(teacher, tokenizer, revision=revision))
     teacher_id = with_evidence(about["id"], about["evidence"])
-    store = None
+    pins = {}
     if output_dir is not None:
-        store = ShardStore(
-            output_dir,
-            pins={
-                "rollouts": content_digest(dataset),
-                "teacher": teacher_id,
-                "top_k": top_k,
-                "ref_model": None if ref_model is None else fingerprint_teacher(ref_model, revision=revision).id,
-                "max_batch_tokens": max_batch_tokens,
-                "dtype": str((model_init_kwargs or {}).get("dtype", "auto")),
-            },
-            rows=len(dataset),
-            rows_per_shard=rows_per_shard,
-            process_index=state.process_index,
-            num_processes=state.num_processes,
-        )
+        pins = {
+            "rollouts": content_digest(dataset),
+            "teacher": teacher_id,
+            "top_k": top_k,
+            "ref_model": None if ref_model is None else fingerprint_teacher(ref_model, revision=revision).id,
+            "max_batch_tokens": max_batch_tokens,
+            "dtype": str((model_init_kwargs or {}).get("dtype", "auto")),
+        }
 
     @functools.cache  # once, and not at all if everything is scored already
     def load(model: str | PreTrainedModel) -> LocalTeacher:
         return LocalTeacher(load_model(model, model_init_kwargs), max_batch_tokens)
 
-    parts, tokens = [], lengths(dataset)[1]
-    with ExitStack() as stack:
-        if store is not None:
-            # The main process first: it checks the directory, and makes it a store.
-            on_main_process(state, lambda: stack.enter_context(store) and None)
-            if not state.is_main_process:
-                stack.enter_context(store)
-        shards = range(-(-len(dataset) // rows_per_shard)) if store is None else store.pending
-        starts = [shard * rows_per_shard for shard in shards]
-        spans = [range(start, min(start + rows_per_shard, len(dataset))) for start in starts]
-        with tqdm(
-            total=int(sum(tokens[span].sum() for span in spans)),
-            desc="Scoring",
-            unit="token",
-            disable=not state.is_local_main_process,
-        ) as progress:
-            for shard, span in zip(shards, spans, strict=True):
-                rows = dataset.select(span)
-                scored = {}
-                # The student first: if it cannot be scored, that shows before the teacher's time is spent.
-                if ref_model is not None:
-                    scored["ref"] = _score(load(ref_model), rows, span.start, 0)
-                scored["teacher"] = _score(teacher if is_served else load(teacher), rows, span.start, top_k)
-                part = _with_scores(rows, teacher_id, top_k, **scored)
-                progress.update(int(tokens[span].sum()))
-                parts.append(part) if store is None else store.write(shard, part.data.table)
+    tokens = lengths(dataset)[1]
+    with ShardedRun("Scoring", "token", tokens, rows_per_shard, output_dir, pins) as run:
+        for shard, span in run.pending():
+            rows = dataset.select(span)
+            scored = {}
+            # The student first: if it cannot be scored, that shows before the teacher's time is spent.
+            if ref_model is not None:
+                scored["ref"] = _score(load(ref_model), rows, span.start, 0)
+            scored["teacher"] = _score(teacher if is_served else load(teacher), rows, span.start, top_k, run.advance)
+            part = _with_scores(rows, teacher_id, top_k, **scored)
+            run.write(shard, part, completion_tokens=int(tokens[span].sum()))
         if not is_served and state.is_main_process:
             # A table that was finished before has a card that holds them.
-            card = read_dataset_card(output_dir) if store is not None else {}
+            card = read_dataset_card(output_dir) if output_dir is not None else {}
             known = probed_entries(card)
             if probes := known[0]["probes"] if known else _probes(load(teacher).model, tokenizer):
                 about["probes"] = probes
-        state.wait_for_everyone()
-        table = concatenate_datasets(parts) if store is None else store.dataset()
+        table = run.dataset()
 
     # Scores of -inf are the trainer's to accept or refuse; any floor lets them pass here.
     if floored := validate_table(table, teacher_logprob_floor=-1.0).floored:
@@ -207,18 +180,20 @@ def score_rollouts(
         "digests": [{"rows": len(table), "digest": rows_digest(table, columns)}],
     }
     attach_record(table, record)
-    if store is not None and state.is_main_process:
+    if output_dir is not None and state.is_main_process:
         stamp_dataset_card(output_dir, table)
     state.wait_for_everyone()
     return table
 
 
-def _score(teacher: Teacher, rows: Dataset, first_row: int, top_k: int) -> list[Scores]:
+def _score(
+    teacher: Teacher, rows: Dataset, first_row: int, top_k: int, advance: Callable[[int], object] = lambda tokens: None
+) -> list[Scores]:
     """Scores of each row; errors name the row of the whole table."""
     values = TableRows(rows.select_columns(["prompt_ids", "completion_ids"])).__getitems__(list(range(len(rows))))
     sequences = [np.concatenate([row["prompt_ids"], row["completion_ids"]]) for row in values]
     try:
-        return teacher.score(sequences, [len(row["completion_ids"]) for row in values], top_k)
+        return teacher.score(sequences, [len(row["completion_ids"]) for row in values], top_k, advance)
     except RowError as error:
         raise TableError(f"Row {first_row + error.row}: {error}") from None
     except RuntimeError as error:
@@ -278,6 +253,11 @@ def _check_rollouts(dataset: Dataset, added: list[str]) -> None:
     missing = [name for name in ("prompt_ids", "completion_ids") if name not in dataset.column_names]
     if missing:
         raise TableError(f"The rollouts have no column {missing[0]!r}. `collect_rollouts` makes it from prompts.")
+    if "ref_logprobs" in added and "ref_logprobs" in dataset.column_names:
+        raise TableError(
+            "The rollouts have `ref_logprobs` already, as `collect_rollouts` gives them. Leave `ref_model` out, or "
+            'compute them anew: `dataset.remove_columns("ref_logprobs")`.'
+        )
     if present := [name for name in added if name in dataset.column_names]:
         raise TableError(
             f"The rollouts have the column {present[0]!r} already. To score them again, remove it first: "
