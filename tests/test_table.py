@@ -6,9 +6,24 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, DatasetDict, Features, LargeList, List, Value, concatenate_datasets, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    LargeList,
+    List,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
+from hub import Hub
 
+from trl_lopd.collator import OfflineOPDCollator
+from trl_lopd.scoring import _with_scores
+from trl_lopd.shards import ShardStore
 from trl_lopd.table import (
     OPTIONAL_COLUMNS,
     REQUIRED_COLUMNS,
@@ -16,14 +31,37 @@ from trl_lopd.table import (
     TableError,
     TableRows,
     TableSummary,
+    content_digest,
     lengths,
+    rows_digest,
     table_features,
     validate_rows,
     validate_table,
     vocab_limits,
 )
+from trl_lopd.teachers import Scores
 
 FEATURES = table_features(top_k=2, ref_logprobs=True, completion_mask=True)
+# What other tools write, and what `score_rollouts` once did.
+VARIABLE = Features(
+    {**FEATURES, "teacher_topk_ids": List(List(Value("int32"))), "teacher_topk_logprobs": List(List(Value("float16")))}
+)
+LARGE = Features(
+    {
+        name: LargeList(LargeList(feature.feature.feature))
+        if name.startswith("teacher_topk")
+        else (LargeList(feature.feature) if isinstance(feature, List) else Value("large_string"))
+        for name, feature in FEATURES.items()
+    }
+)
+WIDE = Features(
+    {
+        **FEATURES,
+        "completion_ids": List(Value("int64")),
+        "teacher_topk_ids": List(List(Value("int64"), length=2)),
+        "teacher_topk_logprobs": LargeList(List(Value("float64"), length=2)),
+    }
+)
 INF, NAN = float("inf"), float("nan")
 RESCORE = "Score the row again with `score_rollouts`, or drop it."
 
@@ -68,6 +106,12 @@ def make_top_k_table(ids: list[list[int]], logprobs: list[list[float]]) -> Datas
 def refusal(dataset: Dataset, *args, **kwargs) -> str:
     with pytest.raises(TableError) as raised:
         validate_table(dataset, *args, **kwargs)
+    return str(raised.value)
+
+
+def refusal_of_rows(rows: pa.Table) -> str:
+    with pytest.raises(TableError) as raised:
+        validate_rows(rows)
     return str(raised.value)
 
 
@@ -130,36 +174,15 @@ def test_parquet_and_disk_round_trips_keep_types(tmp_path):
     from_parquet = Dataset.from_parquet(str(tmp_path / "table.parquet"), cache_dir=str(tmp_path / "cache"))
     for loaded in (from_parquet, load_from_disk(tmp_path / "table")):
         assert loaded.features == FEATURES
-        assert loaded.data.schema.field("teacher_topk_logprobs").type == pa.list_(pa.list_(pa.float16()))
+        assert loaded.data.schema.field("teacher_topk_logprobs").type == pa.list_(pa.list_(pa.float16(), 2))
         assert validate_table(loaded) == expected
 
 
 def test_large_lists():
-    large = Features(
-        {
-            name: LargeList(LargeList(feature.feature.feature))
-            if name.startswith("teacher_topk")
-            else (LargeList(feature.feature) if isinstance(feature, List) else Value("large_string"))
-            for name, feature in FEATURES.items()
-        }
-    )
-    table = make_table(make_rows(), large)
+    table = make_table(make_rows(), LARGE)
     assert pa.types.is_large_list(table.data.schema.field("completion_ids").type)
     assert validate_table(table, batch_rows=4) == validate_table(make_table(make_rows()))
     assert lengths(table)[1].tolist() == [1, 2, 3, 1, 2, 3]
-
-
-def test_fixed_size_lists():
-    fixed = Features(
-        {
-            **FEATURES,
-            "teacher_topk_ids": List(List(Value("int32"), length=2)),
-            "teacher_topk_logprobs": List(List(Value("float16"), length=2)),
-        }
-    )
-    table = make_table(make_rows(), fixed).select(range(1, 6))
-    assert pa.types.is_fixed_size_list(table.data.schema.field("teacher_topk_ids").type.value_type)
-    assert validate_table(table, batch_rows=2).top_k == 2
 
 
 def test_wider_types_are_accepted():
@@ -173,7 +196,7 @@ def test_features_hold_the_columns_asked_for():
     assert tuple(table_features()) == REQUIRED_COLUMNS
     assert set(FEATURES) == {*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS}
     assert set(FEATURES) - set(TOKEN_COLUMNS) == {"prompt_ids", "teacher_fingerprint"}
-    assert FEATURES["teacher_topk_logprobs"] == List(List(Value("float16")))
+    assert FEATURES["teacher_topk_logprobs"] == List(List(Value("float16"), length=2))
 
 
 def test_lengths():
@@ -245,10 +268,15 @@ def test_empty_table():
     + [("prompt_ids", [1, None])]
     + [(name, [*make_row(2)[name][:2], [None, make_row(2)[name][2][1]]]) for name in FEATURES if "topk" in name],
 )
-def test_null(name, value):
+@pytest.mark.parametrize("features", [FEATURES, VARIABLE], ids=["fixed", "variable"])
+def test_null(name, value, features):
     rows = make_rows()
     rows[2][name] = value
-    assert refusal(make_table(rows)) == f"Row 2, column `{name}`: a null where a value is needed. {RESCORE}"
+    table = make_table(rows, features)
+    for part in (table, table.select(range(1, 6)), table.data.table.slice(1)):
+        message = refusal(part) if isinstance(part, Dataset) else refusal_of_rows(part)
+        row = 2 if part is table else 1
+        assert message == f"Row {row}, column `{name}`: a null where a value is needed. {RESCORE}"
 
 
 def test_empty_prompt():
@@ -281,7 +309,7 @@ def test_length_differs_from_the_completion(name, entries):
 def test_one_k_for_the_whole_table(name, batch_rows, k):
     rows = make_rows()
     rows[4][name] = [rows[4][name][0], (rows[4][name][1] * 2)[:k]]
-    message = refusal(make_table(rows), batch_rows=batch_rows)
+    message = refusal(make_table(rows, VARIABLE), batch_rows=batch_rows)
     assert message.startswith(f"Row 4, column `{name}`, token 1: {k} top-k values, where 2 are needed.")
     assert "Score all rows with `score_rollouts` and one k of at least 1." in message
 
@@ -290,13 +318,20 @@ def test_one_k_for_the_whole_table(name, batch_rows, k):
 def test_one_k_in_both_columns_of_the_whole_table(batch_rows):
     rows = make_rows()
     rows[3].update({"teacher_topk_ids": [[5, 13, 6]], "teacher_topk_logprobs": [[-0.7, -1.1, -3.0]]})
-    message = refusal(make_table(rows), batch_rows=batch_rows)
+    message = refusal(make_table(rows, VARIABLE), batch_rows=batch_rows)
     assert message.startswith("Row 3, column `teacher_topk_ids`, token 0: 3 top-k values, where 2 are needed.")
+
+
+def test_one_k_in_both_columns_of_fixed_size():
+    features = Features({**FEATURES, "teacher_topk_logprobs": List(List(Value("float16"), length=3))})
+    rows = [{**row, "teacher_topk_logprobs": [[-0.7, -1.1, -3.0]] * len(row["completion_ids"])} for row in make_rows()]
+    message = refusal(make_table(rows, features))
+    assert message.startswith("Row 0, column `teacher_topk_logprobs`, token 0: 3 top-k values, where 2 are needed.")
 
 
 def test_k_of_zero():
     empty = {"teacher_topk_ids": [[]], "teacher_topk_logprobs": [[]]}
-    message = refusal(make_table([{**make_row(0), **empty}]))
+    message = refusal(make_table([{**make_row(0), **empty}], VARIABLE))
     assert message.startswith("Row 0, column `teacher_topk_ids`, token 0: 0 top-k values, where 1 are needed.")
 
 
@@ -583,3 +618,201 @@ def test_rows_for_training_are_the_table_s_values():
             for name, values in row.items():
                 assert values.tolist() == expected[name], name
     assert rows[2]["teacher_topk_ids"].shape == (len(table[2]["completion_ids"]), 2)
+
+
+# Types that hold the same values
+
+
+REARRANGED = {
+    "whole": lambda table: table,
+    "slice": lambda table: table.select(range(2, 7)),
+    "one row": lambda table: table.select([4]),
+    "shuffle": lambda table: table.shuffle(seed=3),
+    "filter": lambda table: table.filter(lambda row: row["prompt_ids"] != [0]),
+    "map": lambda table: table.map(lambda row: {"teacher_topk_ids": row["teacher_topk_ids"]}),
+    "concatenate": lambda table: concatenate_datasets([table.select([5, 1]), table.select(range(3, 8))]),
+    "none": lambda table: table.select([]),
+    "filter to none": lambda table: table.filter(lambda row: False),
+}
+
+
+def ragged_rows() -> list[dict]:
+    """Rows of `make_row`, some of them emptied, at both ends and two in a row: no valid table, but readable."""
+    rows = make_rows(9)
+    for i in (0, 3, 4, 8):
+        rows[i].update({name: [] for name in TOKEN_COLUMNS})
+    return rows
+
+
+@pytest.mark.parametrize("change", REARRANGED.values(), ids=list(REARRANGED))
+@pytest.mark.parametrize("rows", [make_rows(9), ragged_rows()], ids=["full", "empty rows between"])
+def test_the_type_changes_nothing_that_is_read(rows, change):
+    fixed = change(make_table(rows))
+    # A stable inner type is the point: nothing that `datasets` does to a table may widen it.
+    assert fixed.features == FEATURES
+    expected = fixed.with_format(None)[:]
+    for features in (FEATURES, VARIABLE, LARGE, WIDE):
+        table = change(make_table(rows, features))
+        assert rows_digest(table) == rows_digest(fixed)
+        assert content_digest(table) == content_digest(change(make_table(rows, features)))
+        assert [of.tolist() for of in lengths(table)] == [
+            [len(ids) for ids in expected[name]] for name in ("prompt_ids", "completion_ids")
+        ]
+        read = TableRows(table)
+        for i, row in enumerate(read.__getitems__(list(range(len(table))))):
+            assert row.keys() == set(FEATURES) - {"teacher_fingerprint"}
+            for name, values in row.items():
+                if name == "teacher_topk_logprobs":
+                    values = values.astype(np.float16)
+                assert values.tolist() == expected[name][i]
+        if len(table) and all(expected["completion_ids"]):
+            assert validate_table(table, batch_rows=2) == validate_table(fixed)
+        elif len(table):
+            assert "`completion_ids`: 0 tokens, so there is nothing to learn from" in refusal(table)
+
+
+def test_rows_digest_sees_a_changed_value_and_where_rows_end():
+    digests = {rows_digest(make_table(rows, features)) for rows in (make_rows(),) for features in (FEATURES, VARIABLE)}
+    assert len(digests) == 1
+    changed, moved = make_rows(), make_rows()
+    put(changed, 4, "teacher_topk_ids", 1, 6)
+    for name in ("teacher_topk_ids", "teacher_topk_logprobs"):
+        # The same values one after another, in other rows.
+        moved[1][name], moved[2][name] = moved[1][name] + moved[2][name][:1], moved[2][name][1:]
+    assert len(digests | {rows_digest(make_table(rows)) for rows in (changed, moved)}) == 3
+
+
+def test_a_table_of_variable_lists_joins_one_of_fixed_lists_after_a_cast():
+    fixed, variable = make_table(make_rows()), make_table(make_rows(), VARIABLE)
+    for one, other in ((fixed, variable), (variable, fixed)):
+        with pytest.raises(ValueError, match="features can't be aligned because the key teacher_topk_ids"):
+            concatenate_datasets([one, other])
+        joined = concatenate_datasets([one.cast(other.features), other])
+        assert joined.features == other.features
+        assert rows_digest(joined) == rows_digest(concatenate_datasets([fixed, fixed]))
+        assert validate_table(joined).rows == 12
+
+
+def test_parquet_files_of_both_types_load_as_one_table(tmp_path):
+    make_table(make_rows()).to_parquet(tmp_path / "fixed.parquet")
+    make_table(make_rows(), VARIABLE).to_parquet(tmp_path / "variable.parquet")
+    expected = rows_digest(make_table(make_rows() * 2))
+    for names in (["fixed", "variable"], ["variable", "fixed"]):
+        files = [str(tmp_path / f"{name}.parquet") for name in names]
+        table = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+        assert table.features == (FEATURES if names[0] == "fixed" else VARIABLE)
+        assert rows_digest(table) == expected and validate_table(table).rows == 12
+
+
+@pytest.mark.parametrize("rows", [make_rows(9), ragged_rows()], ids=["full", "empty rows between"])
+def test_shards_keep_fixed_lists(tmp_path, rows):
+    table = make_table(rows)
+    with ShardStore(tmp_path / "shards", pins={}, rows=9, rows_per_shard=4) as store:
+        for shard in store.pending:
+            store.write(shard, table.select(store.span(shard)).data.table)
+    file = tmp_path / "shards" / "data-00001-of-00003.parquet"
+    for loaded in (
+        store.dataset(),
+        load_dataset(str(tmp_path / "shards"), split="train", cache_dir=str(tmp_path / "cache")),
+        Dataset.from_list(list(load_dataset(str(tmp_path / "shards"), split="train", streaming=True)), FEATURES),
+    ):
+        assert loaded.features == FEATURES
+        assert rows_digest(loaded) == rows_digest(table)
+    # To a reader that knows none of this, a list of lists.
+    bare = pq.read_table(file).replace_schema_metadata(None)
+    assert bare["teacher_topk_ids"].to_pylist() == [row["teacher_topk_ids"] for row in rows[4:8]]
+
+
+PUSHED = """
+import sys
+from datasets import load_dataset, load_from_disk
+from trl_lopd.table import rows_digest
+table = load_from_disk(sys.argv[1])
+table.push_to_hub("tester/table", num_shards=2)
+loaded = load_dataset("tester/table", split="train")
+assert loaded.features == table.features, loaded.features
+assert rows_digest(loaded) == rows_digest(table)
+streamed = load_dataset("tester/table", split="train", streaming=True)
+assert streamed.features == table.features, streamed.features
+assert list(streamed) == list(table)
+"""
+
+
+def test_the_hub_keeps_fixed_lists(tmp_path):
+    make_table(make_rows()).save_to_disk(tmp_path / "table")
+    with Hub() as hub:
+        done = subprocess.run(
+            [sys.executable, "-c", PUSHED, str(tmp_path / "table")],
+            env=hub.env(tmp_path / "home"), capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+# Size and speed
+
+
+def scored(top_k: int, tokens: int, rows: int = 20, ref: bool = False) -> Dataset:
+    """What `score_rollouts` makes of fake scores, of rows of about `tokens` tokens."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(tokens // 2, 3 * tokens // 2, rows)
+
+    def scores(k: int) -> list[Scores]:
+        return [
+            Scores(
+                -rng.exponential(0.3, size).astype(np.float32),
+                (rng.integers(0, 10_000, (size, 1)) + np.arange(k)).astype(np.int32),
+                -rng.exponential(3, (size, k)).astype(np.float16),
+            )
+            for size in sizes
+        ]
+
+    ids = {"prompt_ids": [100] * rows, "completion_ids": sizes}
+    rollouts = Dataset.from_dict(
+        {name: [rng.integers(0, 150_000, size).astype(np.int32) for size in of] for name, of in ids.items()},
+        features=Features({name: FEATURES[name] for name in ids}),
+    )
+    return _with_scores(
+        rollouts, f"teacher@1-{'0' * 12}-{'0' * 8}-{'0' * 8}", top_k, scores(top_k), scores(0) if ref else None
+    )
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 4, 8, 32])
+def test_a_token_takes_what_its_numbers_take(tmp_path, top_k):
+    table = scored(top_k, tokens=300, rows=150)
+    tokens = int(lengths(table)[1].sum())
+    assert table.features == table_features(top_k)
+    # Prompts are not scored: their ids cost the same whatever is stored about the completion.
+    bound = 1.05 * (8 + 6 * top_k) * tokens
+    completions = table.remove_columns("prompt_ids")
+    assert completions.data.nbytes <= bound
+    completions.save_to_disk(tmp_path / "table")
+    (file,) = (tmp_path / "table").glob("*.arrow")
+    assert file.stat().st_size <= bound + 4096  # the schema, and padding
+    table.to_parquet(tmp_path / "theirs.parquet")
+    with ShardStore(tmp_path / "shards", pins={}, rows=len(table), rows_per_shard=len(table)) as store:
+        store.write(0, table.data.table)
+    ours = (tmp_path / "shards" / "data-00000-of-00001.parquet").stat().st_size
+    theirs = (tmp_path / "theirs.parquet").stat().st_size
+    assert ours < table.data.nbytes and ours < theirs
+    # In a small table without top-k columns, the dictionaries that `datasets` writes outweigh what they save.
+    assert theirs < table.data.nbytes or top_k < 4
+
+
+def test_rewriting_a_table_adds_nothing_to_it(tmp_path):
+    """Neither `map` nor parquet may leave null bitmaps or offsets that were not there."""
+    table = scored(8, tokens=300, ref=True)
+    table.to_parquet(tmp_path / "table.parquet")
+    loaded = Dataset.from_parquet(str(tmp_path / "table.parquet"), cache_dir=str(tmp_path / "cache"))
+    for other in (loaded, table.map(lambda row: row), table.filter(lambda row: True).flatten_indices()):
+        assert other.features == table.features
+        assert other.data.nbytes <= table.data.nbytes + 64
+
+
+def test_rows_are_views_of_the_arrow_buffers():
+    """Nothing is made a token: what reading a row costs does not grow with its length."""
+    for features in (FEATURES, VARIABLE, LARGE):
+        for name, values in TableRows(make_table(make_rows(), features))[2].items():
+            # Booleans are bits in Arrow.
+            assert isinstance(values, np.ndarray) and (not values.flags.writeable or name == "completion_mask")
+    batch = OfflineOPDCollator(pad_token_id=0)(TableRows(scored(8, tokens=50)).__getitems__([3, 1]))
+    assert batch["teacher_topk_ids"].shape == (*batch["input_ids"].shape, 8)

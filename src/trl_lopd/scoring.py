@@ -212,10 +212,9 @@ def _with_scores(
         "teacher_fingerprint": pa.array([teacher_id] * len(rows)),
     }
     if top_k:
-        starts = np.arange(0, offsets[-1] * top_k + 1, top_k, dtype=np.int32)
         for name, field in zip(TOPK_COLUMNS, ("topk_ids", "topk_logprobs"), strict=True):
             values = np.concatenate([getattr(scores, field) for scores in teacher])
-            columns[name] = _lists(offsets, _lists(starts, pa.array(values.ravel())))
+            columns[name] = _lists(offsets, pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), top_k))
     if ref is not None:
         columns["ref_logprobs"] = _lists(offsets, pa.array(np.concatenate([scores.logprobs for scores in ref])))
     features = table_features(top_k=top_k, ref_logprobs=ref is not None)

@@ -8,12 +8,14 @@
 | `teacher_fingerprint` | `string` | which teacher scored the row |
 | `ref_logprobs` (optional) | `list<float32>` | log π_ref of each completion token, nats, temperature 1 |
 | `completion_mask` (optional) | `list<bool>` | completion tokens to train on |
-| `teacher_topk_ids` (optional) | `list<list<int32>>` | the teacher's k most likely tokens at each completion token |
-| `teacher_topk_logprobs` (optional) | `list<list<float16>>` | their log π_T, nats, temperature 1 |
+| `teacher_topk_ids` (optional) | `list<int32[k]>` | the teacher's k most likely tokens at each completion token |
+| `teacher_topk_logprobs` (optional) | `list<float16[k]>` | their log π_T, nats, temperature 1 |
 | `student_fingerprint` (optional) | `string` | which checkpoint sampled the row; null if unknown |
 
-The two top-k columns come together, with one k for the whole table. Any other column is kept and ignored. Wider types
-of the same kind (`int64`, `float64`, `large_list`, fixed-size lists) are accepted.
+The two top-k columns come together, with one k for the whole table, which their type names: inner lists of one size
+need no offsets. So a completion token takes 8 bytes for its id and its score and 6 more for each of the k. Any other
+column is kept and ignored. Other types of the same kind (`int64`, `float64`, `large_list`, inner lists of any size)
+are accepted.
 """
 
 from __future__ import annotations
@@ -107,8 +109,8 @@ def table_features(top_k: int = 0, ref_logprobs: bool = False, completion_mask: 
     if completion_mask:
         features["completion_mask"] = List(Value("bool"))
     if top_k:
-        features["teacher_topk_ids"] = List(List(Value("int32")))
-        features["teacher_topk_logprobs"] = List(List(Value("float16")))
+        features["teacher_topk_ids"] = List(List(Value("int32"), length=top_k))
+        features["teacher_topk_logprobs"] = List(List(Value("float16"), length=top_k))
     return Features(features)
 
 
@@ -141,7 +143,7 @@ def digest_columns(column_names: list[str]) -> list[str]:
 
 def rows_digest(dataset: Dataset, columns: list[str] | None = None) -> str:
     """
-    Digest of a valid table's rows, which does not depend on their order, on sharding, or on wider types.
+    Digest of a valid table's rows, which does not depend on their order, on sharding, or on the types that hold them.
 
     It is the sum of the rows' digests, so that the digests of the parts of a table add up to that of the whole: see
     [`add_digests`]. That holds against accidents, not against somebody who constructs rows to fit.
@@ -199,13 +201,23 @@ def _row_bytes(name: str, column: pa.ChunkedArray) -> list[bytes | memoryview]:
     if name not in _DIGEST_DTYPES:
         # Without the name, which is for people.
         return [(value or "").rpartition("@")[2].encode() for value in array.to_pylist()]
-    ends = np.cumsum(_numpy(pc.list_value_length(array)))
-    values = array.flatten()
+    values = [np.ascontiguousarray(row, _DIGEST_DTYPES[name]) for row in _row_arrays(name, array)]
+    # A view of nothing cannot be cast.
+    return [memoryview(row).cast("B") if row.size else b"" for row in values]
+
+
+def _row_arrays(name: str, array: pa.Array) -> list[np.ndarray]:
+    """Each row of a column of lists, `(tokens,)` or `(tokens, k)`, as a view of the column's buffer."""
+    # `flatten`, unlike `values`, respects the offset and length of a sliced array.
+    entries = array.flatten()
     if name in TOPK_COLUMNS:
-        ends, values = ends * (len(values.flatten()) // max(len(values), 1)), values.flatten()
-    values = np.ascontiguousarray(_numpy(values), _DIGEST_DTYPES[name])
-    data, size = memoryview(values).cast("B"), values.itemsize
-    return [data[start * size : end * size] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        values = _numpy(entries.flatten())
+        values = values.reshape(len(entries), len(values) // max(len(entries), 1))
+    else:
+        values = _numpy(entries)
+    sizes = _numpy(pc.list_value_length(array))
+    ends = np.cumsum(sizes)
+    return [values[start:end] for start, end in zip(ends - sizes, ends, strict=True)]
 
 
 class TableRows:
@@ -230,17 +242,8 @@ class TableRows:
 
     def __getitems__(self, rows: list[int]) -> list[dict[str, np.ndarray]]:
         table = self.dataset[rows]
-        columns = {name: self._split(name, table[name]) for name in table.column_names}
+        columns = {name: _row_arrays(name, table[name].combine_chunks()) for name in table.column_names}
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-    @staticmethod
-    def _split(name: str, column: pa.ChunkedArray) -> list[np.ndarray]:
-        """One array a row, `(tokens,)` or `(tokens, k)`."""
-        array = column.combine_chunks()
-        ends = np.cumsum(_numpy(pc.list_value_length(array)))
-        tokens = array.flatten()
-        values = _numpy(tokens.flatten()).reshape(len(tokens), -1) if name in TOPK_COLUMNS else _numpy(tokens)
-        return np.split(values, ends[:-1])
 
 
 def vocab_limits(
