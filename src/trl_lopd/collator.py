@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl.trainer.utils import pad
 
 from .table import TableError
 
@@ -51,51 +50,60 @@ class OfflineOPDCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         if self.validate is not None:
             self.validate(rows)
-        columns: dict[str, list[Tensor]] = {}
-        for row in rows:
-            for name, values in self._row_tensors(row).items():
-                columns.setdefault(name, []).append(values)
-        fill = {"input_ids": self.pad_token_id, "labels": -100}
-        batch = {
-            name: pad(values, padding_value=fill.get(name, 0), pad_to_multiple_of=self.pad_to_multiple_of)
-            for name, values in columns.items()
-            if name != "truncated"
-        }
-        return batch | {"truncated": torch.stack(columns["truncated"])}
+        # Filled in place: with top-k columns, joining and then padding would cost more than reading the rows.
+        spans = [self._span(row) for row in rows]
+        time = max(span.stop for span in spans)
+        if self.pad_to_multiple_of is not None:
+            time = -(-time // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        shape = (len(rows), time)
+        input_ids = torch.full(shape, self.pad_token_id)
+        attention_mask, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
+        for i, (row, span) in enumerate(zip(rows, spans, strict=True)):
+            input_ids[i, : span.start] = torch.tensor(row["prompt_ids"])
+            input_ids[i, span] = self._cut(row["completion_ids"], span)
+            attention_mask[i, : span.stop] = 1
+            labels[i, span] = input_ids[i, span]
+            if row.get("completion_mask") is not None:
+                labels[i, span].masked_fill_(~self._trained(row, span), -100)
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        for name in ("teacher_logprobs", "ref_logprobs", "teacher_topk_logprobs", "teacher_topk_ids"):
+            if rows[0].get(name) is not None:
+                batch[name] = self._aligned(name, rows, spans, time)
+        cut = [len(row["completion_ids"]) > span.stop - span.start for row, span in zip(rows, spans, strict=True)]
+        return batch | {"truncated": torch.tensor(cut)}
 
-    def _row_tensors(self, row: dict[str, Any]) -> dict[str, Tensor]:
-        prompt = torch.tensor(row["prompt_ids"], dtype=torch.long)
-        room = completion_room(len(prompt), self.max_completion_length, self.max_length)
+    def _span(self, row: dict[str, Any]) -> slice:
+        """Where in the sequence the completion stands, as far as it fits."""
+        start = len(row["prompt_ids"])
+        room = completion_room(start, self.max_completion_length, self.max_length)
         if room is not None and room < 1:
             raise TableError(
-                f"A prompt of {len(prompt)} tokens leaves no room for a completion within "
+                f"A prompt of {start} tokens leaves no room for a completion within "
                 f"`max_length={self.max_length}`. Raise `max_length`, or filter such rows out of the table."
             )
-        cut = slice(None, room)
-        completion = torch.tensor(row["completion_ids"], dtype=torch.long)
-        truncated = room is not None and len(completion) > room
-        completion = completion[cut]
-        labels = completion
-        if row.get("completion_mask") is not None:
-            trained = torch.tensor(row["completion_mask"], dtype=torch.bool)[cut]
-            if not trained.any():
-                raise TableError(
-                    f"All trainable tokens of a completion lie beyond its first {room} tokens and were cut. Raise "
-                    "`max_completion_length` or `max_length`, or filter such rows out of the table."
-                )
-            labels = completion.masked_fill(~trained, -100)
-        input_ids = torch.cat([prompt, completion])
-        tensors = {
-            "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids),
-            "labels": torch.cat([torch.full_like(prompt, -100), labels]),
-            "truncated": torch.tensor(truncated),
-        }
-        for name in ("teacher_logprobs", "ref_logprobs", "teacher_topk_logprobs", "teacher_topk_ids"):
-            if row.get(name) is None:
-                continue
-            values = torch.tensor(row[name], dtype=torch.long if name.endswith("ids") else torch.float32)[cut]
-            if name.startswith("teacher") and values.is_floating_point() and self.teacher_logprob_floor is not None:
-                values = values.masked_fill(values == -torch.inf, self.teacher_logprob_floor)
-            tensors[name] = torch.cat([values.new_zeros((len(prompt), *values.shape[1:])), values])
-        return tensors
+        tokens = len(row["completion_ids"])
+        return slice(start, start + (tokens if room is None else min(tokens, room)))
+
+    @staticmethod
+    def _cut(values: Any, span: slice) -> Tensor:
+        return torch.tensor(values)[: span.stop - span.start]
+
+    def _trained(self, row: dict[str, Any], span: slice) -> Tensor:
+        trained = self._cut(row["completion_mask"], span).bool()
+        if not trained.any():
+            raise TableError(
+                f"All trainable tokens of a completion lie beyond its first {span.stop - span.start} tokens and were "
+                "cut. Raise `max_completion_length` or `max_length`, or filter such rows out of the table."
+            )
+        return trained
+
+    def _aligned(self, name: str, rows: list[dict[str, Any]], spans: list[slice], time: int) -> Tensor:
+        """A per-token column, `(batch, time)` or `(batch, time, k)`."""
+        parts = [self._cut(row[name], span) for row, span in zip(rows, spans, strict=True)]
+        dtype = torch.long if name.endswith("ids") else torch.float32
+        values = torch.zeros((len(rows), time, *parts[0].shape[1:]), dtype=dtype)
+        for i, (part, span) in enumerate(zip(parts, spans, strict=True)):
+            values[i, span] = part
+        if name in ("teacher_logprobs", "teacher_topk_logprobs") and self.teacher_logprob_floor is not None:
+            values.masked_fill_(values == -torch.inf, self.teacher_logprob_floor)
+        return values
