@@ -112,6 +112,19 @@ def test_inspect_a_table(call, tables, table, teacher_dir):
     }  # fmt: skip
 
 
+def test_inspect_shows_what_is_in_a_table(call, tables, table, teacher_dir):
+    code, out, _ = call("inspect", tables / "right", "--rows", 1, "--tokenizer", teacher_dir)
+    assert code == 0 and "\x1b" not in out and f"decoded with {teacher_dir}" in out
+    for part in ("completion length, tokens", "advantage in nats", "k = 4", "distinct", "answer       w", "▸w"):
+        assert part in out
+    code, out, _ = call("inspect", tables / "parquet", "--rows", 2, "--json")
+    splits = json.loads(out, parse_constant=pytest.fail)["table"]["splits"]
+    held = [about["statistics"] for about in splits.values()]
+    assert sum(found["completion_tokens"] for found in held) == sum(map(len, table["completion_ids"]))
+    assert all(sum(found["advantage"]["histogram"]["counts"]) == found["trainable_tokens"] for found in held)
+    assert [len(about["worst_rows"]) for about in splits.values()] == [2, 2]
+
+
 def test_inspect_a_table_whose_rows_were_changed(call, tmp_path, student_dir, table):
     def change(row, i):
         row["teacher_logprobs"][0] -= 0.5 * (i == 3)
@@ -158,6 +171,7 @@ def test_inspect_a_pair(call, student_dir, tables):
         (["stamp", "{student}", "--sft-teacher", "{table}", "--replace"], "safetensors"),
         (["stamp", "{table}", "--sft-teacher", "{student}"], "is no model"),
         (["inspect", "{student}/README.md"], "is a file"),
+        (["inspect", "{table}", "--rows", "-1"], "0 or more"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line_and_exits_with_2(call, tmp_path, student_dir, tables, words, message):

@@ -8,25 +8,14 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError
-from rich.console import Console
 
-from . import __version__
-from .cards import load_table, read_model_card, stamp_model_card
-from .consistency import check_rows, check_teacher_consistency, contradictions
-from .fingerprint import WEIGHTS_DIFFER, TeacherFingerprint, diff_ids, fingerprint_teacher, is_id
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-
-_INTEGRITY = {
-    "intact": "as they were scored",
-    "altered": "NOT as they were scored",
-    "unverified": "no digest to hold them against",
-}
+from . import __version__, overview
+from .cards import read_model_card, stamp_model_card
+from .fingerprint import TeacherFingerprint, fingerprint_teacher, is_id
+from .overview import print_line as _line
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,8 +42,9 @@ def main(argv: list[str] | None = None) -> int:
 
     command = commands.add_parser(
         "inspect",
-        help="print what a model or a table claims, and the verdict on a pair",
-        description="Exits with 1 if claims and content differ, or if the pair is inconsistent.",
+        help="print what a model claims, what a table holds, and the verdict on a pair",
+        description="Exits with 1 if claims and content differ, if a scored table is not valid, or if the pair is "
+        "inconsistent.",
     )
     command.add_argument("name", help="directory, parquet file or Hub id of a model or a table (datasets/ORG/NAME)")
     command.add_argument("table", nargs="?", help="table that the model would be trained on")
@@ -63,6 +53,10 @@ def main(argv: list[str] | None = None) -> int:
         "--no-content", action="store_true", help="believe the model's card: neither download nor hash its weights"
     )
     command.add_argument("--mode", default="strict", choices=["strict", "declared_ok"], help="what the pair must meet")
+    command.add_argument(
+        "--rows", type=int, default=3, metavar="N", help="rows to decode that the teacher disagrees with most"
+    )
+    command.add_argument("--tokenizer", help="directory or Hub id of the tokenizer to decode them with")
 
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print JSON")
@@ -86,11 +80,6 @@ def main(argv: list[str] | None = None) -> int:
 Answer = tuple[int, dict[str, Any], Callable[[dict[str, Any]], None]]
 
 
-def _line(text: str, style: str | None = None) -> None:
-    # Ids are for copying: never wrapped.
-    Console(soft_wrap=True, highlight=False).print(text, markup=False, style=style)
-
-
 def _fingerprint(args: argparse.Namespace) -> Answer:
     options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     fingerprint = fingerprint_teacher(args.model, use_cache=not args.no_cache, **options)
@@ -112,7 +101,7 @@ def _stamp(args: argparse.Namespace) -> Answer:
     from .stamp import checkpoint_fingerprint
 
     local = Path(args.model).exists()
-    if local and not _is_model(args.model):
+    if local and not overview.is_model(args.model):
         raise ValueError(f"{args.model} is no model: it has neither config.json nor adapter_config.json.")
     before = read_model_card(args.model).get("sft_teachers") or []
     if before and not args.replace:
@@ -136,136 +125,16 @@ def _inspect(args: argparse.Namespace) -> Answer:
     from datasets import disable_progress_bars
 
     disable_progress_bars()
-    first_is_model = _is_model(args.name)
-    if args.table is not None and not first_is_model:
-        raise ValueError(f"{args.name} is a table. Name the model first: `trl-lopd inspect MODEL TABLE`.")
-    if args.table is not None and _is_model(args.table):
-        raise ValueError(
-            f"{args.table} is a model: the second is the table to train on. One on the Hub is `datasets/ORG/NAME`."
-        )
-    result: dict[str, Any] = {}
-    if first_is_model:
-        result["model"] = _about_model(args.name, args.revision, not args.no_content)
-    splits: dict[str, Any] = {}
-    if args.table is not None or not first_is_model:
-        name = args.table or args.name
-        revision = args.revision if args.table is None else None
-        loaded = load_table(name if Path(name).exists() else name.removeprefix("datasets/"), revision=revision)
-        splits = dict(loaded) if isinstance(loaded, dict) else {"all rows": loaded}
-        result["table"] = {"name": name, "splits": {split: _about_rows(rows) for split, rows in splits.items()}}
-        result["table"]["problems"] = list(
-            dict.fromkeys(p for about in result["table"]["splits"].values() for p in about.pop("problems"))
-        )
-    problems = [problem for part in result.values() for problem in part["problems"]]
-    accepted = not problems
-    if args.table is not None:
-        own = result["model"]["fingerprint"]
-        verdicts = {
-            split: check_teacher_consistency(
-                result["model"]["card"],
-                rows,
-                student_fingerprint=own["id"] if own else None,
-                mode="off",
-                student=args.name,
-                table_name=f"the table ({split})",
-            )
-            for split, rows in splits.items()
-        }
-        # What is wrong with the model's card is in the verdicts.
-        accepted = all(v.accepted(args.mode) for v in verdicts.values()) and not result["table"]["problems"]
-        result["verdict"] = {
-            "mode": args.mode,
-            "accepted": accepted,
-            "splits": {
-                split: {"consistent": v.consistent, "evidence": v.evidence, "accepted": v.accepted(args.mode)}
-                | {"reason": v.reason, "warnings": list(v.warnings), "rows": v.rows, "off_policy": v.off_policy}
-                for split, v in verdicts.items()
-            },
-        }
-    return 0 if accepted else 1, result, _show
-
-
-def _is_model(name: str) -> bool:
-    path = Path(name)
-    if path.is_file() and path.suffix != ".parquet":
-        raise ValueError(f"{name} is a file: give the directory of a model or a table, or a parquet file.")
-    if path.is_dir():
-        return (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
-    if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
-        raise FileNotFoundError(f"{name} is not there.")
-    return path.suffix != ".parquet" and not name.startswith("datasets/")
-
-
-def _about_model(name: str, revision: str | None, look_inside: bool) -> dict[str, Any]:
-    card = read_model_card(name, revision)
-    problems = contradictions(f"The card of {name}", card.get("sft_teachers") or [])
-    fingerprint = fingerprint_teacher(name, revision=revision).to_dict() if look_inside else None
-    bound_to = (card.get("model") or {}).get("id")
-    if fingerprint and bound_to and WEIGHTS_DIFFER in diff_ids(fingerprint["id"], bound_to):
-        problems.append(f"The card was written for other weights: {bound_to}. Its claims count as declared.")
-    return {"name": name, "fingerprint": fingerprint, "card": card, "problems": problems}
-
-
-def _about_rows(rows: Dataset) -> dict[str, Any]:
-    from .cards import record_of
-    from .table import column_counts, lengths
-
-    columns = {"teachers": "teacher_fingerprint", "students": "student_fingerprint"}
-    about: dict[str, Any] = {"rows": len(rows)}
-    if "completion_ids" in rows.column_names and "prompt_ids" in rows.column_names:
-        about["completion_tokens"] = int(lengths(rows)[1].sum())
-    for key, column in columns.items():
-        about[key] = dict(column_counts(rows, column))
-    record = record_of(rows)
-    status, problems = check_rows(rows)
-    about |= {"scored": "teacher_logprobs" in rows.column_names, "integrity": status, "card": record}
-    claimed = record.get("teachers") or []
-    about["problems"] = [*problems, *contradictions("The card of the table", claimed, about["teachers"], status)]
-    return about
-
-
-def _show(result: dict[str, Any]) -> None:
-    def entries(title: str, items: list[dict[str, Any]]) -> None:
-        for item in items:
-            rows = f", {item['rows']:,} rows" if "rows" in item else ""
-            share = f" ({item['share']:.1%})" if "share" in item else ""
-            _line(f"  {title:12} {item['id']}  {item.get('evidence', 'declared')}{rows}{share}")
-            title = ""
-
-    if "model" in result:
-        model = result["model"]
-        own, card = model["fingerprint"], model["card"]
-        _line(f"Model {model['name']}", "bold")
-        if own:
-            size = f"{own['parameters']:,} parameters, {own['dtype']}, {own['architecture']}"
-            _line(f"  {'content':12} {own['id']}  {size}")
-        bound = (card.get("model") or {}).get("id")
-        unbound = "bound to no weights" if card else "names no teacher"
-        _line(f"  {'card':12} {f'written for {bound}' if bound else unbound}")
-        entries("SFT teachers", card.get("sft_teachers") or [])
-        for i, round in enumerate(card.get("opd_rounds") or [], start=1):
-            _line(f"  OPD round {i}  from {round.get('student')}, {round.get('objective')}, "
-                 f"teacher consistency: {round.get('teacher_consistency')}")  # fmt: skip
-            entries("", [{**item, "id": f"scored by {item['id']}"} for item in round.get("teachers") or []])
-    for split, about in result.get("table", {}).get("splits", {}).items():
-        _line(f"Table {result['table']['name']}, {split}", "bold")
-        _line(f"  {'rows':12} {about['rows']:,}, of {about.get('completion_tokens', 0):,} completion tokens; "
-             f"{_INTEGRITY[about['integrity']]}")  # fmt: skip
-        for key, title in (("teachers", "scored by" if about["scored"] else "written by"), ("students", "sampled by")):
-            for id, count in about[key].items() or {"nobody named": about["rows"]}.items():
-                _line(f"  {title:12} {id or 'nobody named'}  {count:,} rows")
-    for part in ("model", "table"):
-        for problem in result.get(part, {}).get("problems", ()):
-            _line(f"! {problem}", "yellow")
-    if "verdict" in result:
-        for split, verdict in result["verdict"]["splits"].items():
-            word = f"consistent ({verdict['evidence']})" if verdict["consistent"] else "INCONSISTENT"
-            if verdict["consistent"] and not verdict["accepted"]:
-                word += f", not enough for mode {result['verdict']['mode']}"
-            _line(f"Verdict, {split}: {word}", "bold green" if verdict["accepted"] else "bold red")
-            _line(f"  {verdict['reason']}")
-            for warning in verdict["warnings"]:
-                _line(f"  ! {warning}", "yellow")
+    result = overview.inspect(
+        args.name,
+        args.table,
+        revision=args.revision,
+        look_inside=not args.no_content,
+        mode=args.mode,
+        worst=args.rows,
+        tokenizer=args.tokenizer,
+    )
+    return 0 if overview.accepted(result) else 1, result, overview.show
 
 
 if __name__ == "__main__":

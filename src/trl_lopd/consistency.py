@@ -150,12 +150,13 @@ def inherited_teachers(card: dict[str, Any], own_id: str | None) -> list[dict[st
         own_id (`str` or `None`): The fingerprint of the weights beside it; `None` if it is not known.
     """
     entries = card.get("sft_teachers") or []
-    if _written_for(card, own_id):
+    if written_for(card, own_id):
         return entries
     return [{**entry, "evidence": "declared"} for entry in entries]
 
 
-def _written_for(card: dict[str, Any], own_id: str | None) -> bool:
+def written_for(card: dict[str, Any], own_id: str | None) -> bool:
+    """Whether a model's card was written for the weights with this fingerprint, not only beside them."""
     bound_to = (card.get("model") or {}).get("id")
     return bool(own_id and bound_to) and not {WEIGHTS_DIFFER, SCHEMA_DIFFERS} & set(diff_ids(own_id, bound_to))
 
@@ -207,7 +208,7 @@ def _judge_teachers(
             f"teacher, or {_OVERRIDE}."
         )
 
-    if own_id and not _written_for(card, own_id):
+    if own_id and not written_for(card, own_id):
         bound_to = (card.get("model") or {}).get("id")
         whose = f"was written for {bound_to}" if bound_to else "does not say for which weights it was written"
         return Verdict(

@@ -1,0 +1,712 @@
+"""What a model claims, what a table holds, whether the two fit: `trl-lopd inspect` as functions.
+
+[`inspect`] and what it calls return plain dicts that JSON can hold; [`show`] prints them for a person. Tables are read
+in batches: what is kept of each row is its length and two hashes, and of each token nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.bar import Bar
+from rich.columns import Columns
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from .cards import load_table, read_model_card, record_of
+from .consistency import check_rows, check_teacher_consistency, contradictions, written_for
+from .fingerprint import fingerprint_teacher
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+# The default of `OfflineOPDConfig.advantage_clip`, whose module takes seconds to import.
+ADVANTAGE_CLIP = 10.0
+# Nats. Most tokens are within a hundredth of 0 and those that matter are nats away: even bins would show one bar.
+ADVANTAGE_EDGES = (-10, -5, -2, -1, -0.5, -0.1, 0.1, 0.5, 1, 2, 5, 10)
+LOGPROB_EDGES = (-100, -10, -5, -2, -1, -0.5, -0.2, -0.1, -0.01, 0)
+
+# Tokens shown of each of the worst rows.
+_WORST_TOKENS = 5
+
+
+def inspect(
+    name: str,
+    table: str | None = None,
+    *,
+    revision: str | None = None,
+    look_inside: bool = True,
+    mode: str = "strict",
+    worst: int = 3,
+    tokenizer: str | None = None,
+) -> dict[str, Any]:
+    """
+    What there is to know of a model, of a table, or of a model and the table it would be trained on.
+
+    Args:
+        name (`str`): Directory, parquet file or Hub id of a model or a table (`datasets/ORG/NAME`).
+        table (`str`, *optional*): The table, where `name` is a model.
+        revision (`str`, *optional*): Hub revision of `name`.
+        look_inside (`bool`, *optional*, defaults to `True`): Fingerprint the model instead of believing its card.
+        mode (`str`, *optional*, defaults to `"strict"`): What the pair must meet, see [`Verdict.accepted`].
+        worst (`int`, *optional*, defaults to `3`): Rows to decode that the teacher disagrees with most.
+        tokenizer (`str`, *optional*): Directory or Hub id of the tokenizer to decode them with. By default looked for,
+            see [`find_tokenizer`].
+
+    Returns:
+        `dict`: `model`, see [`about_model`]; `table` with its `name`, its `splits`, see [`about_rows`], and its
+        `problems`; `verdict`. Each where it applies.
+
+    Raises:
+        OSError, ValueError: What is named is not there, is not what its place asks for, or cannot be read.
+    """
+    first_is_model = is_model(name)
+    if table is not None and not first_is_model:
+        raise ValueError(f"{name} is a table. Name the model first: `trl-lopd inspect MODEL TABLE`.")
+    if table is not None and is_model(table):
+        raise ValueError(
+            f"{table} is a model: the second is the table to train on. One on the Hub is `datasets/ORG/NAME`."
+        )
+    if worst < 0:
+        raise ValueError(f"The number of rows to show is 0 or more, not {worst}.")
+    result: dict[str, Any] = {}
+    if first_is_model:
+        result["model"] = about_model(name, revision, look_inside)
+        if table is None:
+            return result
+    path = table or name
+    loaded = load_table(
+        path if Path(path).exists() else path.removeprefix("datasets/"), revision=None if first_is_model else revision
+    )
+    splits = dict(loaded) if isinstance(loaded, dict) else {"all rows": loaded}
+    decoder = decoded_with = None
+    if worst and any("teacher_logprobs" in rows.column_names for rows in splits.values()):
+        record = record_of(next(iter(splits.values())))
+        decoder, decoded_with = find_tokenizer(tokenizer, name if first_is_model else None, revision, record, path)
+    result["table"] = {
+        "name": path,
+        "splits": {split: about_rows(rows, worst, decoder) for split, rows in splits.items()},
+        "decoded_with": decoded_with,
+    }
+    result["table"]["problems"] = list(
+        dict.fromkeys(problem for about in result["table"]["splits"].values() for problem in about.pop("problems"))
+    )
+    if first_is_model:
+        result["verdict"] = _verdict(result, splits, mode)
+    return result
+
+
+def accepted(result: dict[str, Any]) -> bool:
+    """Whether what [`inspect`] found is in order: no claim is contradicted, rows are valid, a pair may be trained."""
+    if "verdict" in result:
+        return result["verdict"]["accepted"]
+    return not any(part["problems"] for part in result.values())
+
+
+def is_model(name: str) -> bool:
+    """
+    Whether a path or Hub id names a model rather than a table.
+
+    Raises:
+        FileNotFoundError: A path where nothing is.
+        ValueError: A file that is no parquet file.
+    """
+    path = Path(name)
+    if path.is_file() and path.suffix != ".parquet":
+        raise ValueError(f"{name} is a file: give the directory of a model or a table, or a parquet file.")
+    if path.is_dir():
+        return (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
+        raise FileNotFoundError(f"{name} is not there.")
+    return path.suffix != ".parquet" and not name.startswith("datasets/")
+
+
+def about_model(name: str, revision: str | None = None, look_inside: bool = True) -> dict[str, Any]:
+    """`fingerprint` (`None` without `look_inside`), `card` and `problems`, the claims that cannot be true."""
+    card = read_model_card(name, revision)
+    problems = contradictions(f"The card of {name}", card.get("sft_teachers") or [])
+    fingerprint = fingerprint_teacher(name, revision=revision).to_dict() if look_inside else None
+    bound_to = (card.get("model") or {}).get("id")
+    if fingerprint and bound_to and not written_for(card, fingerprint["id"]):
+        problems.append(f"The card was written for other weights: {bound_to}. Its claims count as declared.")
+    return {"name": name, "fingerprint": fingerprint, "card": card, "problems": problems}
+
+
+def about_rows(rows: Dataset, worst: int = 3, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
+    """
+    What one split of a table, scored or not, is and holds.
+
+    Args:
+        rows ([`~datasets.Dataset`]): The split.
+        worst (`int`, *optional*, defaults to `3`): Rows to decode that the teacher disagrees with most.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): To decode them with.
+
+    Returns:
+        `dict`: `rows`, `completion_tokens`, rows of each of `teachers` and `students`, `scored`, `integrity`, `card`,
+        `problems`, `statistics` (see [`statistics`]; `None` without token ids, or if the rows are not valid, which is
+        then among the problems) and `worst_rows` (see [`worst_rows`]).
+    """
+    from .table import TableError, column_counts
+
+    about: dict[str, Any] = {"rows": len(rows)}
+    found, shown, invalid = None, [], []
+    try:
+        if (held := _statistics(rows, worst)) is not None:
+            found, ranking = held
+            about["completion_tokens"] = found["completion_tokens"]
+            shown = worst_rows(rows, ranking, tokenizer)
+    except TableError as error:
+        invalid = [f"This table cannot be trained on. {error}"]
+    for key, column in (("teachers", "teacher_fingerprint"), ("students", "student_fingerprint")):
+        about[key] = dict(column_counts(rows, column))
+    record = record_of(rows)
+    status, problems = check_rows(rows)
+    about |= {"scored": "teacher_logprobs" in rows.column_names, "integrity": status, "card": record}
+    claimed = record.get("teachers") or []
+    contradicted = contradictions("The card of the table", claimed, about["teachers"], status)
+    return about | {"problems": [*invalid, *problems, *contradicted], "statistics": found, "worst_rows": shown}
+
+
+def _verdict(result: dict[str, Any], splits: dict[str, Dataset], mode: str) -> dict[str, Any]:
+    own = result["model"]["fingerprint"]
+    verdicts = {
+        split: check_teacher_consistency(
+            result["model"]["card"],
+            rows,
+            student_fingerprint=own["id"] if own else None,
+            mode="off",
+            student=result["model"]["name"],
+            table_name=f"the table ({split})",
+        )
+        for split, rows in splits.items()
+    }
+    return {
+        "mode": mode,
+        # What is wrong with the model's card is in the verdicts.
+        "accepted": all(v.accepted(mode) for v in verdicts.values()) and not result["table"]["problems"],
+        "splits": {
+            split: {"consistent": v.consistent, "evidence": v.evidence, "accepted": v.accepted(mode)}
+            | {"reason": v.reason, "warnings": list(v.warnings), "rows": v.rows, "off_policy": v.off_policy}
+            for split, v in verdicts.items()
+        },
+    }
+
+
+# ---- What the rows hold ----
+
+
+def statistics(rows: Dataset) -> dict[str, Any] | None:
+    """
+    Counts and distributions over a table, or over rollouts that are not scored.
+
+    Scores are counted on the tokens that are trained on (`completion_mask`). A histogram has `edges`, one more than
+    its `counts`; a bin holds what is not below its first edge and below its second, the last one its second too.
+
+    Args:
+        rows ([`~datasets.Dataset`]): The rows.
+
+    Returns:
+        `dict`, or `None` if the rows have no token ids:
+
+        - `prompt_tokens`, `distinct_prompts`, `duplicates`: rows whose prompt and completion are those of an earlier.
+        - `completion_tokens`, `trainable_tokens`, `length`: tokens of a completion, its `min`, `median`, `mean`,
+          `p90`, `p99`, `max` and `histogram`.
+        - `finish_reasons`: rows of each, those that are neither `stop` nor `length` counted as `other`; and
+          `truncated`, the share of `length`. `None` without the column.
+        - `floored`: teacher scores of -inf, sampled and top-k.
+        - `top_k`: `k`, the mean `mass` of the stored tokens, and the share of `sampled` tokens that are among them;
+          `None` without the columns.
+        - `advantage`: `log pi_T - log pi_ref` a token in nats, clipped to plus or minus `clip`: `mean`, `std`,
+          `clipped`, the share that was, and `histogram`. `None` without `ref_logprobs`.
+        - `teacher_logprob`: instead, `mean`, `std` and `histogram`, in nats, lower ones than -100 taken as -100.
+
+    Raises:
+        TableError: The rows are scored and no valid table, or have nulls among their ids. The message says where.
+    """
+    held = _statistics(rows, 0)
+    return held and held[0]
+
+
+def _statistics(rows: Dataset, worst: int) -> tuple[dict[str, Any], list[tuple[int, float]]] | None:
+    """[`statistics`], and the index and mean score of the `worst` rows of lowest advantage, or teacher score."""
+    from .table import OPTIONAL_COLUMNS, REQUIRED_COLUMNS, column_counts, validate_rows
+
+    scored = "teacher_logprobs" in rows.column_names
+    if not scored and not all(_holds_ids(rows, name) for name in ("prompt_ids", "completion_ids")):
+        return None
+    names = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS) if scored else ("prompt_ids", "completion_ids")
+    ours = rows.select_columns([name for name in names if name in rows.column_names]).with_format("arrow")
+    relative = "ref_logprobs" in ours.column_names
+    prompts, completions, floored, trainable, top_k, mass, among = 0, 0, 0, 0, 0, 0.0, 0
+    distribution = _Distribution(ADVANTAGE_EDGES if relative else LOGPROB_EDGES)
+    lengths, prompt_hashes, row_hashes = [], [], []
+    lowest, lowest_rows, first_row = np.empty(0), np.empty(0, np.int64), 0
+    # An empty table has no batch that could be found wanting.
+    for batch in ours.iter(256) if len(ours) else [ours[:]]:
+        if scored:
+            # Any floor will do: the scores below it are counted, not clamped.
+            summary = validate_rows(batch, first_row=first_row, top_k=top_k, teacher_logprob_floor=-1.0)
+            floored, top_k = floored + summary.floored, summary.top_k
+        prompt_lengths, prompt_ids = _flat("prompt_ids", batch)
+        batch_lengths, ids = _flat("completion_ids", batch)
+        prompts, completions = prompts + len(prompt_ids), completions + len(ids)
+        lengths.append(batch_lengths)
+        prompt_hashes.append(_hash(prompt_lengths, prompt_ids))
+        row_hashes.append(_mix(prompt_hashes[-1]) + _hash(batch_lengths, ids))
+        trained = _flat("completion_mask", batch)[1] if "completion_mask" in batch.column_names else slice(None)
+        ids = ids[trained]
+        trainable += len(ids)
+        if scored:
+            scores = _flat("teacher_logprobs", batch)[1][trained]
+            if relative:
+                scores = scores - _flat("ref_logprobs", batch)[1][trained]
+            scores = distribution.add(scores)
+            of_row = np.repeat(np.arange(len(batch_lengths)), batch_lengths)[trained]
+            means = np.bincount(of_row, scores) / np.bincount(of_row)
+            lowest = np.concatenate([lowest, means])
+            lowest_rows = np.concatenate([lowest_rows, first_row + np.arange(len(means))])
+            keep = np.argsort(lowest, kind="stable")[:worst]
+            lowest, lowest_rows = lowest[keep], lowest_rows[keep]
+        if top_k:
+            # numpy computes float16 in software, many times slower.
+            topk_logprobs = _flat("teacher_topk_logprobs", batch)[1].astype(np.float32).reshape(-1, top_k)[trained]
+            topk_ids = _flat("teacher_topk_ids", batch)[1].reshape(-1, top_k)[trained]
+            mass += float(np.exp(topk_logprobs).sum(dtype=np.float64))
+            among += int((topk_ids == ids[:, None]).any(-1).sum())
+        first_row += len(batch_lengths)
+
+    found: dict[str, Any] = {
+        "prompt_tokens": prompts,
+        "distinct_prompts": len(np.unique(np.concatenate(prompt_hashes))),
+        "duplicates": len(rows) - len(np.unique(np.concatenate(row_hashes))),
+        "completion_tokens": completions,
+        "trainable_tokens": trainable,
+        "length": _about_lengths(np.concatenate(lengths)),
+        "finish_reasons": None,
+        "truncated": None,
+        "floored": floored,
+        "top_k": {"k": top_k, "mass": mass / trainable, "sampled": among / trainable} if top_k else None,
+        "advantage": None,
+        "teacher_logprob": None,
+    }
+    if getattr(rows.features.get("finish_reason"), "dtype", "") in ("string", "large_string"):
+        reasons = column_counts(rows, "finish_reason")
+        reasons.pop(None, None)
+        known = {reason: reasons.pop(reason, 0) for reason in ("stop", "length")}
+        found["finish_reasons"] = known | {"other": reasons.total()}
+        if rows_known := sum(found["finish_reasons"].values()):
+            found["truncated"] = known["length"] / rows_known
+    if scored and relative:
+        clipped = {"clip": ADVANTAGE_CLIP, "clipped": distribution.outside / trainable}
+        found["advantage"] = distribution.to_dict() | clipped
+    elif scored:
+        found["teacher_logprob"] = distribution.to_dict()
+    return found, list(zip(lowest_rows.tolist(), lowest.tolist(), strict=True))
+
+
+class _Distribution:
+    """Of values that come in batches, brought to the range of `edges`; `outside` counts those that were not in it."""
+
+    def __init__(self, edges: tuple[float, ...]):
+        self.edges = edges
+        self.values, self.total, self.squares, self.outside = 0, 0.0, 0.0, 0
+        self.counts = np.zeros(len(edges) - 1, np.int64)
+
+    def add(self, values: np.ndarray) -> np.ndarray:
+        """Counts `values`, `(tokens,)`, and returns them as they were counted, in float64."""
+        bounded = values.astype(np.float64).clip(self.edges[0], self.edges[-1])
+        self.values += len(values)
+        self.total += float(bounded.sum())
+        self.squares += float(np.square(bounded).sum())
+        self.outside += int((values != bounded).sum())
+        self.counts += np.histogram(bounded, self.edges)[0]
+        return bounded
+
+    def to_dict(self) -> dict[str, Any]:
+        mean = self.total / self.values
+        return {
+            "mean": mean,
+            "std": max(self.squares / self.values - mean**2, 0.0) ** 0.5,
+            "histogram": {"edges": list(self.edges), "counts": self.counts.tolist()},
+        }
+
+
+def _about_lengths(lengths: np.ndarray) -> dict[str, Any] | None:
+    if not len(lengths):
+        return None
+    median, p90, p99 = np.quantile(lengths, (0.5, 0.9, 0.99)).tolist()
+    low, high = int(lengths.min()), int(lengths.max())
+    if high > 4 * median:
+        edges = [2**power for power in range(max(low, 1).bit_length() - 1, high.bit_length())] + [high + 1]
+        # Few are that short, and a long list of bins is no picture.
+        edges = [min(low, edges[0]), *edges[-10:]] if len(edges) > 11 else [min(low, edges[0]), *edges[1:]]
+    else:
+        step = next(s * 10**power for power in range(12) for s in (1, 2, 5) if (high - low) < 9 * s * 10**power)
+        edges = list(range(low // step * step, high + step + 1, step))
+    counts = np.histogram(lengths, edges)[0].tolist()
+    while len(counts) > 1 and not counts[-1]:
+        counts.pop(), edges.pop()
+    about = {"min": low, "median": median, "mean": float(lengths.mean()), "p90": p90, "p99": p99, "max": high}
+    return about | {"histogram": {"edges": edges, "counts": counts}}
+
+
+def _holds_ids(rows: Dataset, name: str) -> bool:
+    import pyarrow as pa
+
+    column = rows.data.schema.field(name).type if name in rows.column_names else None
+    return pa.types.is_integer(getattr(column, "value_type", pa.null()))
+
+
+def _flat(name: str, batch: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of a column's lists, `(rows,)`, and the innermost values of all rows, one after another."""
+    import pyarrow.compute as pc
+
+    from .table import TableError
+
+    column = batch[name].combine_chunks()
+    lengths = pc.list_value_length(column)
+    # `flatten`, unlike `values`, respects the offset and length of a sliced array.
+    values = column.flatten()
+    while hasattr(values.type, "value_type"):
+        values = values.flatten()
+    if lengths.null_count or values.null_count:
+        raise TableError(f"Column `{name}` has nulls where token ids are needed. Drop these rows.")
+    return lengths.to_numpy(zero_copy_only=False).astype(np.int64), values.to_numpy(zero_copy_only=False)
+
+
+def _hash(lengths: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """64 bits for each row of ids; `(rows,)` uint64."""
+    ends = np.cumsum(lengths)
+    positions = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)
+    totals = np.concatenate([np.zeros(1, np.uint64), np.cumsum(_mix((positions << 32) + ids))])
+    # Sums wrap around, and so do their differences.
+    return totals[ends] - totals[ends - lengths]
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """The finalizer of splitmix64: a bijection of 64-bit numbers after which neighbours have nothing in common."""
+    values = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+# ---- The worst rows ----
+
+
+def worst_rows(
+    rows: Dataset, ranking: list[tuple[int, float]], tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[dict[str, Any]]:
+    """
+    Rows of a valid table to be read by a person.
+
+    Args:
+        rows ([`~datasets.Dataset`]): The table.
+        ranking (`list[tuple[int, float]]`): Index of each row to give, and the mean it was ranked by.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Without it texts are those of the columns
+            `prompt` and `completion`, else `None`.
+
+    Returns:
+        `list[dict]`: `row`, `mean`, `prompt` and `completion` as text and as `prompt_ids` and `completion_ids`, and
+        `tokens`: the trained tokens with the lowest advantage, or teacher score without `ref_logprobs`, lowest first.
+        Each has `position`, `id`, `text`, `before` (the text that ends where it begins), `teacher_logprob` (`None` for
+        -inf), `ref_logprob` and `advantage`, not clipped, in nats; the last two `None` without `ref_logprobs`. Texts
+        are as the model wrote them, control characters included.
+    """
+    names = ["prompt_ids", "completion_ids", "teacher_logprobs", "ref_logprobs", "completion_mask"]
+    texts = ["prompt", "completion"]
+    ours = rows.select_columns([name for name in [*names, *texts] if name in rows.column_names])
+    result = []
+    for index, mean in ranking:
+        row = ours[index]
+        teacher = np.array(row["teacher_logprobs"], np.float64)
+        ref = np.array(row["ref_logprobs"], np.float64) if "ref_logprobs" in row else None
+        order = np.argsort(teacher if ref is None else teacher - ref, kind="stable")
+        if "completion_mask" in row:
+            order = order[np.array(row["completion_mask"], bool)[order]]
+        if tokenizer is not None:
+            prompt, completion = (tokenizer.decode(row[f"{name}_ids"]) for name in texts)
+        else:
+            prompt, completion = (_text_of(row.get(name)) for name in texts)
+        about = {"row": index, "mean": mean, "prompt": prompt, "completion": completion}
+        about |= {name: row[name] for name in ("prompt_ids", "completion_ids")}
+        about["tokens"] = [
+            _about_token(row["completion_ids"], int(at), teacher, ref, tokenizer) for at in order[:_WORST_TOKENS]
+        ]
+        result.append(about)
+    return result
+
+
+def _about_token(
+    ids: list[int], at: int, teacher: np.ndarray, ref: np.ndarray | None, tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, Any]:
+    def finite(value: float) -> float | None:
+        return float(value) if np.isfinite(value) else None
+
+    return {
+        "position": at,
+        "id": ids[at],
+        "text": tokenizer and tokenizer.decode([ids[at]]),
+        "before": tokenizer and tokenizer.decode(ids[max(at - 8, 0) : at]),
+        "teacher_logprob": finite(teacher[at]),
+        "ref_logprob": None if ref is None else float(ref[at]),
+        "advantage": None if ref is None else finite(teacher[at] - ref[at]),
+    }
+
+
+def _text_of(value: Any) -> str | None:
+    """The text of a `prompt` or `completion`, or of the last of its messages."""
+    if isinstance(value, list) and value and isinstance(value[-1], dict):
+        value = value[-1].get("content")
+    return value if isinstance(value, str) else None
+
+
+def find_tokenizer(
+    name: str | None, model: str | None, revision: str | None, record: dict[str, Any], table: str
+) -> tuple[PreTrainedTokenizerBase | None, str | None]:
+    """
+    A tokenizer for the ids of a table, and where it is from; `None` for both if there is none.
+
+    It is the one that is named; else the model's; else that of the models that sampled or scored the rows, by the name
+    in the table's record, as a path, beside the table, or on the Hub. A name proves nothing, so the last is taken only
+    if its content is what the record says.
+
+    Args:
+        name (`str` or `None`): Directory or Hub id of the tokenizer.
+        model (`str` or `None`): Directory or Hub id of the student.
+        revision (`str` or `None`): Hub revision of the student.
+        record (`dict`): What [`record_of`] gives for the table.
+        table (`str`): Where the table is.
+
+    Raises:
+        OSError, ValueError: There is no tokenizer at `name`.
+    """
+    from .fingerprint import _tokenizer_digest
+    from .models import load_tokenizer
+
+    if name is not None:
+        return load_tokenizer(name, trust_remote_code=False), name
+    candidates = [(model, revision, None)] if model is not None else []
+    for entry in [*(record.get("students") or []), *(record.get("teachers") or [])]:
+        # What an id of the Hub looks like: a bare name would be looked up among strangers' models.
+        if (known := str(entry.get("model_id") or "")) and (digest := entry.get("tokenizer")):
+            beside = Path(table).parent / known
+            local = next((str(path) for path in (Path(known), beside) if path.is_dir()), None)
+            if local or known.count("/") == 1:
+                of = None if local or not entry.get("revision") else str(entry["revision"])
+                candidates.append((local or known, of, str(digest)))
+    for candidate, of, digest in dict.fromkeys(candidates):
+        # Whatever a damaged or unreachable model raises: a table is readable without its text.
+        try:
+            tokenizer = load_tokenizer(candidate, revision=of, trust_remote_code=False)
+            if digest is None or _tokenizer_digest(tokenizer) == digest:
+                return tokenizer, candidate
+        except Exception:
+            continue
+    return None, None
+
+
+# ---- For a person ----
+
+_INTEGRITY = {
+    "intact": "as they were scored",
+    "altered": "NOT as they were scored",
+    "unverified": "no digest to hold them against",
+}
+
+
+def visible(text: str) -> str:
+    """`text` on one line, with nothing in it that a terminal would act on: a model may have written it."""
+    return "".join(
+        c if c.isprintable() else {"\n": "↵", "\t": "⇥"}.get(c) or c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def print_line(text: str, style: str | None = None) -> None:
+    # Ids are for copying: never wrapped.
+    Console(soft_wrap=True, highlight=False).print(visible(text), markup=False, emoji=False, style=style)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints what [`inspect`] gives."""
+    if "model" in result:
+        _show_model(result["model"])
+    for split, about in result.get("table", {}).get("splits", {}).items():
+        _show_rows(result["table"]["name"], split, about, result["table"]["decoded_with"])
+    for part in ("model", "table"):
+        for problem in result.get(part, {}).get("problems", ()):
+            print_line(f"! {problem}", "yellow")
+    for split, verdict in result.get("verdict", {}).get("splits", {}).items():
+        word = f"consistent ({verdict['evidence']})" if verdict["consistent"] else "INCONSISTENT"
+        if verdict["consistent"] and not verdict["accepted"]:
+            word += f", not enough for mode {result['verdict']['mode']}"
+        print_line(f"Verdict, {split}: {word}", "bold green" if verdict["accepted"] else "bold red")
+        print_line(f"  {verdict['reason']}")
+        for warning in verdict["warnings"]:
+            print_line(f"  ! {warning}", "yellow")
+
+
+def _show_model(model: dict[str, Any]) -> None:
+    def entries(title: str, items: list[dict[str, Any]]) -> None:
+        for item in items:
+            rows = f", {item['rows']:,} rows" if "rows" in item else ""
+            share = f" ({item['share']:.1%})" if "share" in item else ""
+            print_line(f"  {title:12} {item['id']}  {item.get('evidence', 'declared')}{rows}{share}")
+            title = ""
+
+    own, card = model["fingerprint"], model["card"]
+    print_line(f"Model {model['name']}", "bold")
+    if own:
+        size = f"{own['parameters']:,} parameters, {own['dtype']}, {own['architecture']}"
+        print_line(f"  {'content':12} {own['id']}  {size}")
+    bound = (card.get("model") or {}).get("id")
+    unbound = "bound to no weights" if card else "names no teacher"
+    print_line(f"  {'card':12} {f'written for {bound}' if bound else unbound}")
+    entries("SFT teachers", card.get("sft_teachers") or [])
+    for i, round in enumerate(card.get("opd_rounds") or [], start=1):
+        print_line(
+            f"  OPD round {i}  from {round.get('student')}, {round.get('objective')}, "
+            f"teacher consistency: {round.get('teacher_consistency')}"
+        )
+        entries("", [{**item, "id": f"scored by {item['id']}"} for item in round.get("teachers") or []])
+
+
+def _show_rows(name: str, split: str, about: dict[str, Any], decoded_with: str | None) -> None:
+    print_line(f"Table {name}, {split}", "bold")
+    print_line(
+        f"  {'rows':12} {about['rows']:,}, of {about.get('completion_tokens', 0):,} completion tokens; "
+        f"{_INTEGRITY[about['integrity']]}"
+    )
+    for key, title in (("teachers", "scored by" if about["scored"] else "written by"), ("students", "sampled by")):
+        for id, count in about[key].items() or {"nobody named": about["rows"]}.items():
+            print_line(f"  {title:12} {id or 'nobody named'}  {count:,} rows")
+    found = about["statistics"]
+    if not found or not about["rows"]:
+        return
+    for title, text in _facts(about["rows"], found):
+        print_line(f"  {title:12} {text}")
+    scores = found["advantage"] or found["teacher_logprob"]
+    charts = [_chart("completion length, tokens", found["length"]["histogram"], _length_labels)]
+    if scores:
+        title = "advantage in nats" if found["advantage"] else "teacher log-prob."
+        charts.append(_chart(f"{title}, share of tokens", scores["histogram"], _score_labels))
+    _print_charts(charts)
+    if about["worst_rows"]:
+        _show_worst(about["worst_rows"], bool(found["advantage"]), split, decoded_with)
+
+
+def _facts(rows: int, found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    distinct, repeated, length = found["distinct_prompts"], found["duplicates"], found["length"]
+    answers = "1 answer" if rows == distinct else f"{rows / distinct:.3g} answers"
+    repeats = f"{repeated:,} rows repeat an earlier prompt and answer" if repeated else "no row repeats another"
+    yield "prompts", f"{distinct:,} distinct, {answers} each, {found['prompt_tokens']:,} tokens; {repeats}"
+    yield (
+        "completions",
+        ", ".join(
+            f"{key} {length[key]:,.{digits}f}"
+            for key, digits in (("min", 0), ("median", 0), ("mean", 1), ("p90", 0), ("p99", 0), ("max", 0))
+        )
+        + " tokens",
+    )
+    if found["truncated"] is not None:
+        other = found["finish_reasons"]["other"]
+        more = f"; {other:,} ended otherwise" if other else ""
+        yield "truncated", f"{_share(found['truncated'])} of completions reached the length limit{more}"
+    if found["trainable_tokens"] < found["completion_tokens"]:
+        share = _share(found["trainable_tokens"] / found["completion_tokens"])
+        yield "trained on", f"{found['trainable_tokens']:,} tokens, {share} (completion_mask)"
+    if top_k := found["top_k"]:
+        mass, sampled = _share(top_k["mass"]), _share(top_k["sampled"])
+        yield "top-k", f"k = {top_k['k']}, with {mass} of the teacher's probability and {sampled} of sampled tokens"
+    if found["floored"]:
+        yield "-inf", f"{found['floored']:,} teacher scores: training needs `teacher_logprob_floor`"
+    if scores := found["advantage"]:
+        clipped = f"{_share(scores['clipped'])} clipped at ±{scores['clip']:g}"
+        yield "advantage", f"mean {scores['mean']:.3f}, std {scores['std']:.3f} nats a token at the start, {clipped}"
+    elif scores := found["teacher_logprob"]:
+        yield "teacher", f"log-probability: mean {scores['mean']:.3f}, std {scores['std']:.3f} nats a token"
+        yield "advantage", "not known: it needs `ref_logprobs`, which scoring adds with `ref_model`"
+
+
+def _share(part: float) -> str:
+    if 0 < part < 0.0005:
+        return "<0.1%"
+    return ">99.9%" if 0.9995 <= part < 1 else f"{part:.1%}"
+
+
+def _length_labels(edges: list[int]) -> list[str]:
+    pairs = zip(edges, edges[1:], strict=False)
+    return [f"{low:,}" if high - low == 1 else f"{low:,}–{high - 1:,}" for low, high in pairs]
+
+
+def _score_labels(edges: list[float]) -> list[str]:
+    # What lies outside is in the first and the last.
+    middle = [f"{low:g} … {high:g}" for low, high in zip(edges[1:-2], edges[2:-1], strict=True)]
+    return [f"< {edges[1]:g}", *middle, f"≥ {edges[-2]:g}"]
+
+
+def _chart(title: str, histogram: dict[str, list], labels: Any) -> RenderableType:
+    counts = histogram["counts"]
+    grid = Table.grid(expand=True, padding=(0, 1))
+    grid.add_column(justify="right", no_wrap=True)
+    grid.add_column(ratio=1)
+    grid.add_column(justify="right", no_wrap=True)
+    for label, count in zip(labels(histogram["edges"]), counts, strict=True):
+        grid.add_row(label, Bar(max(counts), 0, count), _share(count / sum(counts)) if count else "")
+    return Group(Text(title, style="dim"), grid)
+
+
+def _print_charts(charts: list[RenderableType]) -> None:
+    console = Console(highlight=False)
+    if console.width >= 72:
+        beside = Table.grid(expand=True, padding=(0, 2))
+        for _ in charts:
+            beside.add_column(ratio=1)
+        beside.add_row(*charts)
+        charts = [beside]
+    for chart in charts:
+        console.print(Padding(chart, (0, 0, 0, 2)))
+
+
+def _show_worst(worst: list[dict[str, Any]], relative: bool, split: str, decoded_with: str | None) -> None:
+    console = Console(highlight=False)
+    print_line(f"Lowest mean {'advantage' if relative else 'teacher log-probability'}, {split}", "bold")
+    if decoded_with is not None:
+        print_line(f"  decoded with {decoded_with}", "dim")
+    elif any(row["completion"] is None for row in worst):
+        print_line(
+            "  token ids, because no tokenizer was found: name one with --tokenizer to read them as text", "dim"
+        )
+    for row in worst:
+        ids = {name: " ".join(map(str, row[f"{name}_ids"])) for name in ("prompt", "completion")}
+        prompt, completion = (visible(ids[n] if row[n] is None else row[n]) for n in ("prompt", "completion"))
+        grid = Table.grid(padding=(0, 1))
+        grid.add_column(no_wrap=True, min_width=12)
+        grid.add_column(overflow="fold")
+        scores = "teacher | ref" if relative else "teacher"
+        about = f"{row['mean']:.2f} nats a token, {len(row['completion_ids']):,} tokens; worst tokens: {scores}"
+        grid.add_row(f"row {row['row']:,}", about)
+        grid.add_row("prompt", Text(f"…{prompt[-200:]}" if len(prompt) > 201 else prompt))
+        grid.add_row("answer", Text(_shortened(completion, 400)))
+        grid.add_row("worst", Columns([_token(token) for token in row["tokens"]], padding=(0, 2)))
+        console.print(Padding(grid, (0, 0, 0, 2)))
+
+
+def _shortened(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"
+
+
+def _token(token: dict[str, Any]) -> Text:
+    text = str(token["id"]) if token["text"] is None else visible(token["text"][:24])
+    before = visible((token["before"] or "")[-12:])
+    teacher = "-inf" if token["teacher_logprob"] is None else f"{token['teacher_logprob']:.2f}"
+    scores = teacher if token["ref_logprob"] is None else f"{teacher} | {token['ref_logprob']:.2f}"
+    shown = (f"▸{text}◂", "bold red")
+    return Text.assemble((f"{token['position']}: ", "dim"), (before, "dim"), shown, f" {scores}")
