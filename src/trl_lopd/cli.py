@@ -1,4 +1,4 @@
-"""`trl-lopd`: what a model or a table is, what it claims, and whether the two fit. Thin: it calls the functions."""
+"""`trl-lopd`: from prompts to a scored table, and what a model or a table is. Thin: it calls the functions."""
 
 from __future__ import annotations
 
@@ -19,9 +19,17 @@ from .overview import print_line as _line
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="trl-lopd", description="Who taught this model, and who scored this table?")
+    parser = argparse.ArgumentParser(prog="trl-lopd", description="Offline on-policy distillation: its data.")
     parser.add_argument("--version", action="version", version=f"trl-lopd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
+
+    # Their options are dataclasses, which TRL's parser reads from flags and YAML.
+    jobs = {
+        "rollout": "let a student answer prompts, or a teacher write SFT data, into a directory",
+        "score": "let the teacher score rollouts, into a directory",
+    }
+    for job, does in jobs.items():
+        commands.add_parser(job, help=does, add_help=False)
 
     command = commands.add_parser("fingerprint", help="print what a model is, by content")
     command.add_argument("model", help="directory or Hub id, of a model or an adapter")
@@ -58,9 +66,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     command.add_argument("--tokenizer", help="directory or Hub id of the tokenizer to decode them with")
 
-    for command in commands.choices.values():
-        command.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args(argv)
+    for name, command in commands.choices.items():
+        if name not in jobs:
+            command.add_argument("--json", action="store_true", help="print JSON")
+    args, options = parser.parse_known_args(argv)
+    if args.command in jobs:
+        return _run(args.command, jobs[args.command], options)
+    if options:
+        parser.error(f"unrecognized arguments: {' '.join(options)}")
     run = {"fingerprint": _fingerprint, "stamp": _stamp, "inspect": _inspect}[args.command]
     try:
         # Some libraries greet on the standard output, which is for the answer.
@@ -74,6 +87,31 @@ def main(argv: list[str] | None = None) -> int:
     else:
         show(answer)
     return code
+
+
+def _run(job: str, does: str, options: list[str]) -> int:
+    from trl import TrlParser
+
+    from . import commands
+    from .processes import RefusedElsewhere
+    from .served import ServerError
+
+    arguments = {"rollout": commands.RolloutArguments, "score": commands.ScoreArguments}[job]
+    parser = TrlParser(
+        arguments,
+        prog=f"trl-lopd {job}",
+        description=f"{does[0].upper()}{does[1:]}. `--config FILE` reads options from YAML. Killed and started again "
+        "with the same options, it continues; the last line it prints is JSON.",
+    )
+    try:
+        (args,) = parser.parse_args_and_config(options)
+        getattr(commands, job)(args)
+    except RefusedElsewhere:
+        return 1  # the main process has said why
+    except (OSError, ValueError, ImportError, ServerError, HfHubHTTPError) as error:
+        print(f"trl-lopd: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 # Exit code, what `--json` prints, and what prints it for a person.

@@ -1,0 +1,271 @@
+"""What `trl-lopd rollout` and `trl-lopd score` do: options from flags or YAML, as in TRL's scripts, into one call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+from datasets import Dataset, load_dataset
+from trl.data_utils import maybe_convert_to_chatml
+
+from .cards import load_table, read_model_card, stamp_dataset_card
+from .fingerprint import fingerprint_teacher
+from .rollouts import ENGINES, collect_rollouts, generate_sft_data
+from .scoring import score_rollouts
+
+if TYPE_CHECKING:
+    from .samplers import Sampler
+
+_SPEAKERS = {"human": "user", "gpt": "assistant"}
+
+
+@dataclass
+class JobArguments:
+    """What both jobs take."""
+
+    output_dir: str = field(metadata={"help": "Directory for the table. Start again with the same options to resume."})
+    rows_per_shard: int | None = field(
+        default=None, metadata={"help": "Input rows that are computed and written together. A kill loses one shard."}
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "For loading the model, as YAML or JSON, such as {dtype: bfloat16, device_map: auto}."},
+    )
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU, also under `accelerate launch`."})
+    report_to: str = field(default="none", metadata={"help": 'Where to log speed and totals: "wandb" or "none".'})
+    run_name: str | None = field(default=None, metadata={"help": "Name of the run there."})
+    hub_dataset_id: str | None = field(
+        default=None, metadata={"help": "Push the table and its card there when it is complete."}
+    )
+    hub_private_repo: bool = field(default=False, metadata={"help": "Whether that repository is private."})
+
+    def __post_init__(self) -> None:
+        if self.report_to not in ("none", "wandb"):
+            raise ValueError(f'`report_to` is "none" or "wandb", not {self.report_to!r}.')
+        self.model_init_kwargs = _dict("model_init_kwargs", self.model_init_kwargs)
+
+
+@dataclass
+class RolloutArguments(JobArguments):
+    """Options of `trl-lopd rollout`; those of the sampling are those of [`collect_rollouts`]."""
+
+    model_name_or_path: str = field(kw_only=True, metadata={"help": "Who answers: directory or Hub id."})
+    dataset_name: str = field(
+        kw_only=True, metadata={"help": "Prompts: Hub id, directory, or a parquet, JSON lines or CSV file."}
+    )
+    role: str = field(
+        default="student",
+        metadata={"help": '"student" samples rollouts; "teacher" writes SFT data, signed as such.'},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Which split."})
+    prompt_column: str = field(
+        default="prompt",
+        metadata={"help": "Column of texts, or of lists of messages, taken up to the first answer."},
+    )
+    as_chat: bool = field(
+        default=False, metadata={"help": "Put prompts that are texts through the chat template, as a user's message."}
+    )
+    keep_columns: list[str] = field(
+        default_factory=list, metadata={"help": "Columns to keep beside the prompt, such as the reference answer."}
+    )
+    num_prompts: int | None = field(
+        default=None, metadata={"help": "How many prompts, drawn at random with `seed`. All by default."}
+    )
+    engine: str = field(
+        default="transformers",
+        metadata={"help": f"{', '.join(ENGINES)}, or the address of a vLLM server, such as http://localhost:8000."},
+    )
+    num_generations: int = field(default=1, metadata={"help": "Answers a prompt."})
+    temperature: float | None = field(
+        default=None, metadata={"help": "Sampling temperature. By default 0.8 for a student and 1 for a teacher."}
+    )
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling."})
+    max_completion_length: int = field(default=4096, metadata={"help": "Tokens an answer may have."})
+    stop: list[str] = field(default_factory=list, metadata={"help": "Texts that end an answer."})
+    truncated: str = field(default="keep", metadata={"help": 'Whether to "keep" or "drop" answers that were cut.'})
+    ref_logprobs: bool = field(default=True, metadata={"help": "Whether to store a student's own log-probabilities."})
+    batch_size: int = field(default=64, metadata={"help": "Answers that the transformers engine generates together."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling, and of the draw of prompts."})
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "For the chat template, as YAML or JSON, such as {enable_thinking: false}."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.role not in ("student", "teacher"):
+            raise ValueError(f'`role` is "student" or "teacher", not {self.role!r}.')
+        self.chat_template_kwargs = _dict("chat_template_kwargs", self.chat_template_kwargs)
+
+
+@dataclass
+class ScoreArguments(JobArguments):
+    """Options of `trl-lopd score`; see [`score_rollouts`]."""
+
+    dataset_name: str = field(kw_only=True, metadata={"help": "Rollouts: directory, parquet file or Hub id."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Which split."})
+    teacher_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "The teacher: directory or Hub id. With `teacher_url`, it is declared to be served there."},
+    )
+    teacher_url: str | None = field(
+        default=None, metadata={"help": "Score on a server instead of loading the teacher, as http://localhost:8000."}
+    )
+    teacher_server: str = field(default="vllm", metadata={"help": 'What runs there: "vllm" or "sglang".'})
+    student_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Student whose model card holds the probes that a served teacher has to answer."},
+    )
+    top_k: int = field(default=8, metadata={"help": "The teacher's most likely tokens to store at each position."})
+    ref_model: str | None = field(
+        default=None, metadata={"help": "Student to compute `ref_logprobs` with, for rollouts that have none."}
+    )
+    max_batch_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens of a forward pass of a local teacher. By default what fits."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher_server not in ("vllm", "sglang"):
+            raise ValueError(f'`teacher_server` is "vllm" or "sglang", not {self.teacher_server!r}.')
+        if not (self.teacher_name_or_path or self.teacher_url):
+            raise ValueError("Who scores? Give `teacher_name_or_path`, `teacher_url`, or both.")
+
+
+def rollout(args: RolloutArguments) -> Dataset:
+    """Samples as the options say; the table, which is in `output_dir` too."""
+    with _surroundings(args):
+        options = {
+            name: value
+            for name, value in asdict(args).items()
+            if name in _SAMPLING and value is not None and (name != "ref_logprobs" or args.role == "student")
+        }
+        collect = collect_rollouts if args.role == "student" else generate_sft_data
+        table = collect(load_prompts(args), args.model_name_or_path, engine=_engine(args.engine), **options)
+        return _pushed(table, args)
+
+
+_SAMPLING = {
+    *("output_dir", "rows_per_shard", "model_init_kwargs", "num_generations", "temperature", "top_p"),
+    *("max_completion_length", "stop", "truncated", "ref_logprobs", "batch_size", "seed", "chat_template_kwargs"),
+}
+
+
+def score(args: ScoreArguments) -> Dataset:
+    """Scores as the options say; the table, which is in `output_dir` too."""
+    with _surroundings(args):
+        rollouts = load_table(args.dataset_name, args.dataset_config, split=args.dataset_split)
+        names = ("output_dir", "top_k", "ref_model", "max_batch_tokens", "rows_per_shard", "model_init_kwargs")
+        options = {name: value for name in names if (value := getattr(args, name)) is not None}
+        teacher: Any = args.teacher_name_or_path
+        if args.teacher_url:
+            from .served import SGLangServer, VLLMServer
+
+            teacher = {"vllm": VLLMServer, "sglang": SGLangServer}[args.teacher_server](args.teacher_url)
+            if args.student_name_or_path:
+                options["teacher_card"] = read_model_card(args.student_name_or_path)
+            if args.teacher_name_or_path:
+                options["fingerprint"] = fingerprint_teacher(args.teacher_name_or_path)
+        return _pushed(score_rollouts(rollouts, teacher, **options), args)
+
+
+def load_prompts(args: RolloutArguments) -> Dataset:
+    """
+    The prompts as [`collect_rollouts`] takes them, and the columns to keep.
+
+    Raises:
+        ValueError: If a column is missing, or a conversation begins with an answer.
+    """
+    path = Path(args.dataset_name)
+    if path.is_file():
+        kinds = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+        if path.suffix not in kinds:
+            raise ValueError(f"{path} is none of the files that can be read: {', '.join(kinds)}.")
+        prompts = load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+    else:
+        prompts = load_table(args.dataset_name, args.dataset_config, split=args.dataset_split)
+    for option, names in (("prompt_column", [args.prompt_column]), ("keep_columns", args.keep_columns)):
+        if missing := [name for name in names if name not in prompts.column_names]:
+            raise ValueError(
+                f"{args.dataset_name} has no column {missing[0]!r}, only {prompts.column_names}: set `{option}`."
+            )
+    prompts = prompts.select_columns([args.prompt_column, *args.keep_columns])
+    if args.num_prompts is not None:
+        if args.num_prompts > len(prompts):
+            raise ValueError(
+                f"{args.dataset_name} has {len(prompts)} prompts; `num_prompts` asks for {args.num_prompts}."
+            )
+        prompts = prompts.shuffle(seed=args.seed).select(range(args.num_prompts)).flatten_indices()
+    if args.prompt_column != "prompt":
+        if "prompt" in args.keep_columns:
+            raise ValueError("`keep_columns` cannot have a column `prompt` beside another `prompt_column`.")
+        prompts = prompts.rename_column(args.prompt_column, "prompt")
+    is_text = isinstance(prompts[0]["prompt"], str) if len(prompts) else True
+    if is_text and not args.as_chat:
+        return prompts
+
+    def question(row: dict[str, Any], i: int) -> dict[str, Any]:
+        if is_text:
+            return {"prompt": [{"role": "user", "content": row["prompt"]}]}
+        messages = []
+        for message in maybe_convert_to_chatml({"prompt": row["prompt"]})["prompt"]:
+            role = _SPEAKERS.get(message["role"], message["role"])
+            if role == "assistant":
+                break
+            messages.append({"role": role, "content": message["content"]})
+        if not messages:
+            raise ValueError(f"{args.dataset_name}, prompt {i}: the conversation begins with an answer.")
+        return {"prompt": messages}
+
+    # A column of messages with other fields than these two would not fit in the place of the old one.
+    kept = prompts.remove_columns("prompt")
+    questions = prompts.map(question, with_indices=True, remove_columns=prompts.column_names, desc="Reading prompts")
+    for name in kept.column_names:
+        questions = questions.add_column(name, kept[name], feature=kept.features[name])
+    return questions
+
+
+def _engine(name: str) -> str | Sampler:
+    if name.startswith(("http://", "https://")):
+        from .served import VLLMServer
+
+        return VLLMServer(name)
+    return name
+
+
+@contextmanager
+def _surroundings(args: JobArguments) -> Iterator[None]:
+    """The processes, and a wandb run on the main one."""
+    state = PartialState(**({"cpu": True} if args.use_cpu else {}))
+    if args.report_to != "wandb" or not state.is_main_process:
+        yield
+        return
+    import wandb
+
+    # As transformers names the project.
+    project = os.environ.get("WANDB_PROJECT", "huggingface")
+    with wandb.init(project=project, name=args.run_name, config=asdict(args)):
+        yield
+
+
+def _pushed(table: Dataset, args: JobArguments) -> Dataset:
+    if args.hub_dataset_id and PartialState().is_main_process:
+        table.push_to_hub(args.hub_dataset_id, private=args.hub_private_repo)
+        stamp_dataset_card(args.hub_dataset_id, table)
+    return table
+
+
+def _dict(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    if isinstance(value, str):
+        import yaml
+
+        value = yaml.safe_load(value)  # JSON too
+        if not isinstance(value, dict):
+            raise ValueError(f"`{name}` is a dictionary such as '{{dtype: bfloat16}}', not {value!r}.")
+    return value
