@@ -137,7 +137,7 @@ class ShardedRun:
         # Nothing is imported for it: who wants it has started a run.
         wandb = sys.modules.get("wandb")
         if self.state.is_main_process and wandb is not None and wandb.run is not None:
-            wandb.log({f"{self.title.lower()}/{name}": value for name, value in values.items()})
+            wandb.run.log({f"{self.title.lower()}/{name}": value for name, value in values.items()})
 
     def counts(self) -> dict[str, int]:
         """Sums of the counts given to `write`, of all processes and runs; to be asked after `dataset`."""
