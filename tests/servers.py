@@ -9,7 +9,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
 
 import torch
 from conftest import make_tokenizer
@@ -43,7 +45,149 @@ def vllm_logprobs(model, ids: list[int], k: int, texts: list[str]) -> list[dict 
     return result
 
 
-def answer_vllm(model, body: dict, texts: list[str]) -> dict:
+# What a model's generation_config.json may say, which a server of vLLM applies to what a request leaves open.
+GENERATION_CONFIG = {
+    "temperature": 0.3,
+    "top_p": 0.5,
+    "top_k": 3,
+    "min_p": 0.05,
+    "repetition_penalty": 1.3,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+    "eos_token_id": [1, 7],
+}
+CONTEXT = 128
+# Of the tests' tokenizer.
+SPECIAL = {0, 1, 2}
+
+
+class Refused(Exception):
+    """An answer of status 400."""
+
+
+class Answer(NamedTuple):
+    """What vLLM samples: log-probabilities at temperature 1 and as warped, each `(tokens, vocabulary)`."""
+
+    ids: list[int]
+    text: str
+    raw: torch.Tensor
+    warped: torch.Tensor
+    finish_reason: str
+    stop_reason: int | str | None
+
+
+@cache
+def next_logits(model, ids: tuple[int, ...]) -> torch.Tensor:
+    """`(vocabulary,)`. Tests ask for the same answers again and again."""
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0, -1].float()
+
+
+def vllm_sample(model, prompt: list[int], parameters: dict, texts: list[str]) -> Answer:
+    """One answer as vLLM's `SamplingParams` say, to which the model's own end-of-sequence tokens are added."""
+    get = parameters.get
+    own_ends = get("eos_token_id", [1])
+    generator = torch.Generator().manual_seed(parameters["seed"])
+    longest = min(get("max_tokens", 16), get("max_new_tokens", CONTEXT))
+    ids, raw, warped = [], [], []
+    while True:
+        logits = next_logits(model, (*prompt, *ids)).clone()
+        raw.append(logits.log_softmax(-1))
+        penalty, seen = get("repetition_penalty", 1.0), torch.tensor(sorted({*prompt, *ids}))
+        logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+        for id in set(ids):
+            logits[id] -= get("frequency_penalty", 0.0) * ids.count(id) + get("presence_penalty", 0.0)
+        temperature = get("temperature", 1.0)
+        if temperature < 1e-5:
+            ids.append(int(logits.argmax()))
+        else:
+            logits = logits / temperature
+            p, order = logits.softmax(-1).sort(descending=True)
+            out = p.cumsum(-1) - p >= get("top_p", 1.0)
+            out |= p < get("min_p", 0.0) * p[0]
+            if get("top_k", 0) > 0:
+                out[get("top_k") :] = True
+            logits[order[out]] = -math.inf
+            ids.append(int(torch.multinomial(logits.softmax(-1), 1, generator=generator)))
+        warped.append(logits.log_softmax(-1))
+
+        def text() -> str:
+            skipped = SPECIAL if get("skip_special_tokens", True) else ()
+            return " ".join(texts[id] for id in ids if id not in skipped)
+
+        end = None
+        if ids[-1] in own_ends and not get("ignore_eos", False):
+            end = "stop", None if ids[-1] == own_ends[0] else ids[-1]
+        elif ids[-1] in (get("stop_token_ids") or ()):
+            end = "stop", ids[-1]
+        elif found := [stop for stop in get("stop") or () if stop in text()]:
+            end = "stop", found[0]
+        elif len(ids) == longest or len(prompt) + len(ids) == CONTEXT:
+            end = "length", None
+        if end is not None:
+            before = text().partition(end[1])[0] if isinstance(end[1], str) else text()
+            return Answer(ids, before, torch.stack(raw), torch.stack(warped), *end)
+
+
+def answer_vllm_sample(
+    model,
+    body: dict,
+    texts: list[str],
+    generation_config: dict | None = None,
+    logprobs_mode: str = "raw_logprobs",
+    version: tuple[int, ...] = (0, 11),
+) -> dict:
+    (prompt,) = body["prompt"]
+    config = GENERATION_CONFIG if generation_config is None else generation_config
+    if len(prompt) + body["max_tokens"] > CONTEXT:
+        raise Refused(
+            f"This model's maximum context length is {CONTEXT} tokens. However, you requested {body['max_tokens']} "
+            f"output tokens and your prompt contains {len(prompt)} input tokens."
+        )
+    answer = vllm_sample(model, prompt, config | body, texts)
+    shown = answer.warped if logprobs_mode == "processed_logprobs" else answer.raw
+    as_ids = body.get("return_tokens_as_token_ids") and version >= (0, 6, 3)
+
+    def word(token: int) -> str:
+        return f"token_id:{token}" if as_ids else texts[token]
+
+    token_logprobs = [max(row[id].item(), -9999.0) for row, id in zip(shown, answer.ids, strict=True)]
+    top = []
+    for row, id in zip(shown, answer.ids, strict=True):
+        tokens = [id, *row.topk(body["logprobs"]).indices.tolist()]
+        top.append({word(token): max(row[token].item(), -9999.0) for token in tokens})
+    words = [word(id) for id in answer.ids]
+    choice = {
+        "index": 0,
+        "text": answer.text,
+        "logprobs": {
+            "text_offset": [sum(map(len, words[:i])) for i in range(len(words))],
+            "token_logprobs": token_logprobs,
+            "tokens": words,
+            "top_logprobs": top,
+        },
+        "finish_reason": answer.finish_reason,
+        "stop_reason": answer.stop_reason,
+        "prompt_logprobs": None,
+    }
+    if version >= (0, 10, 2):
+        asked = body.get("return_token_ids")
+        choice |= {"token_ids": answer.ids if asked else None, "prompt_token_ids": prompt if asked else None}
+    counts = {"prompt_tokens": len(prompt), "completion_tokens": len(answer.ids)}
+    return {
+        "id": "cmpl-0",
+        "object": "text_completion",
+        "created": 0,
+        "model": body["model"],
+        "choices": [choice],
+        "usage": {**counts, "total_tokens": sum(counts.values())},
+    }
+
+
+def answer_vllm(model, body: dict, texts: list[str], **options) -> dict:
+    if body.get("prompt_logprobs") is None:
+        assert body["model"] == "served"
+        return answer_vllm_sample(model, body, texts, **options)
     assert (body["model"], body["max_tokens"], body["temperature"]) == ("served", 1, 1.0)
     choices = [
         {"prompt_logprobs": vllm_logprobs(model, ids, body["prompt_logprobs"], texts)} for ids in body["prompt"]
@@ -171,7 +315,7 @@ class StubServer(ThreadingHTTPServer):
     """
     Attributes:
         url: `http://127.0.0.1:port`.
-        requests: Bodies of the requests for scores, as they came.
+        requests: Bodies of the requests for scores and samples, as they came.
         authorizations: Their `Authorization` headers, `None` for none.
         peak: The most of them at one time.
     """
@@ -191,12 +335,14 @@ def stub_server(
     faults: Iterable[Callable] = (),
     names: tuple[str, ...] = ("served",),
     texts: list[str] | None = None,
+    **options,
 ):
     """
     A server of `kind` "vllm" or "sglang" whose requests go to `replicas` in turn.
 
     `faults` are what happens to successive requests, honest answers when they run out; `names` are the served models;
-    `texts` the tokenizer's text of each token. Ids beyond `texts` are refused.
+    `texts` the tokenizer's text of each token; `options` those of `answer_vllm_sample`. Ids beyond `texts` are
+    refused.
     """
     if texts is None:
         texts = [make_tokenizer().decode([token]) for token in range(len(make_tokenizer()))]
@@ -243,7 +389,10 @@ def stub_server(
                 if largest >= len(texts):
                     fault, result = status(400, f"Token id {largest} is out of vocabulary"), {}
                 else:
-                    result = answer(model, body, texts)
+                    try:
+                        result = answer(model, body, texts, **options)
+                    except Refused as refused:
+                        fault, result = status(400, str(refused)), {}
             try:
                 fault(self, result)
             except (BrokenPipeError, ConnectionResetError):

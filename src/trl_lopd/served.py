@@ -1,7 +1,8 @@
-"""Teachers behind HTTP: servers of vLLM and SGLang, asked for the log-probabilities of tokens already sampled.
+"""Models behind HTTP: servers of vLLM and SGLang that score tokens already sampled, and of vLLM that sample.
 
 A server answers with something even when it is wrong: replicas of different models, another tokenizer's ids, nulls
-where a sum overflowed. Each answer is checked before it counts as scores, and a server before it is used.
+where a sum overflowed, defaults that nobody asked for. Each answer is checked before it counts as scores or as a
+sample, and a server before it scores.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import itertools
 import logging
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -22,6 +25,7 @@ import numpy as np
 from anyio.from_thread import start_blocking_portal
 
 from .probes import probe_sequences, probed_entries, verify_served_teacher
+from .samplers import Sample, Sampling
 from .table import TOLERANCE
 from .teachers import Scores
 
@@ -38,16 +42,37 @@ MAX_BACKOFF_SECONDS = 60.0
 # A server that asks for a longer pause is asked again after this one.
 MAX_RETRY_AFTER_SECONDS = 600.0
 
+# Whether a server's log-probabilities are those at temperature 1 is seen on so many answers of so many tokens, with so
+# many of the most likely ones. vLLM returns 20 of them unless started with `--max-logprobs`, of a vocabulary that has
+# them.
+_COMPARED_ANSWERS = 4
+_COMPARED_TOKENS = 64
+_COMPARED_TOP_K = 16
+
 # What a server says while it is up but busy or slow. All of 500 and above are repeated too.
 _BUSY = {408, 425, 429}
+
+_REASONS_TO_REFUSE = (
+    "a token id that is not in the server's vocabulary, because it has another tokenizer; a row longer than its "
+    "context; `top_k` above its limit (`--max-logprobs` in vLLM)."
+)
+_REASONS_NOT_TO_SAMPLE = (
+    "a prompt that leaves no room in the server's context for `max_completion_length` more tokens: shorten either, or "
+    "raise `--max-model-len`; a token id that is not in its vocabulary, because it has another tokenizer."
+)
+# JSON has no infinity: vLLM writes this for it.
+_NO_PROBABILITY = -9999.0
+# How vLLM writes a token if asked for ids.
+_ID = "token_id:"
+_OVERFLOWS = "The model overflows on it: serve it in bfloat16 or float32, or drop the row."
 
 
 class ServerError(RuntimeError):
     """
-    A served teacher cannot be used: it refuses or does not answer, its answers are wrong, or it is another model.
+    A server cannot be used: it refuses or does not answer, its answers are wrong, or it is another model.
 
     Attributes:
-        row (`int`, *optional*): Position in the call of `score` of the sequence that failed.
+        row (`int`, *optional*): Position in the call, of `score` or `sample`, of the sequence or prompt that failed.
     """
 
     def __init__(self, message: str, row: int | None = None):
@@ -55,8 +80,8 @@ class ServerError(RuntimeError):
         self.row = row
 
 
-class _Failure(Exception):
-    """What went wrong with one request that may go right if repeated, what to do if not, and seconds to wait."""
+class Failure(Exception):
+    """What is wrong with one answer that may be right if asked for again, what to do if not, and seconds to wait."""
 
     def __init__(self, what: str, remedy: str, wait: float = 0.0):
         super().__init__(what)
@@ -129,29 +154,39 @@ class _Server:
         if top_k < 0:
             raise ValueError(f"`top_k` is 0 or more; got {top_k}.")
 
-        async def all_rows(client: httpx.AsyncClient) -> list[Scores]:
-            # Each row holds its slot while it waits to be repeated: a server in trouble gets fewer requests.
-            slots = asyncio.Semaphore(self.max_concurrency)
+        async def one(client: httpx.AsyncClient, row: int) -> Scores:
+            ids, length = np.asarray(sequences[row]).tolist(), int(completion_lengths[row])
+            scores = await self._score(client, ids, length, top_k, row=row, name=f"Row {row}")
+            advance(length)
+            return scores
 
-            async def one(row: int) -> Scores:
-                async with slots:
-                    ids, length = np.asarray(sequences[row]).tolist(), int(completion_lengths[row])
+        return self._run(
+            lambda client: self._side_by_side([partial(one, client, row) for row in range(len(sequences))])
+        )
 
-                    def parse(body: dict) -> Scores:
-                        return _scores(ids[-length:], top_k, *self._read(body, ids, length, top_k))
+    async def _score(self, client: httpx.AsyncClient, ids: list[int], length: int, top_k: int, **about: Any) -> Scores:
+        """Of the last `length` tokens; `about` is for messages, see `_ask`."""
 
-                    scores = await self._ask(client, self._payload(ids, length, top_k), parse, row)
-                    advance(length)
-                    return scores
+        def parse(body: dict) -> Scores:
+            return _scores(ids[-length:], top_k, *self._read(body, ids, length, top_k))
 
-            tasks = [asyncio.ensure_future(one(row)) for row in range(len(sequences))]
-            try:
-                return await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
+        return await self._ask(client, self._payload(ids, length, top_k), parse, **about)
 
-        return self._run(all_rows)
+    async def _side_by_side(self, jobs: list[Callable[[], Awaitable]]) -> list:
+        """The results of the jobs, of which `max_concurrency` run at a time; the first that fails ends the others."""
+        # Each holds its slot while it waits to be repeated: a server in trouble gets fewer requests.
+        slots = asyncio.Semaphore(self.max_concurrency)
+
+        async def one(job: Callable[[], Awaitable]) -> Any:
+            async with slots:
+                return await job()
+
+        tasks = [asyncio.ensure_future(one(job)) for job in jobs]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
 
     def self_test(
         self,
@@ -236,7 +271,7 @@ class _Server:
         raise NotImplementedError
 
     async def _prepare(self, client: httpx.AsyncClient) -> None:
-        """What a server has to be asked before it can be asked for scores."""
+        """What a server has to be asked before it can be asked for scores or samples."""
 
     def _run(self, work: Callable) -> Any:
         """The result of `work(client)`, run in a thread with an event loop of its own."""
@@ -257,15 +292,22 @@ class _Server:
         client: httpx.AsyncClient,
         payload: dict[str, Any] | None,
         parse: Callable[[dict], Any],
-        row: int | None = None,
+        *,
         path: str | None = None,
+        row: int | None = None,
+        name: str | None = None,
+        reasons: str = "",
     ) -> Any:
-        """The parsed answer to one request, which is repeated while it fails in a way that may pass."""
-        where = self.base_url if row is None else f"Row {row}, {self.base_url}"
+        """
+        The parsed answer to one request, which is repeated while it fails in a way that may pass.
+
+        `row` and `name` say what it is for, in an error and in its message; `reasons` why it may be refused.
+        """
+        where = self.base_url if name is None else f"{name}, {self.base_url}"
         for attempt in itertools.count(1):
             try:
-                return await self._ask_once(client, payload, parse, path or self._path)
-            except _Failure as failure:
+                return await self._ask_once(client, payload, parse, path or self._path, reasons or _REASONS_TO_REFUSE)
+            except Failure as failure:
                 if attempt > self.max_retries:
                     times = "once" if attempt == 1 else f"{attempt} times"
                     raise ServerError(f"{where}: {failure.what}, asked {times}. {failure.remedy}", row) from None
@@ -277,29 +319,33 @@ class _Server:
             except ServerError as error:
                 raise ServerError(f"{where}: {error}", row) from None
 
-    async def _ask_once(self, client: httpx.AsyncClient, payload: dict | None, parse: Callable, path: str) -> Any:
+    async def _ask_once(
+        self, client: httpx.AsyncClient, payload: dict | None, parse: Callable, path: str, reasons: str
+    ) -> Any:
         try:
             url = f"{self.base_url}{path}"
             response = await (client.get(url) if payload is None else client.post(url, json=payload))
         except httpx.RequestError as error:
-            raise _Failure(
+            raise Failure(
                 f"no answer ({type(error).__name__}{f': {error}' if str(error) else ''})",
                 "Is the server up, and reachable from here? If it is slow, raise `timeout` or lower "
                 "`max_concurrency`. Long rows with prompt log-probabilities can take a server out of memory.",
             ) from None
         status = response.status_code
         if status in _BUSY or status >= 500:
-            raise _Failure(
+            raise Failure(
                 f"status {status}, {_words(response)}",
                 "Look into the server's log; lower `max_concurrency` if it is overloaded.",
                 _retry_after(response),
             )
         if status != 200:
-            raise ServerError(f"the server refuses with status {status}, {_words(response)}. {_remedy(status)}")
+            raise ServerError(
+                f"the server refuses with status {status}, {_words(response)}. {_remedy(status, reasons)}"
+            )
         try:
             return parse(response.json())
         except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
-            raise _Failure(
+            raise Failure(
                 f"an answer that cannot be read ({_quoted(repr(error))}): {_quoted(response.text)}",
                 f"It is not in the format of {type(self).__name__}: is something else listening there, or is the "
                 "answer cut off on its way?",
@@ -325,19 +371,21 @@ class _Server:
 
 class VLLMServer(_Server):
     """
-    A teacher behind `vllm serve`: `prompt_logprobs` of its completions endpoint, as TRL's `VLLMClient` asks for them.
+    A model behind `vllm serve`, by its completions endpoint.
 
-    `top_k` above 20 needs a server started with `--max-logprobs`. An API key is read from the environment variable
-    `TRL_LOPD_API_KEY` at each call, and kept nowhere.
+    As a teacher it scores with `prompt_logprobs`, as TRL's `VLLMClient` asks for them; `top_k` above 20 needs a server
+    started with `--max-logprobs`. As a student it samples, from vLLM 0.10.2 on. An API key is read from the
+    environment variable `TRL_LOPD_API_KEY` at each call, and kept nowhere.
 
     Args:
         base_url (`str`): The server's address, `http://localhost:8000`.
-        model (`str`, *optional*): The name under which the teacher is served. Asked of the server if not given.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The teacher's, which the self-test compares
+        model (`str`, *optional*): The name under which the model is served. Asked of the server if not given.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The model's, which the self-test compares
             with the server's.
         max_concurrency (`int`, *optional*, defaults to `32`): Requests at a time.
         timeout (`float`, *optional*, defaults to `600.0`): Seconds without a byte from the server before a request is
-            given up; it may wait in the server's queue meanwhile.
+            given up; it may wait in the server's queue meanwhile. A sampled answer comes whole, so this must be more
+            than the longest takes.
         max_retries (`int`, *optional*, defaults to `6`): How often a request is repeated if there is no answer, a
             useless one, or one of status 408, 425, 429 or 500 and above. Waits begin at a second and double each time.
 
@@ -359,8 +407,71 @@ class VLLMServer(_Server):
         )
         if len(names) != 1:
             # Adapters are served beside their base: to take the first could be to take another teacher.
-            raise ServerError(f"{self.base_url} serves {names}. Say which is the teacher: `model=...`.")
+            raise ServerError(f"{self.base_url} serves {names}. Say which is meant: `model=...`.")
         self.model = names[0]
+
+    def sample(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        first: int = 0,
+        advance: Callable[[int], object] = lambda tokens: None,
+    ) -> list[Sample]:
+        """
+        Answers each prompt once: see [`Sampler`]. The model's generation config has no say, its end-of-sequence
+        tokens included. An answer has the same tokens in any call and order if the server computes a sequence the same
+        in any batch; `--enable-prefix-caching`, vLLM's default, saves most of the work of repeated prompts.
+
+        Raises:
+            `ServerError`: at the first prompt that the server refuses, or that still fails when it has been asked
+                `1 + max_retries` times: no answer, one with text for token ids, null or NaN, one that was given up,
+                cut before `max_completion_length` or ended by a token that ends none. Or if the log-probabilities are
+                not those at temperature 1. Its `row` is the prompt's position in the call; messages say the answer's
+                number, `first + row`.
+            `ValueError`: if a prompt is empty.
+        """
+        for row, prompt in enumerate(prompts):
+            if len(prompt) == 0:
+                raise ValueError(f"Prompt {row} is empty: the first answer token would have no context.")
+
+        async def ask(client: httpx.AsyncClient, row: int, sampling: Sampling) -> Sample:
+            prompt = np.asarray(prompts[row]).tolist()
+            payload = {
+                "model": self.model,
+                "prompt": [prompt],
+                **sampling_parameters(sampling, first + row),
+                "logprobs": 1,
+                "return_token_ids": True,
+                "return_tokens_as_token_ids": True,
+            }
+            about = {"row": row, "name": f"Answer {first + row}", "reasons": _REASONS_NOT_TO_SAMPLE}
+            return await self._ask(client, payload, lambda body: self._read_sample(body, prompt, sampling), **about)
+
+        async def one(client: httpx.AsyncClient, row: int) -> Sample:
+            answer = await ask(client, row, sampling)
+            advance(len(answer.ids))
+            return answer
+
+        async def compare(client: httpx.AsyncClient) -> None:
+            short = replace(sampling, max_completion_length=min(sampling.max_completion_length, _COMPARED_TOKENS))
+            said, scored = [], []
+            for row, prompt in enumerate(prompts[:_COMPARED_ANSWERS]):
+                answer = await ask(client, row, short)
+                ids, length = [*np.asarray(prompt).tolist(), *answer.ids], len(answer.ids)
+                about = {"row": row, "name": f"Scores of answer {first + row}"}
+                said.extend(answer.logprobs)
+                scored.append(await self._score(client, ids, length, _COMPARED_TOP_K, **about))
+            if problem := _other_logprobs(np.array(said), scored, sampling):
+                raise ServerError(f"{self.base_url}: {problem}")
+
+        async def work(client: httpx.AsyncClient) -> list[Sample]:
+            # Where sampling leaves the distribution as it is, there is one log-probability only.
+            warps = sampling.temperature > 0 and (sampling.temperature != 1 or sampling.top_p < 1)
+            checks = [partial(compare, client)] if warps and prompts else []
+            answers = [partial(one, client, row) for row in range(len(prompts))]
+            return (await self._side_by_side(checks + answers))[len(checks) :]
+
+        return self._run(work)
 
     def _payload(self, ids: list[int], length: int, top_k: int) -> dict[str, Any]:
         # As in TRL's client: vLLM has to sample a token, and 0 log-probabilities are easily taken for none wanted.
@@ -385,6 +496,31 @@ class VLLMServer(_Server):
         positions = self._positions(body, ids)[1:]
         return [(position or {}).get(str(id), {}).get("decoded_token") for id, position in positions]
 
+    def _read_sample(self, body: dict, prompt: list[int], sampling: Sampling) -> Sample:
+        (choice,) = body["choices"]
+        if choice.get("prompt_token_ids") not in (None, prompt):
+            raise Failure(
+                "an answer to another prompt than was sent",
+                "Something between here and the model changes token ids, or answers a request with another's. Talk "
+                "to the server directly.",
+            )
+        logprobs = choice["logprobs"] or {}
+        tokens = logprobs.get("tokens") or []
+        written = [int(token[len(_ID) :]) if token.startswith(_ID) else None for token in tokens]
+        ids = choice.get("token_ids")
+        if ids is None:
+            if not written or None in written:
+                raise Failure(
+                    "text without its token ids",
+                    "vLLM sends them from version 0.10.2 on (`return_token_ids`): update the server, and talk to it "
+                    "directly.",
+                )
+            ids = written
+        elif written and None not in written and written != ids:
+            raise Failure("two lists of token ids that differ", "That is an error in the server: update it.")
+        reasons = choice["finish_reason"], choice.get("stop_reason")
+        return checked_sample(ids, logprobs.get("token_logprobs") or [], *reasons, sampling)
+
     def _positions(self, body: dict, ids: list[int]) -> list[tuple[int, dict | None]]:
         """Each token and what the server says of it."""
         (choice,) = body["choices"]
@@ -396,7 +532,8 @@ class VLLMServer(_Server):
 
 class SGLangServer(_Server):
     """
-    A teacher behind an SGLang server: `input_token_logprobs` of its `/generate` endpoint.
+    A teacher behind an SGLang server: `input_token_logprobs` of its `/generate` endpoint. It scores and does not
+    sample.
 
     Only what follows the prompt is asked for, so that the server may keep the prompt in its prefix cache, once for
     all its completions. An API key is read from the environment variable `TRL_LOPD_API_KEY` at each call, and
@@ -412,6 +549,10 @@ class SGLangServer(_Server):
 
     _path = "/generate"
     _text_options = {"return_text_in_logprobs": True}
+
+    def sample(self, *args: Any, **kwargs: Any) -> list[Sample]:
+        """Refused."""
+        raise NotImplementedError("Samples are not taken from SGLang. Serve the student with vLLM: `VLLMServer`.")
 
     def _payload(self, ids: list[int], length: int, top_k: int) -> dict[str, Any]:
         return {
@@ -450,27 +591,26 @@ class SGLangServer(_Server):
 
 
 def _scores(sent: list[int], top_k: int, echoed: list, logprobs: list, topk_ids: list, topk_logprobs: list) -> Scores:
-    """The scores that a server's answer holds, or a `_Failure` that says what is wrong with it."""
+    """The scores that a server's answer holds, or a `Failure` that says what is wrong with it."""
     for token, (id, echo) in enumerate(zip(sent, echoed, strict=True)):
         if echo != id:
-            raise _Failure(
+            raise Failure(
                 f"completion token {token} was sent as id {id} and scored as {echo}",
                 "Something between here and the model changes token ids, or answers a request with another's. Talk "
                 "to the server directly.",
             )
     # A null becomes NaN here.
     logprobs = np.array(logprobs, np.float32)
-    overflows = "The model overflows on it: serve it in bfloat16 or float32, or drop the row."
-    _refuse(np.isnan(logprobs), "null or NaN for the log-probability", overflows)
+    _refuse(np.isnan(logprobs), "null or NaN for the log-probability", _OVERFLOWS)
     for token, ids in enumerate(topk_ids):
         if len(ids) != top_k:
-            raise _Failure(
+            raise Failure(
                 f"{len(ids)} of the {top_k} most likely tokens at completion token {token}",
                 "Ask for fewer with `top_k`, or let the server return more: `--max-logprobs` in vLLM.",
             )
     topk_ids = np.array(topk_ids, np.int32).reshape(len(sent), top_k)
     topk_logprobs = np.array(topk_logprobs, np.float32).reshape(len(sent), top_k)
-    _refuse(np.isnan(topk_logprobs).any(-1), "null or NaN among the most likely tokens", overflows)
+    _refuse(np.isnan(topk_logprobs).any(-1), "null or NaN among the most likely tokens", _OVERFLOWS)
     _refuse(
         (logprobs > TOLERANCE) | (topk_logprobs > TOLERANCE).any(-1),
         "a log-probability above 0",
@@ -492,28 +632,134 @@ def _scores(sent: list[int], top_k: int, echoed: list, logprobs: list, topk_ids:
     return Scores(logprobs, topk_ids, topk_logprobs.astype(np.float16))
 
 
+def sampling_parameters(sampling: Sampling, answer: int) -> dict[str, Any]:
+    """
+    Parameters of an answer, by its number in the whole run: names and values are those of vLLM's `SamplingParams` and
+    of its server's requests.
+    """
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        # What is left out, a server takes from the model's generation config.
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "max_tokens": sampling.max_completion_length,
+        "seed": sampling.seed_of(answer),
+        # vLLM has end-of-sequence tokens of its own beside those asked for, of the tokenizer and of that config.
+        "ignore_eos": True,
+        "stop_token_ids": list(sampling.eos_token_ids),
+        # A stop text may be a special token's.
+        "skip_special_tokens": False,
+        **({"stop": list(sampling.stop)} if sampling.stop else {}),
+    }
+
+
+def checked_sample(
+    ids: list[int],
+    logprobs: list[float | None],
+    finish_reason: str | None,
+    stop_reason: int | str | None,
+    sampling: Sampling,
+) -> Sample:
+    """The sample that vLLM's answer holds, or a `Failure` that says what is wrong with it."""
+    length, longest = len(ids), sampling.max_completion_length
+    if finish_reason not in ("stop", "length"):
+        raise Failure(f"an answer that ended with {finish_reason!r}", "vLLM gave it up: look into its log.")
+    if not ids:
+        raise Failure("an empty answer", "vLLM samples a token at least: is something else listening there?")
+    if wrong := [id for id in ids if type(id) is not int or id < 0]:
+        raise Failure(f"{wrong[0]!r} for a token id", "That is an error in the server: update it.")
+    if length > longest:
+        raise Failure(f"{length} tokens where {longest} are the most", "Does a proxy between change requests?")
+    if len(logprobs) != length:
+        raise Failure(
+            f"{len(logprobs)} log-probabilities of {length} tokens", "Does a proxy between change requests or answers?"
+        )
+    # A null becomes NaN here.
+    values = np.array(logprobs, np.float64)
+    _refuse(np.isnan(values), "null or NaN for the log-probability", _OVERFLOWS)
+    modes = "In vLLM, `--logprobs-mode` is to be `raw_logprobs`."
+    _refuse(values > TOLERANCE, "a log-probability above 0", f"Does it return logits? {modes}")
+    _refuse(values <= _NO_PROBABILITY, "a token that was sampled without a probability", modes)
+    ends = [position for position, id in enumerate(ids) if id in sampling.eos_token_ids]
+    if ends and ends[0] < length - 1:
+        raise Failure(
+            f"an answer that goes on after its end-of-sequence token {ids[ends[0]]}",
+            "Does a proxy between drop `stop_token_ids`? Talk to the server directly.",
+        )
+    if finish_reason == "length" and length < longest:
+        raise Failure(
+            f"an answer cut after {length} tokens, of {longest} allowed",
+            "vLLM has a limit of its own: `max_model_len`, or `max_new_tokens` in the model's generation_config.json, "
+            "without which it starts with `--generation-config vllm`. Raise it, or lower `max_completion_length`.",
+        )
+    if finish_reason == "stop" and not ends and stop_reason not in sampling.stop:
+        raise Failure(
+            f"an answer ended by token {ids[-1]}, which is no end-of-sequence token here",
+            "vLLM has others of its own: start it with `--generation-config vllm`, or name them here too.",
+        )
+    # Where the last token that fits ends the answer, versions of vLLM differ in the reason.
+    return Sample(ids, "stop" if ends else finish_reason, values.tolist())
+
+
+def _other_logprobs(said: np.ndarray, scored: list[Scores], sampling: Sampling) -> str:
+    """
+    What is wrong if the log-probabilities of sampled tokens are not those at temperature 1, else nothing.
+
+    Args:
+        said (`(tokens,)`): The log-probabilities that came with the tokens, nats.
+        scored (`list[Scores]`): The same tokens as the end of a prompt, which no version of vLLM warps.
+        sampling ([`Sampling`]): How they were sampled.
+    """
+    raw = np.concatenate([scores.logprobs for scores in scored]).astype(np.float64)
+    top = np.concatenate([scores.topk_logprobs for scores in scored]).astype(np.float64)
+    # What a server would say that warps them, as far as the most likely tokens tell: the rest are taken to be each as
+    # likely as the last of these.
+    rest = np.maximum(-np.expm1(np.logaddexp.reduce(top, axis=-1)), 0)
+    with np.errstate(divide="ignore"):
+        rest = np.log(rest) + top[:, -1] * (1 / sampling.temperature - 1)
+    total = np.logaddexp(np.logaddexp.reduce(top / sampling.temperature, axis=-1), rest)
+    p = np.exp(top / sampling.temperature - total[:, None])
+    nucleus = np.where(p.cumsum(-1) - p < sampling.top_p, p, 0).sum(-1)
+    warped = raw / sampling.temperature - total - np.log(np.maximum(nucleus, sampling.top_p))
+    off, off_if_warped = np.abs(said - raw).mean(), np.abs(said - warped).mean()
+    # Engines compute a prompt and what follows it differently, by hundredths of a nat where they round much, so that
+    # no one distance tells rounding from a temperature near 1. But rounding is no nearer to what warping would give;
+    # what is below 0.01 does no harm; and what is above 0.3 is no rounding, as in the self-test.
+    if off <= 0.01 or (off <= 0.3 and off_if_warped > off / 2):
+        return ""
+    return (
+        f"The log-probabilities of sampled tokens are not those at temperature 1 over the full vocabulary: they lie "
+        f"{off:.3f} nats a token from the server's own scores of the same tokens. Start it with `--logprobs-mode "
+        "raw_logprobs`, as vLLM does by default and `trl vllm-serve` does not. If it is, then its replicas are "
+        "different models or run in different precisions."
+    )
+
+
 def _refuse(wrong: np.ndarray, what: str, remedy: str) -> None:
-    """Raises a `_Failure` for the first completion token that is wrong."""
+    """Raises a `Failure` for the first completion token that is wrong."""
     if wrong.any():
-        raise _Failure(f"{what}, at completion token {int(wrong.argmax())} of {len(wrong)}", remedy)
+        raise Failure(f"{what}, at completion token {int(wrong.argmax())} of {len(wrong)}", remedy)
 
 
-def _too_short(got: int, needed: int) -> _Failure:
-    return _Failure(
+def _too_short(got: int, needed: int) -> Failure:
+    return Failure(
         f"log-probabilities of {got} tokens where {needed} are needed",
         "Is it a server that scores prompts, and does a proxy between cut or cache answers?",
     )
 
 
 def _number(entry: dict) -> float | None:
-    # JSON has no infinity: vLLM writes -9999 for it.
-    return -np.inf if entry["logprob"] == -9999.0 else entry["logprob"]
+    return -np.inf if entry["logprob"] == _NO_PROBABILITY else entry["logprob"]
 
 
 def _spread(answers: list[np.ndarray]) -> float:
     """How far answers lie apart, mean over tokens, nats."""
     # Two of -inf are no distance apart.
-    return float(np.ptp(np.maximum(answers, -9999.0), axis=0).mean())
+    return float(np.ptp(np.maximum(answers, _NO_PROBABILITY), axis=0).mean())
 
 
 def _api_key() -> str:
@@ -547,15 +793,12 @@ def _quoted(words: str) -> str:
     return repr(words[:500])
 
 
-def _remedy(status: int) -> str:
+def _remedy(status: int, reasons: str) -> str:
     if status in (401, 403):
         return f"Put the API key into the environment variable {API_KEY_VARIABLE}."
     if status == 404 or 300 <= status < 400:
         return "Give the server's own address, as in http://localhost:8000, and the name of a model that it serves."
-    return (
-        "Asking again would not help. Usual reasons: a token id that is not in the server's vocabulary, because it "
-        "has another tokenizer; a row longer than its context; `top_k` above its limit (`--max-logprobs` in vLLM)."
-    )
+    return f"Asking again would not help. Usual reasons: {reasons}"
 
 
 def _retry_after(response: httpx.Response) -> float:

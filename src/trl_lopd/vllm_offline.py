@@ -1,0 +1,90 @@
+"""vLLM in this process: a sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers.utils import find_adapter_config_file
+
+from .samplers import Sample, Sampling
+from .served import Failure, checked_sample, sampling_parameters
+
+
+class VLLMEngine:
+    """
+    A [`Sampler`]: `vllm.LLM` in this process. It holds the accelerator's memory for as long as it lives.
+
+    Args:
+        model (`str`): A local directory or Hub id of a whole model.
+        **llm_kwargs: For `vllm.LLM`, for instance `tensor_parallel_size`, `max_model_len`, `dtype` or `revision`.
+
+    Raises:
+        `ImportError`: if vLLM is not installed.
+        `ValueError`: if the model is an adapter, or `logprobs_mode` another than `"raw_logprobs"`, which is how vLLM
+            calls log-probabilities at temperature 1 over the full vocabulary.
+    """
+
+    def __init__(self, model: str, **llm_kwargs: Any):
+        if find_adapter_config_file(model, revision=llm_kwargs.get("revision")) is not None:
+            raise ValueError(
+                f"{model} is an adapter, and vLLM loads whole models. Merge it into its base first: "
+                f"`AutoPeftModelForCausalLM.from_pretrained({model!r}).merge_and_unload().save_pretrained(...)`, and "
+                "save its tokenizer to the same directory."
+            )
+        if (mode := llm_kwargs.setdefault("logprobs_mode", "raw_logprobs")) != "raw_logprobs":
+            raise ValueError(
+                f"`logprobs_mode` is {mode!r}: the log-probabilities of samples are to be those at temperature 1 over "
+                "the full vocabulary, `raw_logprobs`. Leave the option out."
+            )
+        try:
+            import vllm
+        except ImportError as error:
+            raise ImportError(
+                f"vLLM cannot be imported ({error}). Install it with `pip install 'trl-lopd[vllm]'`, sample through a "
+                "server with `VLLMServer`, or with transformers."
+            ) from error
+        self.model = model
+        self._parameters, self._llm = vllm.SamplingParams, vllm.LLM(model=model, **llm_kwargs)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.model!r})"
+
+    def sample(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        first: int = 0,
+        advance: Callable[[int], object] = lambda tokens: None,
+    ) -> list[Sample]:
+        """
+        Answers each prompt once: see [`Sampler`]. vLLM gets all prompts at once and schedules them by itself;
+        `advance` is called when all are answered. The model's generation config has no say, its end-of-sequence tokens
+        included.
+
+        Raises:
+            `RuntimeError`: if an answer is wrong: without a log-probability, given up, cut before
+                `max_completion_length` because the context is full, or ended by a token that ends none.
+            `ValueError`: if a prompt is empty, or, by vLLM, if it is longer than the context.
+        """
+        for row, prompt in enumerate(prompts):
+            if len(prompt) == 0:
+                raise ValueError(f"Prompt {row} is empty: the first answer token would have no context.")
+        # With 0 of the most likely tokens, vLLM returns the log-probability of the sampled one only.
+        parameters = [
+            self._parameters(**sampling_parameters(sampling, first + row), logprobs=0) for row in range(len(prompts))
+        ]
+        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
+        samples = []
+        for number, request in enumerate(outputs, first):
+            (answer,) = request.outputs
+            ids = list(answer.token_ids)
+            logprobs = [position[id].logprob for id, position in zip(ids, answer.logprobs or [], strict=False)]
+            try:
+                sample = checked_sample(ids, logprobs, answer.finish_reason, answer.stop_reason, sampling)
+            except Failure as failure:
+                raise RuntimeError(f"Answer {number}, {self.model}: {failure.what}. {failure.remedy}") from None
+            samples.append(sample)
+            advance(len(ids))
+        return samples
