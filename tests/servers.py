@@ -50,7 +50,7 @@ GENERATION_CONFIG = {
     "temperature": 0.3,
     "top_p": 0.5,
     "top_k": 3,
-    "min_p": 0.05,
+    "min_p": 0.2,
     "repetition_penalty": 1.3,
     "presence_penalty": 0.5,
     "frequency_penalty": 0.5,

@@ -171,6 +171,7 @@ def test_progress(sampler, kind):
     with sampler(kind) as engine:
         samples = engine.sample(PROMPTS, WARPED, 3, seen.append)
         assert engine.sample([], WARPED) == []
+        assert engine.sample([np.array(prompt) for prompt in PROMPTS], WARPED, 3) == samples
     assert sorted(seen) == sorted(len(sample.ids) for sample in samples)
 
 
@@ -241,7 +242,7 @@ def test_everything_is_said(model):
             "prompt": [PROMPTS[0]],
             "temperature": 1.0,
             "top_p": 1.0,
-            "top_k": 0,
+            "top_k": -1,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
             "presence_penalty": 0.0,
@@ -499,7 +500,7 @@ def test_the_engine_gets_all_prompts_at_once(vllm):
     (parameters,) = vllm.engines[0].calls
     assert [p.seed for p in parameters] == [WARPED.seed_of(5 + row) for row in range(len(PROMPTS))]
     assert {(p.temperature, p.top_p, p.top_k, p.logprobs, p.ignore_eos) for p in parameters} == {
-        (0.8, 0.9, 0, 0, True)
+        (0.8, 0.9, -1, 0, True)
     }
 
 
@@ -535,3 +536,13 @@ def test_the_engine_s_answer_of_nan(vllm):
     vllm.edit = lambda output: setattr(output.logprobs[0][output.token_ids[0]], "logprob", math.nan)
     with pytest.raises(RuntimeError, match="null or NaN for the log-probability, at completion token 0 of"):
         VLLMEngine("served").sample(PROMPTS, GREEDY)
+
+
+def test_a_vocabulary_with_tokens_that_cannot_be():
+    """Where most have no probability, as in a vocabulary padded with -inf, there is still a comparison."""
+    top = np.full((8, 16), -np.inf, np.float16)
+    top[:, 0] = 0
+    scores = served.Scores(np.zeros(8, np.float32), np.zeros((8, 16), np.int32), top)
+    for temperature in (0.5, 1.5):
+        sampling = replace(PLAIN, temperature=temperature)
+        assert served._other_logprobs(np.full(8, -0.02), [scores], sampling) == ""

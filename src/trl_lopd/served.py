@@ -640,8 +640,8 @@ def sampling_parameters(sampling: Sampling, answer: int) -> dict[str, Any]:
     return {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        # What is left out, a server takes from the model's generation config.
-        "top_k": 0,
+        # What is left out, a server takes from the model's generation config. For no top-k, some versions take 0 too.
+        "top_k": -1,
         "min_p": 0.0,
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
@@ -693,8 +693,8 @@ def checked_sample(
     if finish_reason == "length" and length < longest:
         raise Failure(
             f"an answer cut after {length} tokens, of {longest} allowed",
-            "vLLM has a limit of its own: `max_model_len`, or `max_new_tokens` in the model's generation_config.json, "
-            "without which it starts with `--generation-config vllm`. Raise it, or lower `max_completion_length`.",
+            "vLLM has a limit of its own: `max_model_len`, or `max_new_tokens` in a generation config, which "
+            "`--generation-config vllm` leaves out. Raise it, or lower `max_completion_length`.",
         )
     if finish_reason == "stop" and not ends and stop_reason not in sampling.stop:
         raise Failure(
@@ -715,7 +715,8 @@ def _other_logprobs(said: np.ndarray, scored: list[Scores], sampling: Sampling) 
         sampling ([`Sampling`]): How they were sampled.
     """
     raw = np.concatenate([scores.logprobs for scores in scored]).astype(np.float64)
-    top = np.concatenate([scores.topk_logprobs for scores in scored]).astype(np.float64)
+    # Nothing is subtracted from an infinity.
+    top = np.maximum(np.concatenate([scores.topk_logprobs for scores in scored]).astype(np.float64), -100.0)
     # What a server would say that warps them, as far as the most likely tokens tell: the rest are taken to be each as
     # likely as the last of these.
     rest = np.maximum(-np.expm1(np.logaddexp.reduce(top, axis=-1)), 0)

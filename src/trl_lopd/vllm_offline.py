@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from transformers.utils import find_adapter_config_file
 
 from .samplers import Sample, Sampling
@@ -70,11 +71,13 @@ class VLLMEngine:
         for row, prompt in enumerate(prompts):
             if len(prompt) == 0:
                 raise ValueError(f"Prompt {row} is empty: the first answer token would have no context.")
+        if not prompts:
+            return []
         # With 0 of the most likely tokens, vLLM returns the log-probability of the sampled one only.
         parameters = [
             self._parameters(**sampling_parameters(sampling, first + row), logprobs=0) for row in range(len(prompts))
         ]
-        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        inputs = [{"prompt_token_ids": np.asarray(prompt).tolist()} for prompt in prompts]
         outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
         samples = []
         for number, request in enumerate(outputs, first):
