@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import kills
 import numpy as np
 import pytest
 import torch
+import vllm_stub
 from conftest import make_model, make_tokenizer
 from datasets import Dataset, load_dataset
-from transformers import GenerationConfig
+from servers import stub_server
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from trl_lopd import (
+    ServerError,
     ShardError,
+    VLLMServer,
+    check_teacher_consistency,
     collect_rollouts,
     fingerprint_teacher,
     generate_sft_data,
     load_table,
     read_dataset_card,
+    read_model_card,
     score_rollouts,
 )
 from trl_lopd.cards import record_of
@@ -179,6 +186,58 @@ def test_continuous_batching_repeats_itself_by_shard(student, tokenizer):
 def test_continuous_batching_knows_no_stop_texts(student, tokenizer):
     with pytest.raises(ValueError, match="knows no `stop` texts"):
         collect_rollouts(PROMPTS, student, tokenizer=tokenizer, engine="continuous_batching", stop="w5")
+
+
+# ---- vLLM ----
+
+
+@pytest.fixture(params=["server", "engine"])
+def vllm_engine(request, monkeypatch, student_dir, tokenizer):
+    """vLLM in miniature, serving the student or in this process."""
+    model = AutoModelForCausalLM.from_pretrained(student_dir)
+    if request.param == "server":
+        with stub_server("vllm", model) as server:
+            yield VLLMServer(server.url)
+    else:
+        texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
+        monkeypatch.setitem(sys.modules, "vllm", vllm_stub.module(model, texts))
+        yield "vllm"
+
+
+def test_vllm_answers_as_transformers_do(student_dir, vllm_engine):
+    kwargs = dict(temperature=0, max_completion_length=12, num_generations=2)
+    plain = collect_rollouts(PROMPTS, str(student_dir), **kwargs)
+    rollouts = collect_rollouts(PROMPTS, str(student_dir), engine=vllm_engine, **kwargs)
+    for column in ("prompt", "prompt_ids", "completion_ids", "completion", "finish_reason"):
+        assert rollouts[column] == plain[column]
+    for a, b in zip(rollouts["ref_logprobs"], plain["ref_logprobs"], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_served_student_is_a_person_s_word(student_dir, teacher_dir, vllm_engine):
+    rollouts = collect_rollouts(PROMPTS, str(student_dir), engine=vllm_engine, max_completion_length=6)
+    evidence = "verified" if vllm_engine == "vllm" else "declared"
+    assert record_of(rollouts)["students"][0]["evidence"] == evidence
+    id = fingerprint_teacher(student_dir).id
+    assert set(rollouts["student_fingerprint"]) == {id if vllm_engine == "vllm" else f"{id}#declared"}
+    table = score_rollouts(rollouts, str(teacher_dir), top_k=2)
+    verdict = check_teacher_consistency(read_model_card(student_dir), table, student_fingerprint=id)
+    assert (verdict.evidence, verdict.off_policy) == ("verified", False)
+
+
+def test_with_vllm_each_answer_has_its_seed_and_shards_do_not_matter(tmp_path, student_dir, vllm_engine):
+    kwargs = dict(engine=vllm_engine, temperature=1.0, num_generations=2, max_completion_length=8)
+    a = collect_rollouts(PROMPTS, str(student_dir), **kwargs)
+    b = collect_rollouts(PROMPTS, str(student_dir), rows_per_shard=1, output_dir=tmp_path / "rollouts", **kwargs)
+    assert a["completion_ids"] == b["completion_ids"]
+    assert a["completion_ids"][::2] != a["completion_ids"][1::2]
+
+
+def test_a_server_of_another_tokenizer_is_refused(student_dir):
+    texts = [f"other{token}" for token in range(32)]
+    with stub_server("vllm", AutoModelForCausalLM.from_pretrained(student_dir), texts=texts) as server:
+        with pytest.raises(ServerError, match="another tokenizer"):
+            collect_rollouts(PROMPTS, str(student_dir), engine=VLLMServer(server.url))
 
 
 # ---- On disk ----

@@ -36,6 +36,10 @@ class JobArguments:
         default=None,
         metadata={"help": "For loading the model, as YAML or JSON, such as {dtype: bfloat16, device_map: auto}."},
     )
+    server_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "For a server, as YAML or JSON, such as {max_concurrency: 256, timeout: 3600}."},
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU, also under `accelerate launch`."})
     report_to: str = field(default="none", metadata={"help": 'Where to log speed and totals: "wandb" or "none".'})
     run_name: str | None = field(default=None, metadata={"help": "Name of the run there."})
@@ -48,6 +52,7 @@ class JobArguments:
         if self.report_to not in ("none", "wandb"):
             raise ValueError(f'`report_to` is "none" or "wandb", not {self.report_to!r}.')
         self.model_init_kwargs = _dict("model_init_kwargs", self.model_init_kwargs)
+        self.server_kwargs = _dict("server_kwargs", self.server_kwargs)
 
 
 @dataclass
@@ -147,7 +152,7 @@ def rollout(args: RolloutArguments) -> Dataset:
             if name in _SAMPLING and value is not None and (name != "ref_logprobs" or args.role == "student")
         }
         collect = collect_rollouts if args.role == "student" else generate_sft_data
-        table = collect(load_prompts(args), args.model_name_or_path, engine=_engine(args.engine), **options)
+        table = collect(load_prompts(args), args.model_name_or_path, engine=_engine(args), **options)
         return _pushed(table, args)
 
 
@@ -167,7 +172,8 @@ def score(args: ScoreArguments) -> Dataset:
         if args.teacher_url:
             from .served import SGLangServer, VLLMServer
 
-            teacher = {"vllm": VLLMServer, "sglang": SGLangServer}[args.teacher_server](args.teacher_url)
+            server = {"vllm": VLLMServer, "sglang": SGLangServer}[args.teacher_server]
+            teacher = server(args.teacher_url, **(args.server_kwargs or {}))
             if args.student_name_or_path:
                 options["teacher_card"] = read_model_card(args.student_name_or_path)
             if args.teacher_name_or_path:
@@ -231,12 +237,12 @@ def load_prompts(args: RolloutArguments) -> Dataset:
     return questions
 
 
-def _engine(name: str) -> str | Sampler:
-    if name.startswith(("http://", "https://")):
+def _engine(args: RolloutArguments) -> str | Sampler:
+    if args.engine.startswith(("http://", "https://")):
         from .served import VLLMServer
 
-        return VLLMServer(name)
-    return name
+        return VLLMServer(args.engine, **(args.server_kwargs or {}))
+    return args.engine
 
 
 @contextmanager
