@@ -247,12 +247,13 @@ def stamp_dataset_card(
         logger.warning(
             "The card of %s gets no digest of its rows: they are not, or not all, what `score_rollouts` gave.", table
         )
-    _write(
-        table,
-        {**dict.fromkeys(("students", "teachers", "sft_teachers", "columns", "digests")), **record},
-        "dataset",
-        token,
-    )
+    write_record(table, record, token)
+
+
+def write_record(table: str | Path, record: dict[str, Any], token: str | None = None) -> None:
+    """Put a record in the place of that in a dataset's card; see [`stamp_dataset_card`]."""
+    stale = dict.fromkeys(("students", "teachers", "sft_teachers", "columns", "digests"))
+    _write(table, {**stale, **record}, "dataset", token)
 
 
 def read_dataset_card(table: str | Path, revision: str | None = None) -> dict[str, Any]:

@@ -13,14 +13,14 @@ from accelerate import PartialState
 from datasets import Dataset, DatasetInfo, Features, List, Value, concatenate_datasets
 from trl.data_utils import is_conversational
 
-from .cards import attach_record, entry, read_dataset_card, read_model_card, stamp_dataset_card
+from .cards import attach_record, entry, read_dataset_card, read_model_card, write_record
 from .fingerprint import fingerprint_teacher, with_evidence
 from .models import eos_token_ids, load_model, load_tokenizer
 from .probes import probe_model
 from .processes import on_main_process
 from .runs import ShardedRun
 from .samplers import ContinuousBatchingSampler, Sample, Sampler, Sampling, TransformersSampler
-from .table import content_digest
+from .table import content_digest, lengths
 from .teachers import LocalTeacher
 
 if TYPE_CHECKING:
@@ -363,9 +363,15 @@ def _collect(
         )
     sampled = {**options, "truncated_answers": counts["truncated"]}
     about = entry(fingerprint, rows=len(rollouts), sampling=sampled, **about)
-    attach_record(rollouts, {"students" if role == "student" else "sft_teachers": [about]})
+    record = {
+        "students" if role == "student" else "sft_teachers": [about],
+        "rows": len(rollouts),
+        "completion_tokens": int(lengths(rollouts)[1].sum()),
+        "skipped_rows": 0,
+    }
+    attach_record(rollouts, record)
     if output_dir is not None and state.is_main_process:
-        stamp_dataset_card(output_dir, rollouts)
+        write_record(output_dir, record)
     state.wait_for_everyone()
     return rollouts
 

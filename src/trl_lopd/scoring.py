@@ -13,10 +13,11 @@ import pyarrow as pa
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 
-from .cards import attach_record, entry, read_dataset_card, record_of, stamp_dataset_card
+from .cards import attach_record, entry, read_dataset_card, record_of, write_record
 from .fingerprint import fingerprint_teacher, with_evidence
 from .models import load_model, load_tokenizer
 from .probes import probe_model, probed_entries
+from .processes import on_main_process
 from .runs import ShardedRun
 from .table import (
     TOPK_COLUMNS,
@@ -122,7 +123,7 @@ def score_rollouts(
     revision = (model_init_kwargs or {}).get("revision")
     is_served = hasattr(teacher, "score")
     if is_served:
-        about = _about_served(teacher, dataset[0], fingerprint, teacher_card)
+        about = on_main_process(state, lambda: _about_served(teacher, dataset[0], fingerprint, teacher_card))
     else:
         tokenizer = tokenizer or load_tokenizer(teacher, revision=revision)
         about = entry(fingerprint or fingerprint_teacher(teacher, tokenizer, revision=revision))
@@ -161,13 +162,16 @@ def score_rollouts(
                 about["probes"] = probes
         table = run.dataset()
 
+    columns = digest_columns(table.column_names)
     # Scores of -inf are the trainer's to accept or refuse; any floor lets them pass here.
-    if floored := validate_table(table, teacher_logprob_floor=-1.0).floored:
+    floored, digest = on_main_process(
+        state, lambda: (validate_table(table, teacher_logprob_floor=-1.0).floored, rows_digest(table, columns))
+    )
+    if floored and state.is_main_process:
         logger.warning(
             f"{floored} teacher log-probabilities are -inf: the teacher gives those tokens no probability at all. The "
             "trainer accepts them only with `teacher_logprob_floor`."
         )
-    columns = digest_columns(table.column_names)
     about |= {"rows": len(table), "share": 1.0, "scoring": {"top_k": top_k}}
     students = record_of(dataset).get("students")
     record = {
@@ -177,11 +181,11 @@ def score_rollouts(
         "completion_tokens": int(tokens.sum()),
         "skipped_rows": 0,
         "columns": columns,
-        "digests": [{"rows": len(table), "digest": rows_digest(table, columns)}],
+        "digests": [{"rows": len(table), "digest": digest}],
     }
     attach_record(table, record)
     if output_dir is not None and state.is_main_process:
-        stamp_dataset_card(output_dir, table)
+        write_record(output_dir, record)
     state.wait_for_everyone()
     return table
 
