@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from trl.data_utils import maybe_convert_to_chatml
 
 from .cards import load_table, read_model_card, stamp_dataset_card
 from .fingerprint import fingerprint_teacher
+from .processes import processes
 from .rollouts import ENGINES, collect_rollouts, generate_sft_data
 from .scoring import score_rollouts
 
@@ -248,7 +248,7 @@ def _engine(args: RolloutArguments) -> str | Sampler:
 @contextmanager
 def _surroundings(args: JobArguments) -> Iterator[None]:
     """The processes, and a wandb run on the main one."""
-    state = PartialState(**({"cpu": True} if args.use_cpu else {}))
+    state = processes(cpu=args.use_cpu)
     if args.report_to != "wandb" or not state.is_main_process:
         yield
         return
@@ -261,7 +261,7 @@ def _surroundings(args: JobArguments) -> Iterator[None]:
 
 
 def _pushed(table: Dataset, args: JobArguments) -> Dataset:
-    if args.hub_dataset_id and PartialState().is_main_process:
+    if args.hub_dataset_id and processes().is_main_process:
         table.push_to_hub(args.hub_dataset_id, private=args.hub_private_repo)
         stamp_dataset_card(args.hub_dataset_id, table)
     return table

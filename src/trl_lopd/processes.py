@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from datetime import timedelta
+from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from .consistency import TeacherConsistencyError
 from .shards import ShardError
 
-if TYPE_CHECKING:
-    from accelerate import PartialState
+# A process that is done waits for those that are not: for hours, where torch would give up after ten minutes.
+_PATIENCE = timedelta(days=7)
+
+
+def processes(cpu: bool = False) -> PartialState:
+    """The processes of this launch, which wait for one another for days if they have not been set up before."""
+    return PartialState(cpu=cpu, timeout=_PATIENCE)
 
 
 class RefusedElsewhere(TeacherConsistencyError, ShardError, SystemExit):

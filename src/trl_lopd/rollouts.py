@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from accelerate import PartialState
 from datasets import Dataset, DatasetInfo, Features, List, Value, concatenate_datasets
 from trl.data_utils import is_conversational
 
@@ -17,7 +16,7 @@ from .cards import attach_record, entry, read_dataset_card, read_model_card, wri
 from .fingerprint import fingerprint_teacher, with_evidence
 from .models import eos_token_ids, load_model, load_tokenizer
 from .probes import probe_model
-from .processes import on_main_process
+from .processes import on_main_process, processes
 from .runs import ShardedRun
 from .samplers import ContinuousBatchingSampler, Sample, Sampler, Sampling, TransformersSampler
 from .table import content_digest, lengths
@@ -260,7 +259,7 @@ def _collect(
         raise ValueError("There are no prompts to answer.")
     as_messages = role == "teacher" and is_conversational({"prompt": prompts[0]["prompt"]})
 
-    state = PartialState()
+    state = processes()
     kwargs = dict(model_init_kwargs or {})
     revision = kwargs.get("revision")
     fingerprint = fingerprint or fingerprint_teacher(model, tokenizer, revision=revision)
@@ -390,7 +389,7 @@ def _check_engine(engine: str | Sampler, model: str | PreTrainedModel) -> None:
     if engine == "vllm":
         if not isinstance(model, str):
             raise ValueError('`engine="vllm"` loads the model itself: give its directory or Hub id.')
-        if PartialState().num_processes > 1:
+        if processes().num_processes > 1:
             raise ValueError(
                 "vLLM uses several GPUs from one process: start one, with "
                 '`model_init_kwargs={"tensor_parallel_size": N}`, or serve the model with `vllm serve` and pass '

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
-from .processes import on_main_process
+from .processes import on_main_process, processes
 from .shards import ShardStore
 
 
@@ -59,7 +58,7 @@ class ShardedRun:
         output_dir: str | Path | None,
         pins: dict[str, Any],
     ):
-        self.state = PartialState()
+        self.state = processes()
         if self.state.num_processes > 1 and output_dir is None:
             raise ValueError("Several processes write into one directory: give `output_dir`.")
         self.title, self.unit, self.sizes, self.rows_per_shard = title, unit, sizes, rows_per_shard

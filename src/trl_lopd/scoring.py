@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 
 from .cards import attach_record, entry, read_dataset_card, record_of, write_record
 from .fingerprint import fingerprint_teacher, with_evidence
 from .models import load_model, load_tokenizer
 from .probes import probe_model, probed_entries
-from .processes import on_main_process
+from .processes import on_main_process, processes
 from .runs import ShardedRun
 from .table import (
     TOPK_COLUMNS,
@@ -113,7 +112,7 @@ def score_rollouts(
             "`top_k` is 0 or more, `max_batch_tokens` and `rows_per_shard` are positive; got "
             f"{top_k}, {max_batch_tokens} and {rows_per_shard}."
         )
-    state = PartialState()
+    state = processes()
     if state.num_processes > 1 and state.device.type != "cpu":
         model_init_kwargs = {"device_map": {"": state.device}, **(model_init_kwargs or {})}
     added = ["teacher_logprobs", "teacher_fingerprint", *(TOPK_COLUMNS if top_k else ())]
