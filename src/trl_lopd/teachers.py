@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -304,28 +304,32 @@ def _measured_budget(model: PreTrainedModel) -> int:
 def _score_batch(model: PreTrainedModel, sequences: list[np.ndarray], counts: list[int], top_k: int) -> list[Scores]:
     """Scores of the last tokens of each sequence, all read in one forward pass."""
     model = _unwrapped(model)
-    device = model.get_input_embeddings().weight.device
-    lengths = np.array([len(sequence) for sequence in sequences])
-    if _packs(model):
-        ends = np.cumsum(lengths)
-        boundaries = torch.from_numpy(np.concatenate([[0], ends])).to(device, torch.int32)
-        inputs = {
-            "input_ids": _to(device, np.concatenate(sequences)[None]),
-            "position_ids": _to(device, np.concatenate([np.arange(length) for length in lengths])[None]),
-            "cu_seq_lens_q": boundaries,
-            "cu_seq_lens_k": boundaries,
-            "max_length_q": int(lengths.max()),
-            "max_length_k": int(lengths.max()),
-        }
-    else:
-        ends = np.arange(len(lengths)) * lengths.max() + lengths
-        input_ids, attention_mask = _padded(sequences)
-        inputs = {"input_ids": _to(device, input_ids), "attention_mask": _to(device, attention_mask)}
+    inputs, ends = _inputs(model, sequences)
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
     # A token is predicted at the position before it.
     places = np.concatenate([np.arange(end - count, end) - 1 for end, count in zip(ends, counts, strict=True)])
     completions = [sequence[len(sequence) - count :] for sequence, count in zip(sequences, counts, strict=True)]
     return _scores_at(model, hidden.flatten(0, 1)[_to(hidden.device, places)], completions, top_k)
+
+
+def _inputs(model: PreTrainedModel, sequences: list[np.ndarray]) -> tuple[dict[str, Any], np.ndarray]:
+    """What the model is given to read sequences, and where each ends in the flattened batch."""
+    device = model.get_input_embeddings().weight.device
+    lengths = np.array([len(sequence) for sequence in sequences])
+    if not _packs(model):
+        input_ids, attention_mask = _padded(sequences)
+        ends = np.arange(len(lengths)) * lengths.max() + lengths
+        return {"input_ids": _to(device, input_ids), "attention_mask": _to(device, attention_mask)}, ends
+    ends = np.cumsum(lengths)
+    boundaries = torch.from_numpy(np.concatenate([[0], ends])).to(device, torch.int32)
+    return {
+        "input_ids": _to(device, np.concatenate(sequences)[None]),
+        "position_ids": _to(device, np.concatenate([np.arange(length) for length in lengths])[None]),
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": int(lengths.max()),
+        "max_length_k": int(lengths.max()),
+    }, ends
 
 
 class _Prefix(NamedTuple):
