@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -283,3 +285,34 @@ def test_tokens_that_fit():
     teacher = LocalTeacher(make("Llama"))
     teacher.score(*make_rows([1]), 0)
     assert teacher.max_batch_tokens == 16384
+
+
+def test_the_tightest_device_sets_the_budget(monkeypatch):
+    """What CUDA answers is made up: a forward takes 2**21 bytes on the first device and 2**20 on the second."""
+    devices = [torch.device("cuda", i) for i in range(2)]
+    model = make("Llama", max_position_embeddings=1024)
+    fake = SimpleNamespace(
+        config=model.config,
+        parameters=lambda: (SimpleNamespace(device=device) for device in devices),
+        get_input_embeddings=model.get_input_embeddings,
+        base_model=lambda input_ids, use_cache: reads.append((input_ids.shape, use_cache)),
+        _modules={},
+        _supports_attention_backend=True,
+        _is_stateful=False,
+    )
+    reads, allocated = [], 2**30
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: allocated + 2 ** (21 - device.index))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: allocated + 2**20)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**22, 2**40))
+    assert teachers._measured_budget(fake) == 1024  # 0.7 * 5 MiB at 2 KiB a token
+    assert reads == [((1, 1024), True)]
+    devices.pop(0)
+    assert teachers._measured_budget(fake) == 2048
+
+    def fails(**inputs):
+        raise torch.OutOfMemoryError
+
+    fake.base_model = fails
+    assert teachers._measured_budget(fake) == 512

@@ -286,8 +286,11 @@ def _measured_budget(model: PreTrainedModel) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         before[device] = torch.cuda.memory_allocated(device)
     input_ids = torch.zeros(1, tokens, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-    # With the cache that sharing prompts needs.
-    model.base_model(input_ids=input_ids, use_cache=_only_attends(model))
+    try:
+        # With the cache that sharing prompts needs.
+        model.base_model(input_ids=input_ids, use_cache=_only_attends(model))
+    except torch.OutOfMemoryError:
+        return max(1, tokens // 2)
     budgets = []
     for device in devices:
         used = torch.cuda.max_memory_allocated(device) - before[device]
