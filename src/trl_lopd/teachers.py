@@ -155,7 +155,7 @@ class LocalTeacher:
             longest = np.zeros_like(first)
             np.maximum.at(longest, group, row_lengths)
             pays = (size - 1) * prompt_lengths[first] >= _SHARING_PAYS * tokens
-            # Below that size a row is scored alone, and memory has to be for it alone.
+            # A row longer than the budget is scored alone, with nothing cached beside it.
             sharing = np.flatnonzero(pays & (longest <= self.max_batch_tokens))
             # Half of the tokens are for prompts, which stay in memory until all of their completions are scored.
             for batch in _batches(prompt_lengths[first[sharing]], self.max_batch_tokens // 2):
