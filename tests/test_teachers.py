@@ -316,3 +316,23 @@ def test_the_tightest_device_sets_the_budget(monkeypatch):
 
     fake.base_model = fails
     assert teachers._measured_budget(fake) == 512
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rows_that_stretch_the_rotary_embeddings_stretch_no_other_row_s(kind):
+    """One long row in a batch changes what transformers makes of the short ones."""
+    rope = {"rope_type": kind, "rope_theta": 100.0, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 12}
+    options = {"rope_parameters": rope, "max_position_embeddings": 48 if kind == "longrope" else 12}
+    model = make("Llama", **options)
+    sequences, counts = make_rows([3, 2, 1, 1, 1], longest=12)
+    lengths = np.array([len(sequence) for sequence in sequences])
+    assert (lengths > 12).any() and (lengths <= 12).sum() > 1
+    scores = LocalTeacher(model, 4096).score(sequences, counts, 3)
+    for row in zip(sequences, counts, scores, strict=True):
+        assert_scores(make("Llama", **options), *([value] for value in row))
+    batch = teachers._score_batch(model, sequences, counts, 0)
+    short = int(lengths.argmin())
+    alone = teachers._score_batch(model, [sequences[short]], [counts[short]], 0)[0]
+    assert not np.allclose(batch[short].logprobs, alone.logprobs, atol=1e-3)

@@ -18,6 +18,7 @@ from .models import load_model, load_tokenizer
 from .probes import probe_model, probed_entries
 from .processes import on_main_process, processes
 from .runs import ShardedRun
+from .shards import read_pins
 from .table import (
     TOPK_COLUMNS,
     TableError,
@@ -47,7 +48,7 @@ def score_rollouts(
     tokenizer: PreTrainedTokenizerBase | None = None,
     top_k: int = 8,
     ref_model: str | PreTrainedModel | None = None,
-    max_batch_tokens: int = 16384,
+    max_batch_tokens: int | None = None,
     rows_per_shard: int = 4096,
     fingerprint: TeacherFingerprint | None = None,
     teacher_card: dict[str, Any] | None = None,
@@ -80,8 +81,9 @@ def score_rollouts(
         ref_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             The student that sampled the rollouts, or an adapter, for rollouts without `ref_logprobs`: it scores them
             the same way, in memory beside a local teacher.
-        max_batch_tokens (`int`, *optional*, defaults to `16384`):
-            Tokens of a forward pass, padding included. A longer row is scored alone. Halved when memory runs out.
+        max_batch_tokens (`int`, *optional*):
+            Tokens of a forward pass, padding and cached prompts included. A longer row is scored alone. By default
+            16,384 on a CPU, and on CUDA as many as fit, measured once for a table. Halved when memory runs out.
         rows_per_shard (`int`, *optional*, defaults to `4096`):
             Rows that are sorted by length together, and written together.
         fingerprint ([`TeacherFingerprint`], *optional*):
@@ -107,7 +109,7 @@ def score_rollouts(
         ValueError: An option out of range, several processes without `output_dir`, or a served teacher that nothing
             names.
     """
-    if top_k < 0 or max_batch_tokens < 1 or rows_per_shard < 1:
+    if top_k < 0 or (max_batch_tokens is not None and max_batch_tokens < 1) or rows_per_shard < 1:
         raise ValueError(
             "`top_k` is 0 or more, `max_batch_tokens` and `rows_per_shard` are positive; got "
             f"{top_k}, {max_batch_tokens} and {rows_per_shard}."
@@ -127,6 +129,15 @@ def score_rollouts(
         tokenizer = tokenizer or load_tokenizer(teacher, revision=revision)
         about = entry(fingerprint or fingerprint_teacher(teacher, tokenizer, revision=revision))
     teacher_id = with_evidence(about["id"], about["evidence"])
+
+    @functools.cache  # once, and not at all if everything is scored already
+    def load(model: str | PreTrainedModel) -> LocalTeacher:
+        return LocalTeacher(load_model(model, model_init_kwargs), max_batch_tokens)
+
+    if max_batch_tokens is None and not is_served:
+        # Batches decide the last bits of scores: a run that continues takes the size of the run before.
+        known = on_main_process(state, lambda: read_pins(output_dir).get("max_batch_tokens") if output_dir else None)
+        max_batch_tokens = known or on_main_process(state, lambda: load(teacher).find_budget())
     pins = {}
     if output_dir is not None:
         pins = {
@@ -137,10 +148,6 @@ def score_rollouts(
             "max_batch_tokens": max_batch_tokens,
             "dtype": str((model_init_kwargs or {}).get("dtype", "auto")),
         }
-
-    @functools.cache  # once, and not at all if everything is scored already
-    def load(model: str | PreTrainedModel) -> LocalTeacher:
-        return LocalTeacher(load_model(model, model_init_kwargs), max_batch_tokens)
 
     tokens = lengths(dataset)[1]
     with ShardedRun("Scoring", "token", tokens, rows_per_shard, output_dir, pins) as run:

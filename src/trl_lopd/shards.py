@@ -391,6 +391,14 @@ class ShardStore:
             ) from error
 
 
+def read_pins(directory: str | Path) -> dict[str, Any]:
+    """What the run computes whose shards are in a directory; `{}` if there is none, or it cannot be read."""
+    try:
+        return json.loads((Path(directory) / HIDDEN / "manifest.json").read_bytes())["pins"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 @contextmanager
 def _replacing(path: Path, temporary_directory: Path) -> Iterator[BinaryIO]:
     """A file to write, which becomes `path` at once and for good when the block ends; nothing is left if it raises."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -80,6 +81,11 @@ class LocalTeacher:
     def __init__(self, model: PreTrainedModel, max_batch_tokens: int | None = None):
         self.model, self.max_batch_tokens = model, max_batch_tokens
 
+    def find_budget(self) -> int:
+        """`max_batch_tokens`, measured if it was not given."""
+        self.max_batch_tokens = self.max_batch_tokens or _measured_budget(self.model)
+        return self.max_batch_tokens
+
     def score(
         self,
         sequences: list[np.ndarray],
@@ -111,7 +117,7 @@ class LocalTeacher:
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
-            self.max_batch_tokens = self.max_batch_tokens or _measured_budget(self.model)
+            self.find_budget()
             todo = self._plan(np.arange(len(sequences)), sequences, completion_lengths)
             while todo:
                 rows, shared = todo.pop()
@@ -162,8 +168,12 @@ class LocalTeacher:
                 members = np.isin(group, sharing[batch])
                 shared |= members
                 plan.append((rows[members], True))
-        alone, packed = np.flatnonzero(~shared), _packs(_unwrapped(self.model))
-        plan += [(rows[alone[batch]], False) for batch in _batches(row_lengths[alone], self.max_batch_tokens, packed)]
+        stretched = row_lengths >= _stretches_from(_unwrapped(self.model))
+        others, packed = np.flatnonzero(~shared & ~stretched), _packs(_unwrapped(self.model))
+        batches = _batches(row_lengths[others], self.max_batch_tokens, packed)
+        plan += [(rows[others[batch]], False) for batch in batches]
+        # Shortest first, after the others: a stretch stays until a longer row comes, or one that needs none.
+        plan += [(rows[[row]], False) for row in np.argsort(row_lengths, kind="stable") if stretched[row]]
         return plan[::-1]
 
     def _passes(
@@ -235,8 +245,6 @@ def _unwrapped(model: PreTrainedModel) -> PreTrainedModel:
 def _only_attends(model: PreTrainedModel) -> bool:
     """Whether a sequence may be given otherwise than as one row from position 0: packed, or after a cached prompt."""
     config = model.config
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {of.get("rope_type") for of in [rope, *rope.values()] if isinstance(of, dict)}
     return (
         # Positions and sequence boundaries reach the attention function, as keyword arguments of the forward.
         model._supports_attention_backend
@@ -250,9 +258,20 @@ def _only_attends(model: PreTrainedModel) -> bool:
         )
         # Positions of a multimodal model are not those of its tokens.
         and config.get_text_config() is config
-        # Rotations that depend on the length of what is read would differ between a prompt and what follows it.
-        and not kinds & {"dynamic", "longrope"}
+        # Rotations would differ between a prompt and what follows it.
+        and _stretches_from(model) == math.inf
     )
+
+
+def _stretches_from(model: PreTrainedModel) -> float:
+    """The length from which the longest row of a batch decides the rotary embeddings of all of them; such rows are
+    read alone. Infinite for most models."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {of.get("rope_type"): of for of in [rope, *rope.values()] if isinstance(of, dict)}
+    if "longrope" in kinds:
+        return kinds["longrope"].get("original_max_position_embeddings") or config.max_position_embeddings
+    return config.max_position_embeddings if "dynamic" in kinds else math.inf
 
 
 def _packs(model: PreTrainedModel) -> bool:
