@@ -56,7 +56,7 @@ class Case:
     tmp: Path
 
     def score(self, teacher: Path | None = None) -> Dataset:
-        return score_rollouts(self.rollouts, str(teacher or self.teacher), top_k=2, ref_model=str(self.student))
+        return score_rollouts(self.rollouts, str(teacher or self.teacher), top_k=2)
 
     def copy(self, directory: Path) -> Path:
         return Path(shutil.copytree(directory, self.tmp / "elsewhere" / directory.name, dirs_exist_ok=True))
