@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _MODULE_OF = {
+    "EffOPDCallback": "effopd",
     "OfflineOPDConfig": "config",
     "OfflineOPDTrainer": "trainer",
+    "RewardGate": "gates",
     "SGLangServer": "served",
     "ShardError": "shards",
     "TableError": "table",
@@ -43,7 +45,9 @@ if TYPE_CHECKING:
     from .cards import load_table, read_dataset_card, read_model_card, stamp_dataset_card, stamp_model_card
     from .config import OfflineOPDConfig
     from .consistency import TeacherConsistencyError, Verdict, check_teacher_consistency
+    from .effopd import EffOPDCallback
     from .fingerprint import TeacherFingerprint, fingerprint_teacher
+    from .gates import RewardGate
     from .probes import verify_served_teacher
     from .rollouts import collect_rollouts, generate_sft_data
     from .scoring import score_rollouts

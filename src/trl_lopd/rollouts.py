@@ -454,7 +454,7 @@ def _encode_all(
 ) -> list[list[int]]:
     ids: list[list[int]] = []
     for i in range(0, len(rows), num_generations):
-        encoded = _encode({"prompt": rows[i]["prompt"]}, tokenizer, chat_template_kwargs)
+        encoded = encode_prompt(rows[i]["prompt"], tokenizer, **chat_template_kwargs)
         if not encoded:
             prompt = first + i // num_generations
             raise ValueError(f"Prompt {prompt} is empty: the first answer token would have no context.")
@@ -462,9 +462,10 @@ def _encode_all(
     return ids
 
 
-def _encode(row: dict[str, Prompt], tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict) -> list[int]:
-    if is_conversational(row):
+def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **chat_template_kwargs: Any) -> list[int]:
+    """Token ids of a text, or of messages through the chat template up to where the answer begins."""
+    if is_conversational({"prompt": prompt}):
         return tokenizer.apply_chat_template(
-            row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True, **chat_template_kwargs
+            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **chat_template_kwargs
         )["input_ids"]
-    return tokenizer(row["prompt"], add_special_tokens=True)["input_ids"]
+    return tokenizer(prompt, add_special_tokens=True)["input_ids"]

@@ -422,6 +422,20 @@ class OfflineOPDTrainer(Trainer):
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
+    def reverse_kl_of_rows(self, rows: Dataset) -> np.ndarray:
+        """
+        Reverse KL divergence on the stored top-k, in nats a token, of each row: `(rows,)` float64, on every process.
+
+        Args:
+            rows ([`~datasets.Dataset`]): Valid rows with top-k columns.
+        """
+        self.evaluation_loop(self.get_eval_dataloader(rows), "Reverse KL", prediction_loss_only=True)
+        totals = {
+            name: torch.cat([batch[name] for batch in self._eval_batches]).double().cpu().numpy()
+            for name in ("reverse_kl_topk", "tokens")
+        }
+        return totals["reverse_kl_topk"] / totals["tokens"]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Totals stay on the device until they are wanted: one gather a log, none a step.
         if "loss" in logs and self._window:

@@ -1,0 +1,489 @@
+"""
+EffOPD (arXiv 2605.11739): fewer steps, by following the direction that a few of them took.
+
+At steps 1, 2, 4, 8, ... of training:
+
+1. `D = W - W_base`: what the steps since the last search changed. At first, `W_base` is where training began.
+2. For `m` in 3, 5, 7, 9, 11: move to `W_base + m * D`, and ask the gate how good that is, always on the same held-out
+   rows. Stop at the first `m` that is no better than the one before.
+3. Take the best if it beats `W` itself, by a paired test over the rows; else return to `W`, bit for bit.
+4. `W_base` becomes what was taken.
+
+Optimizer and scheduler know nothing of it. Every process moves the shard of the weights that it owns, and no weights
+are gathered for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list, is_peft_model
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+
+from .gates import paired_p_value, resolve_gate
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+HISTORY = "effopd_history.json"
+# In a checkpoint.
+DIRECTORY = "effopd"
+
+# Embeddings, norms and the head stay, as in the released code.
+_ATTENTION_AND_MLP = re.compile(
+    r"\.(self_attn|attn|attention|self_attention|mlp|feed_forward|ffn|experts|block_sparse_moe)\.(?!.*norm)"
+)
+# The first factors of LoRA.
+_FIRST_FACTORS = re.compile(r"\blora_(embedding_)?A\b")
+
+# Entries of the last direction that are kept, on each process, for its angle with the next.
+_DIRECTION_SAMPLES = 2**20
+# Searches without success before a word about it.
+_PATIENCE = 3
+
+
+class EffOPDCallback(TrainerCallback):
+    """
+    Extrapolates the weights along the direction of training at a few steps, and keeps what a gate confirms.
+
+    ```python
+    trainer = OfflineOPDTrainer(model, args, train_dataset=table["train"], eval_dataset=table["test"])
+    trainer.add_callback(EffOPDCallback(trainer))
+    trainer.train()
+    ```
+
+    Works with any `transformers.Trainer`, in one process, with DDP, DeepSpeed ZeRO 1, 2 and 3, and `fully_shard`.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            The trainer that the callback is added to. Its `train` is wrapped, to learn what it resumes from.
+        gate (`str` or `Callable`, *optional*):
+            What tells whether a candidate is better. By default the reverse KL divergence on the teacher's stored
+            top-k, of `gate_rows` held-out rows: no teacher, no generation. Otherwise a key of `trainer.evaluate()`,
+            such as `"eval_loss"`; or a function from the model, in evaluation mode, to a value or one value a row,
+            which every process calls. [`RewardGate`] is the paper's: answers are sampled and graded.
+        gate_dataset ([`~datasets.Dataset`], *optional*):
+            Held-out rows for a gate that reads rows. Defaults to the trainer's `eval_dataset`.
+        gate_rows (`int`, *optional*, defaults to `64`):
+            How many of them, the first ones, the default gate reads.
+        schedule (`Sequence[int]` or `Callable`, *optional*):
+            Optimizer steps at which to search: a list, or an increasing function of 0, 1, 2, .... Defaults to powers
+            of two.
+        scales (`Sequence[float]`, *optional*, defaults to `(3, 5, 7, 9, 11)`):
+            Ascending multiples `m` of the direction, all above 1.
+        search (`str`, *optional*, defaults to `"first_fail"`):
+            `"first_fail"` stops at the first scale that is no better than the one before, `"best"` tries all.
+        parameters (`str`, *optional*):
+            Which parameters move: a regular expression searched in their names, or `"all"`. By default attention and
+            MLP without norms; with PEFT all that is trained, but for the first factors (`lora_A`).
+        min_improvement (`float`, *optional*, defaults to `0.0`):
+            What a candidate has to gain on `W`, in units of the gate.
+        significance (`float`, *optional*, defaults to `0.05`):
+            For a gate with one value a row: chance, at most, of taking a candidate that is no better than `W`; see
+            [`paired_p_value`].
+        greater_is_better (`bool`, *optional*):
+            Whether higher values of the gate are better. By default as the gate says, and otherwise as in
+            `TrainingArguments`: not for losses and divergences.
+        base_device (`str`, *optional*, defaults to `"cpu"`):
+            Where `W_base` is kept between searches: one copy of this process's shard, in its dtype; pinned on a CPU
+            beside a GPU. During a search there is a second one, to return to.
+
+    Attributes:
+        history (`list[dict]`): Of each search: `step`, `scores` by scale (that of `W` under 1), `accepted`, `p_value`,
+            `delta_norm`, `delta_cosine` with the direction of the search before, `seconds`.
+
+    Raises:
+        ValueError: If an option is out of range, if no parameter matches, or if there is nothing to gate with.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        gate: str | Callable[[nn.Module], Any] | None = None,
+        *,
+        gate_dataset: Dataset | None = None,
+        gate_rows: int = 64,
+        schedule: Sequence[int] | Callable[[int], int] = lambda i: 2**i,
+        scales: Sequence[float] = (3, 5, 7, 9, 11),
+        search: str = "first_fail",
+        parameters: str | None = None,
+        min_improvement: float = 0.0,
+        significance: float = 0.05,
+        greater_is_better: bool | None = None,
+        base_device: str = "cpu",
+    ):
+        if not scales or list(scales) != sorted(set(scales)) or scales[0] <= 1:
+            raise ValueError(f"`scales` are ascending and above 1; got {tuple(scales)}.")
+        if search not in ("first_fail", "best"):
+            raise ValueError(f'`search` is "first_fail" or "best", not {search!r}.')
+        if min_improvement < 0 or not 0 < significance <= 1 or gate_rows < 2:
+            raise ValueError(
+                "`min_improvement` is 0 or more, `significance` above 0 and at most 1, `gate_rows` 2 or more; got "
+                f"{min_improvement}, {significance} and {gate_rows}."
+            )
+        self.trainer, self.scales, self.search, self.schedule = trainer, tuple(scales), search, schedule
+        self.min_improvement, self.significance, self.base_device = min_improvement, significance, base_device
+        self.parameters = parameters
+        self.gate = resolve_gate(trainer, gate, gate_dataset, gate_rows)
+        if greater_is_better is None:
+            greater_is_better = getattr(self.gate, "greater_is_better", None)
+        if greater_is_better is None:
+            raise ValueError("Say whether higher values of your gate are better: `greater_is_better`.")
+        self.sign = -1.0 if greater_is_better else 1.0
+        self.history: list[dict[str, Any]] = []
+        self._base: dict[str, Tensor] = {}
+        self._direction: np.ndarray | None = None
+        self._resume_from: str | None = None
+        train = trainer.train
+
+        @functools.wraps(train)
+        def train_and_tell(resume_from_checkpoint=None, *args, **kwargs):
+            last = get_last_checkpoint(trainer.args.output_dir) if resume_from_checkpoint is True else None
+            self._resume_from = last or resume_from_checkpoint or None
+            return train(resume_from_checkpoint, *args, **kwargs)
+
+        trainer.train = train_and_tell
+
+    # ---- Events ----
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.shards = Shards(self.trainer, self.parameters)
+        self.history, self._direction = [], None
+        if state.global_step:
+            self._load(self._resume_from, state.global_step)
+        else:
+            self._base = self._copy()
+        self._begun, self._first_step, self._earlier = time.perf_counter(), state.global_step, len(self.history)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._is_due(state.global_step):
+            self._search(state.global_step)
+
+    def on_save(self, args, state, control, **kwargs):
+        self._save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        summary = self.summary()
+        if self.trainer.is_world_process_zero():
+            _write_json(Path(args.output_dir) / HISTORY, {"summary": summary, "searches": self.history})
+            tqdm.write(
+                f"EffOPD: {summary['steps']} steps that went as far as {summary['equivalent_steps']:g}; "
+                f"{summary['accepted']} of {summary['searches']} searches accepted, {summary['search_seconds']:.1f} s "
+                f"spent in them, {summary['seconds_gained']:.1f} s gained."
+            )
+        self._base, self._direction = {}, None
+
+    def summary(self) -> dict[str, Any]:
+        """
+        What the searches came to: `steps`, `equivalent_steps` (each step counted as often as its direction was
+        multiplied), `searches`, `accepted`, `search_seconds`, and `seconds_gained`: what the other steps would have
+        taken at the pace of these, less what the searches took.
+        """
+        steps = self.trainer.state.global_step
+        spent = [search["seconds"] for search in self.history]
+        equivalent, before = float(steps), 0
+        for search in self.history:
+            equivalent += (search["accepted"] - 1) * (search["step"] - before)
+            before = search["step"]
+        # Steps before a resumption were taken in another process.
+        training = time.perf_counter() - self._begun - sum(spent[self._earlier :])
+        a_step = training / max(1, steps - self._first_step)
+        return {
+            "steps": steps,
+            "equivalent_steps": equivalent,
+            "searches": len(self.history),
+            "accepted": sum(search["accepted"] > 1 for search in self.history),
+            "search_seconds": round(sum(spent), 3),
+            "seconds_gained": round((equivalent - steps) * a_step - sum(spent), 3),
+        }
+
+    # ---- Search ----
+
+    def _is_due(self, step: int) -> bool:
+        if not callable(self.schedule):
+            return step in self.schedule
+        i = 0
+        while (due := self.schedule(i)) < step:
+            i += 1
+        return due == step
+
+    def _search(self, step: int) -> None:
+        start = time.perf_counter()
+        base, current = self._base, self._copy()
+        norm, cosine = self._measure(base, current)
+        scores = {1: self._ask()}
+        best, best_scale, last = scores[1], 1, scores[1].mean()
+        progress = tqdm(
+            self.scales,
+            desc=f"EffOPD, step {step}",
+            unit="candidate",
+            leave=False,
+            disable=not self.trainer.is_local_process_zero() or self.trainer.args.disable_tqdm,
+        )
+        try:
+            for scale in progress:
+                self._move(base, current, scale)
+                scores[scale] = values = self._ask()
+                # What is not finite is no improvement.
+                improves = np.isfinite(values).all() and values.mean() < last
+                if improves and values.mean() < best.mean():
+                    best, best_scale = values, scale
+                if not improves and self.search == "first_fail":
+                    break
+                last = values.mean() if self.search == "first_fail" else last
+            gains = scores[1] - best
+            p_value = paired_p_value(gains) if len(gains) > 1 and best_scale > 1 else None
+            accepted = best_scale > 1 and np.isfinite(scores[1]).all() and gains.mean() > self.min_improvement
+            # No correction for several candidates: on one line, they gain and lose together.
+            accepted = accepted and (p_value is None or p_value <= self.significance)
+            if accepted and best_scale != scale:
+                self._move(base, current, best_scale)
+        except BaseException:
+            self._put_back(current)
+            raise
+        finally:
+            progress.close()
+        if accepted:
+            for name, value in base.items():
+                value.copy_(self.shards.read(name))
+        else:
+            self._put_back(current)
+            self._base = current
+        result = {
+            "step": step,
+            "scores": {str(scale): self.sign * float(values.mean()) for scale, values in scores.items()},
+            "accepted": best_scale if accepted else 1,
+            "p_value": p_value,
+            "delta_norm": norm,
+            "delta_cosine": cosine,
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+        self.history.append(result)
+        self._report(result)
+
+    def _ask(self) -> np.ndarray:
+        """Values of the gate for the weights as they are, `(rows,)`, lower ones better; the same on every process."""
+        model = self.trainer.model
+        training = [module for module in model.modules() if module.training]
+        devices = [self.trainer.args.device] if self.trainer.args.device.type == "cuda" else []
+        model.eval()
+        try:
+            with torch.random.fork_rng(devices), torch.no_grad():
+                values = np.atleast_1d(np.asarray(self.gate(model), dtype=np.float64))
+        finally:
+            for module in training:
+                module.training = True
+        if self.trainer.accelerator.num_processes > 1:
+            values = broadcast_object_list([values])[0]
+        if values.ndim != 1 or len(values) == 0:
+            raise ValueError(f"A gate gives a number, or one a row; yours gave an array of shape {values.shape}.")
+        return self.sign * values
+
+    def _report(self, result: dict[str, Any]) -> None:
+        logs = {f"effopd/score_{scale}": score for scale, score in result["scores"].items()}
+        names = ("accepted", "p_value", "delta_norm", "delta_cosine", "seconds")
+        logs |= {f"effopd/{name}": result[name] for name in names if result[name] is not None}
+        # Not the trainer's own: those of TRL would add, and forget, what they collected for the next training log.
+        Trainer.log(self.trainer, logs)
+        failed = len(self.history) == _PATIENCE and all(search["accepted"] == 1 for search in self.history)
+        if failed and self.trainer.is_world_process_zero():
+            logger.warning(
+                f"None of the first {_PATIENCE} searches of EffOPD accepted anything. With a learning rate so high "
+                "that a step goes far already there is nothing to gain: lower it. With few or noisy gate rows a gain "
+                "does not show: raise `gate_rows`. Smaller `scales` are safer: (1.5, 2, 3)."
+            )
+
+    # ---- Weights ----
+
+    def _copy(self) -> dict[str, Tensor]:
+        copies = {}
+        for name in self.shards.names:
+            value = self.shards.read(name)
+            pinned = self.base_device == "cpu" and value.device.type == "cuda"
+            copies[name] = torch.empty_like(value, device=self.base_device, pin_memory=pinned).copy_(value)
+        return copies
+
+    @torch.no_grad()
+    def _move(self, base: dict[str, Tensor], current: dict[str, Tensor], scale: float) -> None:
+        """To `W_base + scale * (W - W_base)`, computed in float32."""
+        for name in self.shards.names:
+            device = self.shards.read(name).device
+            start, end = (values[name].to(device, non_blocking=True) for values in (base, current))
+            wide = torch.promote_types(start.dtype, torch.float32)
+            self.shards.write(name, torch.lerp(start.to(wide), end.to(wide), float(scale)).to(start.dtype))
+        self.shards.publish()
+
+    def _put_back(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.shards.write(name, value)
+        self.shards.publish()
+
+    def _measure(self, base: dict[str, Tensor], current: dict[str, Tensor]) -> tuple[float, float | None]:
+        """Length of the direction, and its cosine with the one before, from a sample of its entries."""
+        stride = max(1, sum(value.numel() for value in base.values()) // _DIRECTION_SAMPLES)
+        square, parts = 0.0, []
+        for name, start in base.items():
+            delta = current[name].float() - start.float()
+            square += float(delta.double().square().sum())
+            parts.append(delta.flatten()[::stride].cpu().numpy())
+        direction = np.concatenate(parts) if parts else np.empty(0, np.float32)
+        before = np.zeros_like(direction) if self._direction is None else self._direction
+        sums = [square, *(float(a @ b) for a, b in ((direction, before), (direction, direction), (before, before)))]
+        if self.shards.are_parts:
+            device = self.trainer.args.device
+            sums = self.trainer.accelerator.reduce(torch.tensor(sums, device=device, dtype=torch.float64)).tolist()
+        self._direction = direction
+        square, dot, own, other = sums
+        return math.sqrt(square), dot / math.sqrt(own * other) if own * other > 0 else None
+
+    # ---- Checkpoints ----
+
+    def _file(self, directory: Path) -> Path:
+        """Of this process's shard; where all processes hold the same weights, there is one."""
+        state = self.trainer.accelerator
+        index, count = (state.process_index, state.num_processes) if self.shards.are_parts else (0, 1)
+        return directory / DIRECTORY / f"base-{index:05d}-of-{count:05d}.safetensors"
+
+    def _save(self, checkpoint: Path) -> None:
+        path = self._file(checkpoint)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self.shards.are_parts or self.trainer.is_world_process_zero():
+            tensors = {name: value.contiguous() for name, value in self._base.items()}
+            direction = torch.from_numpy(self._direction if self._direction is not None else np.empty(0, np.float32))
+            temporary = path.with_suffix(".tmp")
+            save_file(tensors | {"direction": direction}, temporary)
+            os.replace(temporary, path)
+        self.trainer.accelerator.wait_for_everyone()
+        # Last: where it is, all of it is.
+        if self.trainer.is_world_process_zero():
+            _write_json(checkpoint / DIRECTORY / "history.json", self.history)
+
+    def _load(self, checkpoint: str | None, step: int) -> None:
+        path = self._file(Path(checkpoint or ""))
+        history = path.parent / "history.json"
+        if checkpoint is None or not history.is_file() or not path.is_file():
+            raise ValueError(
+                f"Training goes on from step {step}, but {checkpoint} has no state of EffOPD for this number of "
+                f"processes ({path.name}): it was saved without the callback, by another launcher, or the process was "
+                "killed while saving. Resume from another checkpoint, or as it was saved."
+            )
+        stored = load_file(path)
+        self._direction = stored.pop("direction").numpy()
+        self._base = self._copy()
+        if {name: value.shape for name, value in stored.items()} != {n: v.shape for n, v in self._base.items()}:
+            raise ValueError(f"{path} holds other parameters than those that move now: was `parameters` changed?")
+        for name, value in self._base.items():
+            value.copy_(stored[name])
+        self.history = json.loads(history.read_text())
+
+
+class Shards:
+    """
+    The parameters that move, as this process owns them: whole, the local part of a `DTensor`, or ZeRO's master copy.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): With its model and optimizer prepared.
+        parameters (`str`, *optional*): See [`EffOPDCallback`].
+
+    Attributes:
+        names (`list[str]`): Of those with a part on this process.
+        are_parts (`bool`): Whether processes own different parts.
+
+    Raises:
+        ValueError: If no parameter matches, or the engine hides its master copy.
+    """
+
+    def __init__(self, trainer: Trainer, parameters: str | None):
+        model = trainer.model
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        chosen = {name: p for name, p in trained.items() if _moves(name, parameters, is_peft_model(model))}
+        if not chosen:
+            raise ValueError(
+                f"EffOPD has nothing to move: `parameters={parameters!r}` matches none of the trained parameters, "
+                f'which are {", ".join(list(trained)[:5])}, ... Give a regular expression, or "all".'
+            )
+        self._engine = trainer.model_wrapped.optimizer if trainer.is_deepspeed_enabled else None
+        self._kind = self._kind_of(chosen)
+        self.are_parts = self._kind != "whole"
+        if self._kind == "fragment":
+            chosen = {name: p for name, p in chosen.items() if p._hp_mapping is not None}
+        self._parameters = chosen
+        self.names = list(chosen)
+
+    def _kind_of(self, parameters: dict[str, nn.Parameter]) -> str:
+        first = next(iter(parameters.values()))
+        if hasattr(first, "ds_id"):
+            return "partition"
+        if hasattr(self._engine, "update_lp_params"):
+            return "fragment"
+        if self._engine is not None and any(p.dtype != torch.float32 for p in parameters.values()):
+            raise ValueError("DeepSpeed without ZeRO keeps a master copy of its own: use ZeRO stage 1, 2 or 3.")
+        return "local" if isinstance(first, DTensor) else "whole"
+
+    def read(self, name: str) -> Tensor:
+        """This process's part: the tensor itself, or a copy of it."""
+        parameter = self._parameters[name]
+        if self._kind == "partition":
+            from deepspeed.utils import safe_get_local_fp32_param
+
+            return safe_get_local_fp32_param(parameter).detach()
+        if self._kind == "fragment":
+            return parameter._hp_mapping.get_hp_fragment().detach()
+        return (parameter.to_local() if self._kind == "local" else parameter).detach()
+
+    def write(self, name: str, value: Tensor) -> None:
+        if self._kind == "partition":
+            from deepspeed.utils import safe_set_local_fp32_param
+
+            safe_set_local_fp32_param(self._parameters[name], value)
+        else:
+            self.read(name).copy_(value)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Makes the forward see what was written, as the engine does after its own steps."""
+        if self._kind == "fragment":
+            self._engine.update_lp_params()
+        if self._kind == "partition":
+            engine = self._engine
+            engine._partition_all_parameters()
+            for group in range(len(engine.fp16_groups)):
+                engine._reassign_or_swap_out_partitioned_parameters(group)
+            if engine.persistent_parameters:
+                engine.persistent_parameters[0].all_gather(engine.persistent_parameters)
+            engine.invalidate_secondary_tensor()
+
+
+def _moves(name: str, parameters: str | None, peft: bool) -> bool:
+    if parameters == "all":
+        return True
+    if parameters is not None:
+        return re.search(parameters, name) is not None
+    # Extrapolating both factors of B A is not extrapolating their product. With A where it is, B alone moves the
+    # product along a line: exactly that of the steps while A has not changed much, as at first, where B begins at 0.
+    return not _FIRST_FACTORS.search(name) if peft else _ATTENTION_AND_MLP.search(name) is not None
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, path)

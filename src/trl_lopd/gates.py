@@ -1,0 +1,193 @@
+"""Gates of EffOPD: what tells whether weights are better. Always on the same rows, so that only the weights differ."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from trl.data_utils import is_conversational
+
+from .models import eos_token_ids
+from .rollouts import encode_prompt
+from .samplers import Sampling, TransformersSampler
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Metrics that fall while the student gets worse, see `objective.summarize`.
+_MISLEADING = ("huber", "frozen_log_ratio")
+
+
+class ReverseKLGate:
+    """
+    The default: the reverse KL divergence on the teacher's stored top-k tokens, in nats a token, one value a row.
+
+    Args:
+        trainer ([`OfflineOPDTrainer`]): Whose model is judged.
+        rows ([`~datasets.Dataset`]): Held-out rows with top-k columns.
+    """
+
+    greater_is_better = False
+
+    def __init__(self, trainer: Trainer, rows: Dataset):
+        self.trainer, self.rows = trainer, rows
+
+    def __call__(self, model: nn.Module) -> np.ndarray:
+        with _muted(self.trainer):
+            return self.trainer.reverse_kl_of_rows(self.rows)
+
+
+class MetricGate:
+    """
+    A value of `trainer.evaluate()`, without its logs and events.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): Whose model is judged.
+        key (`str`): Which value, for instance `"eval_loss"`.
+        rows ([`~datasets.Dataset`], *optional*): What to evaluate on, instead of the trainer's `eval_dataset`.
+    """
+
+    def __init__(self, trainer: Trainer, key: str, rows: Dataset | None = None):
+        self.trainer, self.key, self.rows = trainer, key, rows
+        # As `TrainingArguments` has it, and divergences.
+        self.greater_is_better = not (key.endswith("loss") or "kl" in key or "perplexity" in key)
+
+    def __call__(self, model: nn.Module) -> float:
+        with _muted(self.trainer):
+            metrics = self.trainer.evaluate(self.rows)
+        if self.key not in metrics:
+            raise ValueError(f"The gate {self.key!r} is none of what `evaluate` gives: {', '.join(sorted(metrics))}.")
+        return metrics[self.key]
+
+
+class RewardGate:
+    """
+    The paper's: the student answers a few prompts, and the answers are graded; one value a prompt.
+
+    Every call samples with the same seeds. Processes share the prompts.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): Whose model answers.
+        prompts ([`~datasets.Dataset`]): With a `prompt` column of texts or of message lists; the other columns go to
+            the reward functions. The paper uses 50.
+        reward_funcs (`Callable` or `list`): As in TRL's `GRPOTrainer`: called with `prompts`, `completions`,
+            `completion_ids` and the other columns, all lists; gives a list of numbers. Several are added up.
+        max_completion_length (`int`, *optional*, defaults to `1024`): In tokens.
+        temperature (`float`, *optional*, defaults to `0.0`): Of the sampling; 0 decodes greedily.
+        batch_size (`int`, *optional*, defaults to `64`): Answers generated together.
+        seed (`int`, *optional*, defaults to `0`): Of the sampling.
+    """
+
+    greater_is_better = True
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        prompts: Dataset,
+        reward_funcs: Callable[..., list[float]] | Sequence[Callable[..., list[float]]],
+        *,
+        max_completion_length: int = 1024,
+        temperature: float = 0.0,
+        batch_size: int = 64,
+        seed: int = 0,
+    ):
+        if "prompt" not in prompts.column_names or len(prompts) == 0:
+            raise ValueError(f"`prompts` has a `prompt` column and a row or more; got {prompts.column_names}.")
+        self.trainer, self.batch_size, self.prompts = trainer, batch_size, prompts
+        self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+        self.sampling = {"temperature": temperature, "max_completion_length": max_completion_length, "seed": seed}
+
+    def __call__(self, model: PreTrainedModel) -> list[float]:
+        tokenizer: PreTrainedTokenizerBase = self.trainer.processing_class
+        state = self.trainer.accelerator
+        # As many for each process, lest one wait for another in the collective calls of a sharded model.
+        share = math.ceil(len(self.prompts) / state.num_processes)
+        mine = [(state.process_index * share + i) % len(self.prompts) for i in range(share)]
+        rows = self.prompts[mine]
+        prompts = rows.pop("prompt")
+        sampling = Sampling(top_p=1.0, eos_token_ids=eos_token_ids(model, tokenizer), stop=(), **self.sampling)
+        sampler = TransformersSampler(model, tokenizer, self.batch_size)
+        ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+        samples = sampler.sample(ids, sampling, first=state.process_index * share)
+        completions: list[Any] = tokenizer.batch_decode([s.ids for s in samples], skip_special_tokens=True)
+        if is_conversational({"prompt": prompts[0]}):
+            completions = [[{"role": "assistant", "content": text}] for text in completions]
+        given = {"prompts": prompts, "completions": completions, "completion_ids": [s.ids for s in samples], **rows}
+        rewards = np.sum([np.asarray(grade(**given), dtype=float) for grade in self.reward_funcs], axis=0)
+        rewards = gather_object([rewards.tolist()]) if state.num_processes > 1 else [rewards.tolist()]
+        return [reward for of_process in rewards for reward in of_process][: len(self.prompts)]
+
+
+def resolve_gate(trainer: Trainer, gate: Any, rows: Dataset | None, num_rows: int) -> Callable[[nn.Module], Any]:
+    """
+    The gate that an `EffOPDCallback` was given, or the default one.
+
+    Raises:
+        ValueError: If there is nothing to gate with, or the metric misleads.
+    """
+    if callable(gate):
+        return gate
+    sampled = getattr(trainer, "loss_type", None) == "sampled"
+    if gate is not None:
+        if any(gate.endswith(name) for name in _MISLEADING) or (sampled and gate.endswith("loss")):
+            raise ValueError(
+                f"{gate!r} can fall while the student gets worse, so it is no gate. Score held-out rows with "
+                "`top_k=8` for the default gate, or grade answers: `RewardGate`."
+            )
+        return MetricGate(trainer, gate, rows)
+    rows = trainer.eval_dataset if rows is None else rows
+    if not hasattr(trainer, "reverse_kl_of_rows"):
+        raise ValueError(
+            f'{type(trainer).__name__} has no default gate. Give one: a key of `evaluate()` such as "eval_loss", a '
+            "`RewardGate`, or a function of the model."
+        )
+    if not isinstance(rows, Dataset) or "teacher_topk_ids" not in rows.column_names:
+        raise ValueError(
+            "The default gate reads held-out rows with the teacher's top-k: give the trainer such an `eval_dataset`, "
+            "or the callback a `gate_dataset` (`score_rollouts(..., top_k=8)`). Without top-k, grade answers with a "
+            "`RewardGate`."
+        )
+    if len(rows) < 2:
+        raise ValueError("The default gate compares rows: give it two or more.")
+    return ReverseKLGate(trainer, rows.select(range(min(num_rows, len(rows)))))
+
+
+def paired_p_value(gains: np.ndarray, flips: int = 1999) -> float:
+    """
+    Chance of gains that are as large on average, if each row's were as likely to be a loss: a sign-flip test.
+
+    It assumes nothing of how gains are distributed, but that rows are independent. Between 1 / (flips + 1) and 1.
+
+    Args:
+        gains (`(rows,)` array): By how much each row is better.
+        flips (`int`, *optional*, defaults to `1999`): Random sign patterns, the same at each call.
+    """
+    rng = np.random.default_rng(0)
+    as_large = 0
+    for _ in range(flips):
+        signs = 2 * rng.integers(0, 2, len(gains), dtype=np.int8) - 1
+        as_large += float(signs @ gains) >= gains.sum()
+    return float((1 + as_large) / (1 + flips))
+
+
+@contextmanager
+def _muted(trainer: Trainer) -> Iterator[None]:
+    """Evaluation without logs, progress bars, or callbacks that stop training or choose a best model."""
+    handler, callbacks = trainer.callback_handler, trainer.callback_handler.callbacks
+    # Where TRL's trainers collect what they log with the next training metrics.
+    collected = {name: copy.deepcopy(value) for name in ("_metrics", "_window") if (value := vars(trainer).get(name))}
+    handler.callbacks = []
+    trainer.log = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        handler.callbacks = callbacks
+        del trainer.log
+        vars(trainer).update(collected)
