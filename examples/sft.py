@@ -5,8 +5,8 @@ Fine-tunes a student on SFT data that its teacher wrote, with TRL's `SFTTrainer`
         --output_dir sft-data
     accelerate launch examples/sft.py --model_name_or_path my-org/base --dataset_name sft-data --output_dir student-sft
 
-Options of `SFTConfig` as flags or in a YAML file (`--config`). It trains on the very tokens that the teacher sampled:
-teacher and student share a tokenizer.
+Options of `SFTConfig` as flags or in a YAML file (`--config`); without a GPU, `--use_cpu true`. It trains on the very
+tokens that the teacher sampled: teacher and student share a tokenizer.
 """
 
 from trl import (
@@ -45,7 +45,8 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
         quantization_config=get_quantization_config(model_args),
     )
     trainer.add_callback(TeacherStampCallback(trainer, data))
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if (resume or "").lower() == "true" else resume)
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if training_args.push_to_hub:

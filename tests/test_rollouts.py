@@ -251,9 +251,8 @@ def test_rollouts_on_disk_are_those_in_memory(tmp_path, student_dir, teacher_dir
     assert on_disk.features == in_memory.features and on_disk.to_dict() == in_memory.to_dict()
     totals = json.loads(capsys.readouterr().out.splitlines()[-1])
     tokens, cut = sum(map(len, on_disk["completion_ids"])), on_disk["finish_reason"].count("length")
-    assert {"rows": 24, "answers": 24, "truncated": cut, "dropped": 0, "completion_tokens": tokens}.items() <= (
-        totals.items()
-    )
+    counts = {"rows": 24, "answers": 24, "truncated": cut, "dropped": 0, "completion_tokens": tokens}
+    assert counts.items() <= totals.items()
     assert totals["run"] == "sampling" and totals["tokens_this_run"] == tokens and totals["tokens_per_second"] > 0
 
     loaded = load_dataset(str(tmp_path / "rollouts"), split="train")
@@ -353,11 +352,43 @@ def test_chat_prompts_go_through_the_template(student):
         ([], "no prompts"),
         (["w5", ""], "Prompt 1 is empty"),
         (Dataset.from_dict({"question": ["w5"]}), "no `prompt` column.*question"),
+        ({"train": Dataset.from_dict({"prompt": ["w5"]})}, r"dict of splits, \['train'\]: give one"),
+        ("w5 w6", "`prompts` is one text"),
+        (Dataset.from_dict({"prompt": ["w5"]}).to_iterable_dataset(), "`prompts` is a stream"),
+        (["w5", None], "Prompt 1 is neither a text nor a list of messages.*None"),
+        (["w5", [{"role": "user", "content": "w6"}]], "Prompt 1 is a list of messages, the others are not"),
     ],
 )
 def test_bad_prompts(student, tokenizer, prompts, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         collect_rollouts(prompts, student, tokenizer=tokenizer)
+
+
+def test_what_is_not_complete_or_not_whole_is_not_read(tmp_path, student_dir, teacher_dir):
+    out = tmp_path / "rollouts"
+    whole = collect_rollouts(PROMPTS, str(student_dir), output_dir=out, max_completion_length=3, rows_per_shard=1)
+    first, second, *_ = sorted(out.glob("*.parquet"))
+    second.write_bytes(second.read_bytes()[:-10])
+    with pytest.raises(ShardError, match=f"{second.name} is missing, truncated or altered. Run what writes it again"):
+        load_table(out)
+    (out / ".trl_lopd" / f"{first.stem}.json").unlink()
+    with pytest.raises(ShardError, match="not complete: 1 of 4 shards are missing. Run what writes it again"):
+        load_table(out)
+    again = collect_rollouts(PROMPTS, str(student_dir), output_dir=out, max_completion_length=3, rows_per_shard=1)
+    assert load_table(out, split="train").to_dict() == again.to_dict() == whole.to_dict()
+    with pytest.raises(ShardError, match="holds answers of a student, not scores"):
+        score_rollouts(whole, str(teacher_dir), output_dir=out)
+
+
+def test_a_run_that_came_to_nothing_does_not_bind_the_next(tmp_path, student_dir, monkeypatch):
+    out = tmp_path / "rollouts"
+    with monkeypatch.context() as broken:
+        broken.setattr("trl_lopd.rollouts.load_model", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            collect_rollouts(PROMPTS, str(student_dir), output_dir=out, max_completion_length=3)
+    collect_rollouts(PROMPTS, str(student_dir), output_dir=out, max_completion_length=4)
+    with pytest.raises(ShardError, match="max_completion_length: 4 -> 3"):
+        collect_rollouts(PROMPTS, str(student_dir), output_dir=out, max_completion_length=3)
 
 
 @pytest.mark.parametrize(
@@ -365,6 +396,7 @@ def test_bad_prompts(student, tokenizer, prompts, message):
     [
         ({"engine": "tgi"}, "`engine` is one of 'transformers'.*got 'tgi'"),
         ({"engine": "vllm"}, "loads the model itself"),
+        ({"stop": ["w5", ""]}, "An empty text in `stop`"),
         ({"truncated": "maybe"}, '`truncated` is "keep" or "drop"'),
     ],
 )

@@ -22,7 +22,7 @@ from servers import changed, full_logprobs, honest, status, stub_server
 
 from trl_lopd import served
 from trl_lopd.samplers import Sampling
-from trl_lopd.served import ServerError, SGLangServer, VLLMServer
+from trl_lopd.served import ServerError, VLLMServer
 from trl_lopd.vllm_offline import VLLMEngine
 
 KEY = "sk-very-secret-0123456789"
@@ -277,11 +277,6 @@ def test_a_prompt_without_room_for_its_answer(model):
         assert caught.value.row == 1 and len(server.requests) == 2
         with pytest.raises(ServerError, match="Answer 0.*out of vocabulary.*another tokenizer"):
             VLLMServer(server.url).sample([[999]], PLAIN)
-
-
-def test_sglang_does_not_sample():
-    with pytest.raises(NotImplementedError, match="VLLMServer"):
-        SGLangServer("http://127.0.0.1:1").sample(PROMPTS, PLAIN)
 
 
 # ---- Faults ----

@@ -294,10 +294,20 @@ def load_table(
     Raises:
         `ValueError`: if the card is malformed, if what `save_to_disk` wrote is to be streamed, or if there is no such
             split.
+        `ShardError`: if sampling or scoring into the directory has not been completed, or a shard is not whole.
+        `FileNotFoundError`: if a path is not there.
     """
     from datasets import load_dataset, load_from_disk
 
+    from .shards import check_complete
+
     path, name = Path(name), str(name)
+    if path.is_file() and path.suffix != ".parquet":
+        raise ValueError(f"{name} is no table: a table is a directory, a parquet file, or a dataset on the Hub.")
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".parquet"):
+        raise FileNotFoundError(f"{name} is not there.")
+    if path.is_dir():
+        check_complete(path)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         if streaming:
             raise ValueError(f"{name} was written by `save_to_disk`, which cannot be streamed; it is memory-mapped.")

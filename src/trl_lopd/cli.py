@@ -90,6 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(job: str, does: str, options: list[str]) -> int:
+    from datasets.exceptions import DatasetsError
     from trl import TrlParser
 
     from . import commands
@@ -108,7 +109,14 @@ def _run(job: str, does: str, options: list[str]) -> int:
         getattr(commands, job)(args)
     except RefusedElsewhere:
         return 1  # the main process has said why
-    except (OSError, ValueError, ImportError, ServerError, HfHubHTTPError) as error:
+    except KeyboardInterrupt:
+        print(
+            f"trl-lopd: stopped. The same command goes on after the last shard in {args.output_dir}.", file=sys.stderr
+        )
+        return 130
+    except (OSError, TypeError, ValueError, ImportError, ServerError, HfHubHTTPError, DatasetsError) as error:
+        if isinstance(error, TypeError) and "`" not in str(error):
+            raise  # not one of ours
         print(f"trl-lopd: {error}", file=sys.stderr)
         return 2
     return 0

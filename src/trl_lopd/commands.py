@@ -15,7 +15,7 @@ from trl.data_utils import maybe_convert_to_chatml
 from .cards import load_table, read_model_card, stamp_dataset_card
 from .fingerprint import fingerprint_teacher
 from .processes import processes
-from .rollouts import ENGINES, collect_rollouts, generate_sft_data
+from .rollouts import ENGINES, WRITTEN_COLUMNS, collect_rollouts, generate_sft_data
 from .scoring import score_rollouts
 
 if TYPE_CHECKING:
@@ -105,6 +105,8 @@ class RolloutArguments(JobArguments):
         super().__post_init__()
         if self.role not in ("student", "teacher"):
             raise ValueError(f'`role` is "student" or "teacher", not {self.role!r}.')
+        if self.server_kwargs and not self.engine.startswith("http"):
+            raise ValueError(f"`server_kwargs` are for a server; `engine` is {self.engine!r}.")
         self.chat_template_kwargs = _dict("chat_template_kwargs", self.chat_template_kwargs)
 
 
@@ -141,18 +143,22 @@ class ScoreArguments(JobArguments):
             raise ValueError(f'`teacher_server` is "vllm" or "sglang", not {self.teacher_server!r}.')
         if not (self.teacher_name_or_path or self.teacher_url):
             raise ValueError("Who scores? Give `teacher_name_or_path`, `teacher_url`, or both.")
+        for name in ("server_kwargs", "student_name_or_path"):
+            if getattr(self, name) and not self.teacher_url:
+                raise ValueError(f"`{name}` is for a teacher on a server: give `teacher_url`, or leave it out.")
 
 
 def rollout(args: RolloutArguments) -> Dataset:
     """Samples as the options say; the table, which is in `output_dir` too."""
     with _surroundings(args):
+        prompts = load_prompts(args)
         options = {
             name: value
             for name, value in asdict(args).items()
             if name in _SAMPLING and value is not None and (name != "ref_logprobs" or args.role == "student")
         }
         collect = collect_rollouts if args.role == "student" else generate_sft_data
-        table = collect(load_prompts(args), args.model_name_or_path, engine=_engine(args), **options)
+        table = collect(prompts, args.model_name_or_path, engine=_engine(args), **options)
         return _pushed(table, args)
 
 
@@ -173,7 +179,7 @@ def score(args: ScoreArguments) -> Dataset:
             from .served import SGLangServer, VLLMServer
 
             server = {"vllm": VLLMServer, "sglang": SGLangServer}[args.teacher_server]
-            teacher = server(args.teacher_url, **(args.server_kwargs or {}))
+            teacher = _server(server, args.teacher_url, args.server_kwargs)
             if args.student_name_or_path:
                 options["teacher_card"] = read_model_card(args.student_name_or_path)
             if args.teacher_name_or_path:
@@ -189,19 +195,24 @@ def load_prompts(args: RolloutArguments) -> Dataset:
         ValueError: If a column is missing, or a conversation begins with an answer.
     """
     path = Path(args.dataset_name)
-    if path.is_file():
+    if path.is_file() and path.suffix != ".parquet":
+        if args.dataset_split != "train":
+            raise ValueError(f"{path} is a file without splits: leave `dataset_split` out.")
         kinds = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
         if path.suffix not in kinds:
             raise ValueError(f"{path} is none of the files that can be read: {', '.join(kinds)}.")
         prompts = load_dataset(kinds[path.suffix], data_files=str(path), split="train")
     else:
         prompts = load_table(args.dataset_name, args.dataset_config, split=args.dataset_split)
+    columns = list(dict.fromkeys([args.prompt_column, *args.keep_columns]))
+    if written := [name for name in args.keep_columns if name in WRITTEN_COLUMNS]:
+        raise ValueError(f"`keep_columns` names {written}, which sampling writes: rename the column in the prompts.")
     for option, names in (("prompt_column", [args.prompt_column]), ("keep_columns", args.keep_columns)):
         if missing := [name for name in names if name not in prompts.column_names]:
             raise ValueError(
                 f"{args.dataset_name} has no column {missing[0]!r}, only {prompts.column_names}: set `{option}`."
             )
-    prompts = prompts.select_columns([args.prompt_column, *args.keep_columns])
+    prompts = prompts.select_columns(columns)
     if args.num_prompts is not None:
         if args.num_prompts > len(prompts):
             raise ValueError(
@@ -237,11 +248,18 @@ def load_prompts(args: RolloutArguments) -> Dataset:
     return questions
 
 
+def _server(kind: type, url: str, kwargs: dict[str, Any] | None) -> Any:
+    try:
+        return kind(url, **(kwargs or {}))
+    except TypeError as error:
+        raise ValueError(f"`server_kwargs`: {error}") from error
+
+
 def _engine(args: RolloutArguments) -> str | Sampler:
     if args.engine.startswith(("http://", "https://")):
         from .served import VLLMServer
 
-        return VLLMServer(args.engine, **(args.server_kwargs or {}))
+        return _server(VLLMServer, args.engine, args.server_kwargs)
     return args.engine
 
 

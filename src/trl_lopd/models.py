@@ -21,7 +21,17 @@ def load_model(model: str | PreTrainedModel, init_kwargs: dict[str, Any] | None 
         from peft import AutoPeftModelForCausalLM
 
         return AutoPeftModelForCausalLM.from_pretrained(model, **init_kwargs).merge_and_unload()
-    return create_model_from_path(model, **init_kwargs)
+    try:
+        return create_model_from_path(model, **init_kwargs)
+    except TypeError as error:
+        raise ValueError(f"{model} cannot be loaded with `model_init_kwargs={init_kwargs}`: {error}") from error
+
+
+def pinned_kwargs(init_kwargs: dict[str, Any] | None) -> dict[str, str]:
+    """What a resumed run must load a model with: all but where it is put."""
+    kwargs = {"dtype": "auto", **(init_kwargs or {})}
+    placement = ("device_map", "max_memory", "tensor_parallel_size", "gpu_memory_utilization")
+    return {name: str(value) for name, value in kwargs.items() if name not in placement}
 
 
 def load_tokenizer(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -48,8 +58,8 @@ def load_tokenizer(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedTok
 def eos_token_ids(
     model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, revision: str | None = None
 ) -> tuple[int, ...]:
-    """The tokens that end an answer: those of the model's generation config, several in many chat models, and the
-    tokenizer's. A model that is a path is not loaded for it."""
+    """The tokens that end an answer: those of the model's generation config, if it has several, as many chat models;
+    otherwise its own and the tokenizer's. A model that is a path is not loaded for it."""
     if isinstance(model, str):
         if find_adapter_config_file(model, revision=revision) is not None:
             from peft import PeftConfig

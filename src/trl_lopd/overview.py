@@ -99,6 +99,12 @@ def inspect(
         dict.fromkeys(problem for about in result["table"]["splits"].values() for problem in about.pop("problems"))
     )
     if first_is_model:
+        result["table"]["problems"] += [
+            f"{split}: these rows have no scores. They are SFT data or rollouts, not a table to train on: "
+            "`trl-lopd score` makes one of rollouts."
+            for split, about in result["table"]["splits"].items()
+            if not about["scored"]
+        ]
         result["verdict"] = _verdict(result, splits, mode)
     return result
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +14,12 @@ from trl.data_utils import is_conversational
 
 from .cards import attach_record, entry, read_dataset_card, read_model_card, write_record
 from .fingerprint import fingerprint_teacher, with_evidence
-from .models import eos_token_ids, load_model, load_tokenizer
+from .models import eos_token_ids, load_model, load_tokenizer, pinned_kwargs
 from .probes import probe_model
 from .processes import on_main_process, processes
 from .runs import ShardedRun
 from .samplers import ContinuousBatchingSampler, Sample, Sampler, Sampling, TransformersSampler
-from .table import content_digest, lengths
+from .table import describe, lengths, refuse_no_dataset
 from .teachers import LocalTeacher
 
 if TYPE_CHECKING:
@@ -32,6 +32,10 @@ logger = logging.getLogger(__name__)
 Prompt = str | list[dict[str, Any]]
 
 ENGINES = ("transformers", "continuous_batching", "vllm")
+WRITTEN_COLUMNS = (
+    *("prompt_ids", "completion_ids", "completion", "finish_reason", "ref_logprobs"),
+    *("student_fingerprint", "teacher_fingerprint"),
+)
 
 
 def collect_rollouts(
@@ -73,8 +77,8 @@ def collect_rollouts(
         engine (`str` or [`Sampler`], *optional*, defaults to `"transformers"`):
             What samples: `"transformers"`, in batches of `batch_size`; `"continuous_batching"`, transformers' own, for
             answers of very different lengths; `"vllm"`, in this process (`pip install 'trl-lopd[vllm]'`); or a server
-            that serves the student, `VLLMServer("http://localhost:8000")`. With the last two, each answer has a seed
-            of its own.
+            that serves the student, `VLLMServer("http://localhost:8000")` or its address. With the last two, each
+            answer has a seed of its own.
         output_dir (`str` or `Path`, *optional*):
             Where to write the rollouts, shard by shard. Without it all is in memory, and lost if the process dies.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -112,11 +116,11 @@ def collect_rollouts(
             is in memory.
 
     Returns:
-        [`~datasets.Dataset`]: One row an answer: the columns of `prompts`, `prompt_ids` and `completion_ids`
-        (`list<int32>`, an end-of-sequence token kept), `completion`, the decoded text, `finish_reason` (`"stop"` or
-        `"length"`), `ref_logprobs` (`list<float32>`) and `student_fingerprint`, which counts as declared if a server
-        sampled. It carries a record of the student, the SFT teachers that its card names, and the sampling: see
-        `cards`.
+        [`~datasets.Dataset`]: One row an answer: the columns of `prompts` but those of these names, `prompt_ids` and
+        `completion_ids` (`list<int32>`, an end-of-sequence token kept), `completion`, the decoded text,
+        `finish_reason` (`"stop"` or `"length"`), `ref_logprobs` (`list<float32>`) and `student_fingerprint`, which
+        counts as declared if a server sampled. It carries a record of the student, the SFT teachers that its card
+        names, and the sampling: see `cards`.
 
     Raises:
         ValueError: No prompts, an empty prompt, no `prompt` column, an option out of range, an engine that cannot do
@@ -250,20 +254,22 @@ def _collect(
         )
     if truncated not in ("keep", "drop"):
         raise ValueError(f'`truncated` is "keep" or "drop", not {truncated!r}.')
-    _check_engine(engine, model)
-    if not isinstance(prompts, Dataset):
-        prompts = Dataset.from_dict({"prompt": list(prompts)})
-    if "prompt" not in prompts.column_names:
-        raise ValueError(f"The dataset has no `prompt` column, only {prompts.column_names}. Rename yours to `prompt`.")
-    if len(prompts) == 0:
-        raise ValueError("There are no prompts to answer.")
-    as_messages = role == "teacher" and is_conversational({"prompt": prompts[0]["prompt"]})
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stop:
+        raise ValueError("An empty text in `stop` would end every answer at its first token.")
+    if isinstance(engine, str) and engine.startswith(("http://", "https://")):
+        from .served import VLLMServer
 
+        engine = VLLMServer(engine)
+    _check_engine(engine, model)
     state = processes()
     kwargs = dict(model_init_kwargs or {})
     revision = kwargs.get("revision")
-    fingerprint = fingerprint or fingerprint_teacher(model, tokenizer, revision=revision)
-    tokenizer = tokenizer or load_tokenizer(model, revision=revision)
+    trust = {"revision": revision, "trust_remote_code": kwargs.get("trust_remote_code", False)}
+    fingerprint = fingerprint or fingerprint_teacher(model, tokenizer, **trust)
+    tokenizer = tokenizer or load_tokenizer(model, **trust)
+    prompts = _as_dataset(prompts, tokenizer, chat_template_kwargs or {})
+    as_messages = role == "teacher" and is_conversational({"prompt": prompts[0]["prompt"]})
     if engine in ENGINES:
         signature = fingerprint.id
     else:
@@ -278,7 +284,7 @@ def _collect(
         top_p=top_p,
         max_completion_length=max_completion_length,
         eos_token_ids=eos_token_ids(model, tokenizer, revision),
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        stop=stop,
         seed=seed,
     )
     options = {
@@ -296,10 +302,11 @@ def _collect(
     }
     options = {option: value for option, value in options.items() if value is not None}
     pins = {
-        "prompts": content_digest(prompts) if output_dir is not None else None,
+        "run": "answers of a " + role,
+        "prompts": describe(prompts) if output_dir is not None else None,
         role: signature,
         "ref_logprobs": ref_logprobs,
-        "dtype": str(kwargs.get("dtype", "auto")),
+        "model_init_kwargs": pinned_kwargs(kwargs),
         **options,
     }
 
@@ -324,26 +331,25 @@ def _collect(
     with ShardedRun("Sampling", "answer", sizes, rows_per_shard, output_dir, pins) as run:
         for shard, span in run.pending():
             rows = _take(prompts, [row for row in span for _ in range(num_generations)])
-            prompt_ids = _encode_all(rows, span.start, num_generations, tokenizer, chat_template_kwargs or {})
+            prompt_ids = _encode_all(rows, num_generations, tokenizer, chat_template_kwargs or {})
             samples = sampler().sample(
                 prompt_ids, sampling, span.start * num_generations, lambda tokens: run.advance(tokens, 1)
             )
             if ref_logprobs:
                 samples = _with_logprobs(samples, prompt_ids, load)
-            part = _with_answers(rows, prompt_ids, samples, tokenizer, f"{role}_fingerprint", signature, as_messages)
-            if not ref_logprobs:
-                part = part.remove_columns("ref_logprobs")
+            part = _with_answers(
+                rows, prompt_ids, samples, tokenizer, f"{role}_fingerprint", signature, as_messages, ref_logprobs
+            )
             cut = [sample.finish_reason == "length" for sample in samples]
-            dropped = sum(cut) if truncated == "drop" else 0
-            if dropped:
-                part = _take(part, [i for i, is_cut in enumerate(cut) if not is_cut])
+            kept = [i for i, is_cut in enumerate(cut) if truncated == "keep" or not is_cut]
             run.write(
                 shard,
-                part,
+                part if len(kept) == len(samples) else _take(part, kept),
                 answers=len(samples),
                 truncated=sum(cut),
-                dropped=dropped,
-                completion_tokens=sum(len(sample.ids) for sample in samples),
+                dropped=len(samples) - len(kept),
+                sampled_tokens=sum(len(sample.ids) for sample in samples),
+                completion_tokens=sum(len(samples[i].ids) for i in kept),
             )
         if role == "teacher" and state.is_main_process and engine in ENGINES and engine != "vllm":
             known = read_dataset_card(output_dir).get("sft_teachers") if output_dir is not None else None
@@ -353,9 +359,9 @@ def _collect(
     if len(rollouts) == 0:
         raise ValueError(
             f"All {counts['answers']} answers were cut at {max_completion_length} tokens and dropped. Raise "
-            '`max_completion_length`, or keep them with `truncated="keep"`.'
+            '`max_completion_length`, or keep them with `truncated="keep"`; with another `output_dir`, or none.'
         )
-    if counts["truncated"]:
+    if counts["truncated"] and state.is_main_process:
         logger.warning(
             f"{counts['truncated']} of {counts['answers']} answers were cut at {max_completion_length} tokens and "
             f"{'dropped' if truncated == 'drop' else 'kept'}."
@@ -373,6 +379,40 @@ def _collect(
         write_record(output_dir, record)
     state.wait_for_everyone()
     return rollouts
+
+
+def _as_dataset(
+    prompts: Dataset | Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]
+) -> Dataset:
+    """The prompts, each of them something that can be answered: what is wrong shows before hours are spent."""
+    refuse_no_dataset(prompts, "prompts")
+    if isinstance(prompts, Dataset):
+        if "prompt" not in prompts.column_names:
+            raise ValueError(
+                f"The dataset has no `prompt` column, only {prompts.column_names}. Rename yours to `prompt`."
+            )
+        values: Iterable[Any] = prompts.select_columns("prompt")["prompt"]
+    else:
+        values = prompts = list(prompts)
+    if len(prompts) == 0:
+        raise ValueError("There are no prompts to answer.")
+    kinds = set()
+    for i, prompt in enumerate(values):
+        messages = isinstance(prompt, list) and all(isinstance(m, dict) and "role" in m for m in prompt)
+        if not isinstance(prompt, str) and not messages:
+            raise ValueError(
+                f"Prompt {i} is neither a text nor a list of messages with `role` and `content`: {prompt!r:.200}."
+            )
+        kinds.add(type(prompt))
+        if len(kinds) > 1:
+            raise ValueError(
+                f"Prompt {i} is {'a text' if not messages else 'a list of messages'}, the others are not."
+            )
+        # Long ones have tokens in any tokenizer.
+        if i == 0 or len(prompt) == 0 or (not messages and not prompt.strip()):
+            if not encode_prompt(prompt, tokenizer, **chat_template_kwargs):
+                raise ValueError(f"Prompt {i} is empty: the first answer token would have no context.")
+    return prompts if isinstance(prompts, Dataset) else Dataset.from_dict({"prompt": prompts})
 
 
 def _take(dataset: Dataset, rows: list[int]) -> Dataset:
@@ -421,6 +461,7 @@ def _with_answers(
     signature_column: str,
     signature: str,
     as_messages: bool,
+    ref_logprobs: bool,
 ) -> Dataset:
     """The prompts' rows with the columns that sampling adds, in the place of columns of these names."""
     ids = [sample.ids for sample in samples]
@@ -444,21 +485,18 @@ def _with_answers(
             signature_column: Value("string"),
         }
     )
-    replaced = {*columns, "student_fingerprint", "teacher_fingerprint"}
-    kept = rows.remove_columns([name for name in rows.column_names if name in replaced])
+    if not ref_logprobs:
+        del columns["ref_logprobs"], features["ref_logprobs"]
+    kept = rows.remove_columns([name for name in rows.column_names if name in WRITTEN_COLUMNS])
     return concatenate_datasets([kept, Dataset.from_dict(columns, features=features)], axis=1)
 
 
 def _encode_all(
-    rows: Dataset, first: int, num_generations: int, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict
+    rows: Dataset, num_generations: int, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict
 ) -> list[list[int]]:
     ids: list[list[int]] = []
     for i in range(0, len(rows), num_generations):
-        encoded = encode_prompt(rows[i]["prompt"], tokenizer, **chat_template_kwargs)
-        if not encoded:
-            prompt = first + i // num_generations
-            raise ValueError(f"Prompt {prompt} is empty: the first answer token would have no context.")
-        ids += [encoded] * num_generations
+        ids += [encode_prompt(rows[i]["prompt"], tokenizer, **chat_template_kwargs)] * num_generations
     return ids
 
 

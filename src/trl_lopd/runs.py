@@ -32,8 +32,8 @@ class ShardedRun:
 
     On disk (`output_dir`), shards that are done are not computed again, and the processes of an `accelerate launch`
     share the others; see [`ShardStore`]. All processes make the same calls. While it runs, a progress bar shows tokens
-    a second and the time left, of this process's share. At the end one line of JSON is printed with the totals: the
-    counts given to `write`, of all processes and of earlier runs, and what this run added to them in how many seconds.
+    a second and the time left, of this process's share. At the end, with `output_dir`, one line of JSON is printed
+    with the totals: the counts given to `write`, of all processes and of earlier runs, and what this run added.
     If a wandb run is active, it gets the same under `scoring/` or `sampling/`.
 
     Args:
@@ -143,7 +143,7 @@ class ShardedRun:
         return self.store.counts() if self.store is not None else dict(self._counts)
 
     def dataset(self) -> Dataset:
-        """All rows, in the order of the input, when all processes are done; prints the totals."""
+        """All rows, in the order of the input, when all processes are done."""
         self.state.wait_for_everyone()
         if self.store is None:
             return concatenate_datasets(self.parts)
@@ -152,7 +152,8 @@ class ShardedRun:
         table = self.store.dataset()
         if self.state.is_main_process:
             counts = self.counts()
-            tokens = counts.get("completion_tokens", 0) - self.before.get("completion_tokens", 0)
+            done, before = (c.get("sampled_tokens", c.get("completion_tokens", 0)) for c in (counts, self.before))
+            tokens = done - before
             totals = {
                 "run": self.title.lower(),
                 "output_dir": str(self.output_dir),
@@ -164,5 +165,5 @@ class ShardedRun:
                 "processes": self.state.num_processes,
             }
             print(json.dumps(totals), flush=True)
-            self._report(totals)
+            self._report({name: value for name, value in totals.items() if not isinstance(value, str)})
         return table

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from datasets import Dataset, concatenate_datasets
 
 from .cards import attach_record, entry, read_dataset_card, record_of, write_record
 from .fingerprint import fingerprint_teacher, with_evidence
-from .models import load_model, load_tokenizer
+from .models import load_model, load_tokenizer, pinned_kwargs
 from .probes import probe_model, probed_entries
 from .processes import on_main_process, processes
 from .runs import ShardedRun
@@ -23,14 +24,15 @@ from .table import (
     TOPK_COLUMNS,
     TableError,
     TableRows,
-    content_digest,
+    describe,
     digest_columns,
     lengths,
+    refuse_no_dataset,
     rows_digest,
     table_features,
     validate_table,
 )
-from .teachers import LocalTeacher, RowError, Scores, Teacher
+from .teachers import DEFAULT_BUDGET, LocalTeacher, RowError, Scores, Teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -122,12 +124,13 @@ def score_rollouts(
     _check_rollouts(dataset, added)
 
     revision = (model_init_kwargs or {}).get("revision")
+    trust = {"revision": revision, "trust_remote_code": (model_init_kwargs or {}).get("trust_remote_code", False)}
     is_served = hasattr(teacher, "score")
     if is_served:
         about = on_main_process(state, lambda: _about_served(teacher, dataset[0], fingerprint, teacher_card))
     else:
-        tokenizer = tokenizer or load_tokenizer(teacher, revision=revision)
-        about = entry(fingerprint or fingerprint_teacher(teacher, tokenizer, revision=revision))
+        tokenizer = tokenizer or load_tokenizer(teacher, **trust)
+        about = entry(fingerprint or fingerprint_teacher(teacher, tokenizer, **trust))
     teacher_id = with_evidence(about["id"], about["evidence"])
 
     @functools.cache  # once, and not at all if everything is scored already
@@ -137,16 +140,20 @@ def score_rollouts(
     if max_batch_tokens is None and not is_served:
         # Batches decide the last bits of scores: a run that continues takes the size of the run before.
         known = on_main_process(state, lambda: read_pins(output_dir).get("max_batch_tokens") if output_dir else None)
-        max_batch_tokens = known or on_main_process(state, lambda: load(teacher).find_budget())
+        on_cuda = not isinstance(teacher, str) or torch.cuda.is_available()
+        max_batch_tokens = known or (
+            on_main_process(state, lambda: load(teacher).find_budget()) if on_cuda else DEFAULT_BUDGET
+        )
     pins = {}
     if output_dir is not None:
         pins = {
-            "rollouts": content_digest(dataset),
+            "run": "scores",
+            "rollouts": describe(dataset),
             "teacher": teacher_id,
             "top_k": top_k,
-            "ref_model": None if ref_model is None else fingerprint_teacher(ref_model, revision=revision).id,
+            "ref_model": None if ref_model is None else fingerprint_teacher(ref_model, **trust).id,
             "max_batch_tokens": max_batch_tokens,
-            "dtype": str((model_init_kwargs or {}).get("dtype", "auto")),
+            "model_init_kwargs": pinned_kwargs(model_init_kwargs),
         }
 
     tokens = lengths(dataset)[1]
@@ -259,6 +266,7 @@ def _probes(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dic
 
 
 def _check_rollouts(dataset: Dataset, added: list[str]) -> None:
+    refuse_no_dataset(dataset, "dataset")
     missing = [name for name in ("prompt_ids", "completion_ids") if name not in dataset.column_names]
     if missing:
         raise TableError(f"The rollouts have no column {missing[0]!r}. `collect_rollouts` makes it from prompts.")
@@ -269,8 +277,8 @@ def _check_rollouts(dataset: Dataset, added: list[str]) -> None:
         )
     if present := [name for name in added if name in dataset.column_names]:
         raise TableError(
-            f"The rollouts have the column {present[0]!r} already. To score them again, remove it first: "
-            f"`dataset.remove_columns({present})`."
+            f"The rollouts have the column {present[0]!r} already. To score them again, score the rollouts that this "
+            f"table was made of, or remove it first: `dataset.remove_columns({present})`."
         )
     if len(dataset) == 0:
         raise TableError("There are no rollouts to score.")

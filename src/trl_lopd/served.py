@@ -108,11 +108,11 @@ class _Server:
         if url.userinfo or url.query:
             # Said without the address: it holds what must not be in a log.
             raise ValueError(
-                "The address of a teacher has no user, password or query: addresses are logged. Put the API key into "
+                "The address of a server has no user, password or query: addresses are logged. Put the API key into "
                 f"the environment variable {API_KEY_VARIABLE}."
             )
         if url.scheme not in ("http", "https") or not url.host:
-            raise ValueError(f"The address of a teacher is like http://localhost:8000, not {base_url!r}.")
+            raise ValueError(f"The address of a server is like http://localhost:8000, not {base_url!r}.")
         if max_concurrency < 1 or timeout <= 0 or max_retries < 0:
             raise ValueError(
                 "`max_concurrency` and `timeout` are positive and `max_retries` is 0 or more; got "
@@ -124,6 +124,7 @@ class _Server:
         self.max_concurrency = max_concurrency
         self.timeout = timeout
         self.max_retries = max_retries
+        self._said = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base_url!r})"
@@ -314,7 +315,9 @@ class _Server:
                 # Jitter, so that rows that failed together do not return together.
                 wait = min(BACKOFF_SECONDS * 2 ** (attempt - 1), MAX_BACKOFF_SECONDS) * random.uniform(0.5, 1.5)
                 wait = max(wait, min(failure.wait, MAX_RETRY_AFTER_SECONDS))
-                logger.info(f"{where}: {failure.what}. Asking again in {wait:.1f} s.")
+                # The first time it is news; a server in trouble fails many requests, and each of them again and again.
+                level, self._said = (logging.INFO if self._said else logging.WARNING), True
+                logger.log(level, f"{where}: {failure.what}. Asking again in {wait:.1f} s.")
                 await asyncio.sleep(wait)
             except ServerError as error:
                 raise ServerError(f"{where}: {error}", row) from None
@@ -549,10 +552,6 @@ class SGLangServer(_Server):
 
     _path = "/generate"
     _text_options = {"return_text_in_logprobs": True}
-
-    def sample(self, *args: Any, **kwargs: Any) -> list[Sample]:
-        """Refused."""
-        raise NotImplementedError("Samples are not taken from SGLang. Serve the student with vLLM: `VLLMServer`.")
 
     def _payload(self, ids: list[int], length: int, top_k: int) -> dict[str, Any]:
         return {

@@ -277,6 +277,16 @@ class ShardStore:
                 f"{self.directory} was written by another version of trl-lopd (layout {version}, this one has "
                 f"{SCHEMA_VERSION}). Resume it with that version, or choose another output directory."
             )
+        if self.process_index == 0 and not any(self._hidden.glob("data-*.json")):
+            # A run that came to nothing does not bind the next.
+            self._write_json(self._manifest_path, self._manifest)
+            return
+        runs = [(record.get("pins") or {}).get("run") for record in (manifest, self._manifest)]
+        if runs[0] != runs[1]:
+            raise ShardError(
+                f"{self.directory} holds {runs[0] or 'something else'}, not {runs[1]}. Choose another output "
+                "directory."
+            )
         old, new = _flat(manifest), _flat(self._manifest)
         changed = [
             f"  {key.removeprefix('pins.')}: {_short(old.get(key, 'not set'))} -> {_short(new.get(key, 'not set'))}"
@@ -389,6 +399,29 @@ class ShardStore:
                 f"The disk of {self.directory} is full ({error.strerror}); {self._safe()} are safe on it. Make room "
                 "and run the same command again; it continues."
             ) from error
+
+
+def check_complete(directory: str | Path) -> None:
+    """
+    Raises:
+        ShardError: If a directory is a store, and shards of it are missing or not whole.
+    """
+    hidden = Path(directory) / HIDDEN
+    try:
+        manifest = json.loads((hidden / "manifest.json").read_bytes())
+        shards = -(-manifest["rows"] // manifest["rows_per_shard"])
+    except FileNotFoundError:
+        return
+    receipts = {path.stem: json.loads(path.read_bytes()) for path in hidden.glob("data-*.json")}
+    again = "Run what writes it again with the same arguments; it continues."
+    if len(receipts) < shards:
+        raise ShardError(
+            f"{directory} is not complete: {shards - len(receipts)} of {shards} shards are missing. {again}"
+        )
+    for name, receipt in sorted(receipts.items()):
+        path = Path(directory) / f"{name}.parquet"
+        if not path.exists() or path.stat().st_size != receipt["bytes"]:
+            raise ShardError(f"{path} is missing, truncated or altered. {again}")
 
 
 def read_pins(directory: str | Path) -> dict[str, Any]:

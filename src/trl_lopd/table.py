@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from blake3 import blake3
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, IterableDataset, List, Value
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -181,6 +181,24 @@ def content_digest(dataset: Dataset) -> str:
             else:
                 hasher.update(json.dumps(batch[name].to_pylist(), default=str).encode())
     return hasher.hexdigest()
+
+
+def describe(dataset: Dataset) -> str:
+    """What a resumed run must find again, in words and as [`content_digest`]."""
+    return f"{len(dataset)} rows of {', '.join(dataset.column_names)}; {content_digest(dataset)}"
+
+
+def refuse_no_dataset(value: object, name: str) -> None:
+    """
+    Raises:
+        TypeError: If a value is what is easily given in the place of a `Dataset`.
+    """
+    if isinstance(value, dict):
+        splits = list(value)
+        raise TypeError(f"`{name}` is a dict of splits, {splits}: give one of them, such as `{name}[{splits[0]!r}]`.")
+    if isinstance(value, str | IterableDataset):
+        kind = "one text" if isinstance(value, str) else "a stream, which cannot be resumed"
+        raise TypeError(f"`{name}` is {kind}: give a `Dataset`.")
 
 
 def add_digests(digests: Iterable[str]) -> str:

@@ -281,7 +281,7 @@ def _packs(model: PreTrainedModel) -> bool:
 
 # ---- How many tokens fit ----
 
-_BUDGET = 16384  # tokens of a forward pass, where free memory cannot be asked for
+DEFAULT_BUDGET = 16384  # tokens of a forward pass, where free memory cannot be asked for
 _MOST_TOKENS = 65536  # of a forward pass: beyond that, more of them are no faster
 _PROBE_TOKENS = 2048
 
@@ -298,7 +298,7 @@ def _measured_budget(model: PreTrainedModel) -> int:
     model = _unwrapped(model)
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     if not devices:
-        return _BUDGET
+        return DEFAULT_BUDGET
     tokens = min(_PROBE_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", _PROBE_TOKENS))
     before = {}
     for device in devices:
