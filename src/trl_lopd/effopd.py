@@ -15,6 +15,7 @@ are gathered for it.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import logging
@@ -31,6 +32,7 @@ import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
@@ -175,7 +177,10 @@ class EffOPDCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._is_due(state.global_step):
+            # The gate may evaluate, and the result is logged: neither is what this step has still to do of that.
+            due = copy.copy(control)
             self._search(state.global_step)
+            vars(control).update(vars(due))
 
     def on_save(self, args, state, control, **kwargs):
         self._save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
@@ -342,6 +347,8 @@ class EffOPDCallback(TrainerCallback):
         square, parts = 0.0, []
         for name, start in base.items():
             delta = current[name].float() - start.float()
+            # What several processes hold counts once in the sum over processes.
+            delta /= math.sqrt(self.shards.replicas(name))
             square += float(delta.double().square().sum())
             parts.append(delta.flatten()[::stride].cpu().numpy())
         direction = np.concatenate(parts) if parts else np.empty(0, np.float32)
@@ -412,7 +419,9 @@ class Shards:
     """
 
     def __init__(self, trainer: Trainer, parameters: str | None):
-        model = trainer.model
+        self._model = model = trainer.model
+        # Else some of its parameters are the whole ones, that an evaluation has left behind.
+        self._reshard()
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         chosen = {name: p for name, p in trained.items() if _moves(name, parameters, is_peft_model(model))}
         if not chosen:
@@ -423,20 +432,34 @@ class Shards:
         self._engine = trainer.model_wrapped.optimizer if trainer.is_deepspeed_enabled else None
         self._kind = self._kind_of(chosen)
         self.are_parts = self._kind != "whole"
+        self._processes = trainer.accelerator.num_processes
         if self._kind == "fragment":
             chosen = {name: p for name, p in chosen.items() if p._hp_mapping is not None}
         self._parameters = chosen
         self.names = list(chosen)
 
     def _kind_of(self, parameters: dict[str, nn.Parameter]) -> str:
-        first = next(iter(parameters.values()))
-        if hasattr(first, "ds_id"):
+        if any(hasattr(p, "ds_id") for p in parameters.values()):
+            if self._engine.swap_optimizer:
+                raise ValueError("EffOPD does not move weights that DeepSpeed keeps on NVMe: offload to the CPU.")
             return "partition"
         if hasattr(self._engine, "update_lp_params"):
             return "fragment"
         if self._engine is not None and any(p.dtype != torch.float32 for p in parameters.values()):
             raise ValueError("DeepSpeed without ZeRO keeps a master copy of its own: use ZeRO stage 1, 2 or 3.")
-        return "local" if isinstance(first, DTensor) else "whole"
+        if any(isinstance(module, FullyShardedDataParallel) for module in self._model.modules()):
+            raise ValueError("EffOPD does not move the weights of FSDP 1: use version 2, `fully_shard`.")
+        return "local" if any(isinstance(p, DTensor) for p in parameters.values()) else "whole"
+
+    def replicas(self, name: str) -> int:
+        """How many processes hold the same part as this one."""
+        parameter = self._parameters[name]
+        if self._kind != "local":
+            return 1
+        if not isinstance(parameter, DTensor):
+            return self._processes
+        sizes = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
+        return self._processes // math.prod(size for size, placement in sizes if not placement.is_replicate())
 
     def read(self, name: str) -> Tensor:
         """This process's part: the tensor itself, or a copy of it."""
@@ -447,7 +470,7 @@ class Shards:
             return safe_get_local_fp32_param(parameter).detach()
         if self._kind == "fragment":
             return parameter._hp_mapping.get_hp_fragment().detach()
-        return (parameter.to_local() if self._kind == "local" else parameter).detach()
+        return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
 
     def write(self, name: str, value: Tensor) -> None:
         if self._kind == "partition":
@@ -460,6 +483,8 @@ class Shards:
     @torch.no_grad()
     def publish(self) -> None:
         """Makes the forward see what was written, as the engine does after its own steps."""
+        if self._kind == "local":
+            self._reshard()
         if self._kind == "fragment":
             self._engine.update_lp_params()
         if self._kind == "partition":
@@ -470,6 +495,15 @@ class Shards:
             if engine.persistent_parameters:
                 engine.persistent_parameters[0].all_gather(engine.persistent_parameters)
             engine.invalidate_secondary_tensor()
+
+    def _reshard(self) -> None:
+        """
+        Frees what `fully_shard` gathered for a forward. It keeps the root, and with `reshard_after_forward=False` all
+        layers, for the backward that follows in training; after an evaluation the next forward would use them again.
+        """
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _moves(name: str, parameters: str | None, peft: bool) -> bool:
