@@ -1,0 +1,188 @@
+"""EffOPD on really sharded weights: what one process does, and bit for bit back from where it should not stay."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_rollouts
+
+from trl_lopd import score_rollouts
+
+SCRIPT = Path(__file__).parent / "effopd_script.py"
+
+# What the launches run; one launch for what starts up together.
+ONE = ["scripted", "bf16_without_master", "lora", "by_default", "raising", "whole", "continued", "refused"]
+PLAIN = ["scripted", "by_default", "raising", "whole", "continued", "refused"]
+TORCH = {"ddp": PLAIN, "fsdp2": PLAIN, "fsdp2-keep": ["scripted"]}
+ZERO = {
+    "zero1": ["scripted", "bf16"],
+    "zero2": ["scripted", "bf16", "lora", *PLAIN[1:]],
+    "zero2-offload": ["bf16"],
+    "zero3": ["scripted", "bf16", "by_default", "raising", "whole", "refused"],
+    "zero3-persistent": ["scripted", "bf16"],
+    "zero3-offload": ["bf16"],
+}
+
+
+def having(case):
+    return [kind for kind, cases in (TORCH | ZERO).items() if case in cases]
+
+
+class Launcher:
+    def __init__(self, *arguments):
+        self.arguments = [str(argument) for argument in arguments]
+        self.out = arguments[-1]
+        self.launched = {}
+
+    def start(self, processes, cases):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = command[: 6 if processes > 1 else 1] + [str(SCRIPT), *self.arguments, *cases]
+        env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+
+    def __call__(self, kind, case, rank=0):
+        """What a case gave, of which all those of its launch were run."""
+        group = next(group for group in ({"single": ONE}, TORCH, ZERO) if kind in group)
+        cases = [f"{kind}:{case}" for kind, cases in group.items() for case in cases]
+        if cases[0] not in self.launched:
+            self.launched[cases[0]] = self.start(1 if kind == "single" else 2, cases)
+        done = self.launched[cases[0]]
+        assert done.returncode == 0, done.stderr[-5000:]
+        return json.loads((self.out / kind / case / f"{rank}.json").read_text())
+
+    def load(self, kind, case, name="weights"):
+        return torch.load(self.out / kind / case / f"{name}.pt")
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory, teacher_dir, student_dir):
+    path = tmp_path_factory.mktemp("effopd")
+    score_rollouts(make_rollouts(85), str(teacher_dir), top_k=4, ref_model=str(student_dir)).save_to_disk(
+        path / "rows"
+    )
+    return Launcher(student_dir, path / "rows", path / "out")
+
+
+@pytest.fixture(autouse=True)
+def needs(request):
+    if "zero" in str(request.node.callspec.params.get("kind", "")):
+        pytest.importorskip("deepspeed")
+
+
+def decisions(result):
+    return [(search["step"], search["accepted"], search["p_value"]) for search in result["history"]]
+
+
+def without_seconds(result):
+    return [{name: value for name, value in search.items() if name != "seconds"} for search in result["history"]]
+
+
+def assert_close(weights, expected, atol=2e-6):
+    assert weights.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, atol=atol, rtol=0, msg=lambda m, n=name: f"{n} {m}")
+
+
+@pytest.mark.parametrize(
+    "kind, case", [*((kind, "scripted") for kind in having("scripted")), *((kind, "lora") for kind in having("lora"))]
+)
+def test_is_what_one_process_does(launch, kind, case):
+    """
+    After searches that were accepted and rejected, and the steps of Adam that follow them.
+
+    The script also compares, on each process, what the engine holds before and after each search that is rejected, and
+    the weights of the forward with the master copy; see there. The gate gives the second process other numbers.
+    """
+    expected = launch("single", case)
+    for rank in range(2):
+        found = launch(kind, case, rank)
+        assert decisions(found) == decisions(expected)
+        for a, b in zip(found["history"], expected["history"], strict=True):
+            assert a["delta_norm"] == pytest.approx(b["delta_norm"], rel=1e-5)
+            assert a["delta_cosine"] == pytest.approx(b["delta_cosine"], abs=1e-5)
+        # The forward: of each candidate, when the gate saw it, and at the end.
+        outputs = launch.load("single", case, "outputs-0")
+        for i, (a, b) in enumerate(zip(launch.load(kind, case, f"outputs-{rank}"), outputs, strict=True)):
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=0, msg=lambda m, i=i: f"output {i}: {m}")
+    assert_close(launch.load(kind, case), launch.load("single", case))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in having("bf16") if kind not in ("zero3-persistent", "zero1")])
+def test_engines_agree_in_bf16(launch, kind):
+    """With master copies in float32; each is checked in the script, here that they went the same way."""
+    assert launch(kind, "bf16")["history"][1]["delta_norm"] == pytest.approx(
+        launch("zero1", "bf16")["history"][1]["delta_norm"], rel=1e-2
+    )
+
+
+@pytest.mark.parametrize("kind", having("scripted"))
+def test_nothing_is_gathered(launch, kind):
+    found = [launch(kind, "scripted", rank) for rank in range(2)]
+    for one in found:
+        assert one["collectives"]["read"] == one["collectives"]["write"] == 0
+        if kind in ("zero1", "zero2"):
+            # As the engine does after its own steps, for each of the two groups of parameters: 11 times here.
+            assert one["collectives"]["publish"] == 2 * 11
+        elif kind != "zero3-persistent":
+            assert one["collectives"]["publish"] == 0
+    if kind == "ddp":
+        assert all(one["owned"] == one["trained"] for one in found)
+    else:
+        # No more than padding beside halves.
+        assert sum(one["owned"] for one in found) == pytest.approx(found[0]["trained"], rel=0.02)
+
+
+@pytest.mark.parametrize("kind", having("by_default"))
+def test_default_gate_decides_as_in_one_process(launch, kind):
+    expected = launch("single", "by_default")
+    assert {search["accepted"] > 1 for search in expected["history"]} == {True, False}
+    for rank in range(2):
+        found = launch(kind, "by_default", rank)
+        assert decisions(found) == decisions(expected)
+        for a, b in zip(found["history"], expected["history"], strict=True):
+            assert a["scores"] == pytest.approx(b["scores"], abs=1e-5)
+    assert_close(launch.load(kind, "by_default"), launch.load("single", "by_default"))
+
+
+@pytest.mark.parametrize("kind", ["single", "zero2"])
+def test_of_lora_the_second_factors_move(launch, kind):
+    names = {name for rank in range(1 if kind == "single" else 2) for name in launch(kind, "lora", rank)["names"]}
+    assert len(names) == 4 and all(".lora_B." in name for name in names)
+
+
+@pytest.mark.parametrize("kind", ["single", *having("continued")])
+def test_continues_from_a_checkpoint_as_if_it_had_not_stopped(launch, kind):
+    for rank in range(1 if kind == "single" else 2):
+        whole = launch(kind, "whole", rank)
+        assert without_seconds(launch(kind, "continued", rank)) == without_seconds(whole)
+    assert [search["accepted"] > 1 for search in whole["history"]].count(True) > 1
+    assert_close(launch.load(kind, "continued"), launch.load(kind, "whole"), atol=0)
+
+
+@pytest.mark.parametrize("kind, how", [("single", "killed_in_training"), ("zero3", "killed_in_search")])
+def test_resumes_after_being_killed(launch, kind, how):
+    whole, processes = launch(kind, "whole"), 1 if kind == "single" else 2
+    killed = launch.start(processes, [f"{kind}:{how}"])
+    assert killed.returncode != 0 and (processes == 2 or killed.returncode == -signal.SIGKILL)
+    done = launch.start(processes, [f"{kind}:resumed"])
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert without_seconds(json.loads((launch.out / kind / "resumed" / "0.json").read_text())) == without_seconds(
+        whole
+    )
+    assert_close(launch.load(kind, "killed"), launch.load(kind, "whole"), atol=0)
+
+
+@pytest.mark.parametrize("kind", ["single", *having("refused")])
+def test_checkpoints_without_its_state_are_refused(launch, kind):
+    for rank in range(1 if kind == "single" else 2):
+        said = launch(kind, "refused", rank)
+        # Where each process holds all of it, the number of processes makes no difference.
+        assert len(said) == (1 if kind == "ddp" else 2)
+        assert all("no state of EffOPD for this number of processes" in message for message in said)
