@@ -17,7 +17,7 @@ from pathlib import Path
 import accelerate.state
 import torch
 import torch.distributed as dist
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, is_peft_model
 from datasets import load_from_disk
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
@@ -164,24 +164,37 @@ class Before(TrainerCallback):
     def __init__(self, trainer):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.base = state_of(self.trainer)
+
     def on_step_end(self, args, state, control, **kwargs):
         self.state = state_of(self.trainer)
 
 
-class After(Before):
+class After(TrainerCallback):
     """Added after EffOPD: compares with what was before the search."""
 
-    def __init__(self, trainer, before, effopd):
-        super().__init__(trainer)
-        self.before, self.effopd, self.seen = before, effopd, 0
+    def __init__(self, trainer, before, effopd, outputs):
+        self.trainer, self.before, self.effopd, self.outputs = trainer, before, effopd, outputs
 
     def on_step_end(self, args, state, control, **kwargs):
         assert_forward_is_rounded_master(self.trainer)
-        if len(self.effopd.history) == self.seen or self.effopd.history[-1]["accepted"] == 1:
-            assert_same(self.before.state, state_of(self.trainer))
-        else:
-            assert not torch.equal(self.before.state["logits"], logits(self.trainer.model))
-        self.seen = len(self.effopd.history)
+        now, search = state_of(self.trainer), (self.effopd.history or [{}])[-1]
+        if search.get("step") != state.global_step or search["accepted"] == 1:
+            assert_same(self.before.state, now)
+        if search.get("step") != state.global_step:
+            return
+        # What was accepted is what the gate saw.
+        scales = list(search["scores"])
+        assert torch.equal(now["logits"], self.outputs[scales.index(str(search["accepted"])) - len(scales)])
+        for name, base in self.before.base.items():
+            # Masters in float32: the forward's weights are compared with them above.
+            if name in self.effopd.shards.names or name.startswith("master") and not is_peft_model(self.trainer.model):
+                base = base.double()
+                expected = base + search["accepted"] * (self.before.state[name].double() - base)
+                if now[name].dtype == torch.float32:
+                    torch.testing.assert_close(now[name].double(), expected, atol=1e-6, rtol=0)
+        self.before.base = now
 
 
 class Collectives(TorchDispatchMode):
@@ -247,7 +260,7 @@ def scripted(kind, student, rows, out, parameters="all", **options):
 
     before = Before(trainer)
     effopd = Watched(trainer, gate, greater_is_better=False, schedule=SCHEDULE, scales=SCALES, parameters=parameters)
-    for callback in (before, effopd, After(trainer, before, effopd)):
+    for callback in (before, effopd, After(trainer, before, effopd, outputs)):
         trainer.add_callback(callback)
     trainer.train()
     assert [search["accepted"] for search in effopd.history] == ACCEPTED
