@@ -111,10 +111,10 @@ def logits(model):
     return out
 
 
-def state_of(trainer):
+def state_of(trainer, forward=True):
     """Every tensor that holds weights on this process, from the engine itself, and the forward."""
     engine = trainer.model_wrapped.optimizer if trainer.is_deepspeed_enabled else None
-    found = {"logits": logits(trainer.model)}
+    found = {"logits": logits(trainer.model)} if forward else {}
     for name, p in trainer.model.named_parameters():
         if hasattr(p, "ds_tensor"):
             found[name] = p.ds_tensor
@@ -165,7 +165,8 @@ class Before(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.base = state_of(self.trainer)
+        # A forward before the first one of training would be what ZeRO-3 takes for the order of its modules.
+        self.base = state_of(self.trainer, forward=False)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.state = state_of(self.trainer)
