@@ -32,15 +32,16 @@ WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0"))
 
 # Scores that the gate gives, lower ones better: of each search, those of W and of the candidates.
-SCHEDULE = [1, 2, 4, 5]
+SCHEDULE = [1, 2, 4, 5, 6]
 SCALES = (3, 5, 7)
 SCORES = [
     *(1.0, 0.9, 0.8, 0.85),  # 5 is accepted, and gone back to
+    *(1.0, 0.5, float("nan")),  # 3 is
     *(1.0, 1.1),  # rejected
-    *(1.0, 0.5, float("nan")),  # 3 is accepted
+    *(1.0, 0.9, 0.8, 0.7),  # 7 is, where the search ends
     *(1.0, float("inf")),  # rejected
 ]
-ACCEPTED = [5, 1, 3, 1]
+ACCEPTED = [5, 3, 1, 7, 1]
 
 KINDS = {
     "single": {},
@@ -115,7 +116,7 @@ def state_of(trainer, forward=True):
     """Every tensor that holds weights on this process, from the engine itself, and the forward."""
     engine = trainer.model_wrapped.optimizer if trainer.is_deepspeed_enabled else None
     found = {"logits": logits(trainer.model)} if forward else {}
-    for name, p in trainer.model.named_parameters():
+    for name, p in trainer.parameters.items():
         if hasattr(p, "ds_tensor"):
             found[name] = p.ds_tensor
         else:
@@ -165,6 +166,8 @@ class Before(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        # After a forward, `fully_shard` has whole ones in some places.
+        self.trainer.parameters = dict(self.trainer.model.named_parameters())
         # A forward before the first one of training would be what ZeRO-3 takes for the order of its modules.
         self.base = state_of(self.trainer, forward=False)
 
