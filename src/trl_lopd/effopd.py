@@ -58,8 +58,15 @@ _FIRST_FACTORS = re.compile(r"\blora_(embedding_)?A\b")
 
 # Entries of the last direction that are kept, on each process, for its angle with the next.
 _DIRECTION_SAMPLES = 2**20
+# Steps between searches of the default schedule, after the first ones.
+_SHORT = 8
 # Searches without success before a word about it.
 _PATIENCE = 3
+
+
+def powers_of_two(i: int) -> int:
+    """The published schedule: 1, 2, 4, 8, 16, 32, ...."""
+    return 2**i
 
 
 class EffOPDCallback(TrainerCallback):
@@ -84,11 +91,12 @@ class EffOPDCallback(TrainerCallback):
             which every process calls. [`RewardGate`] is the paper's: answers are sampled and graded.
         gate_dataset ([`~datasets.Dataset`], *optional*):
             Held-out rows for a gate that reads rows. Defaults to the trainer's `eval_dataset`.
-        gate_rows (`int`, *optional*, defaults to `64`):
+        gate_rows (`int`, *optional*, defaults to `256`):
             How many of them, the first ones, the default gate reads.
         schedule (`Sequence[int]` or `Callable`, *optional*):
-            Optimizer steps at which to search: a list, or an increasing function of 0, 1, 2, .... Defaults to powers
-            of two.
+            Optimizer steps at which to search: a list, or an increasing function of 0, 1, 2, .... `powers_of_two` is
+            the published schedule. The default follows what the searches find: 1, 2, 4, 8, then eight steps after a
+            search that succeeded, and after twice as many as the last time if it failed.
         scales (`Sequence[float]`, *optional*, defaults to `(3, 5, 7, 9, 11)`):
             Ascending multiples `m` of the direction, all above 1.
         search (`str`, *optional*, defaults to `"first_fail"`):
@@ -98,7 +106,7 @@ class EffOPDCallback(TrainerCallback):
             MLP without norms; with PEFT all that is trained, but for the first factors (`lora_A`).
         min_improvement (`float`, *optional*, defaults to `0.0`):
             What a candidate has to gain on `W`, in units of the gate.
-        significance (`float`, *optional*, defaults to `0.05`):
+        significance (`float`, *optional*, defaults to `0.2`):
             For a gate with one value a row: chance, at most, of taking a candidate that is no better than `W`; see
             [`paired_p_value`].
         greater_is_better (`bool`, *optional*):
@@ -122,13 +130,13 @@ class EffOPDCallback(TrainerCallback):
         gate: str | Callable[[nn.Module], Any] | None = None,
         *,
         gate_dataset: Dataset | None = None,
-        gate_rows: int = 64,
-        schedule: Sequence[int] | Callable[[int], int] = lambda i: 2**i,
+        gate_rows: int = 256,
+        schedule: Sequence[int] | Callable[[int], int] | None = None,
         scales: Sequence[float] = (3, 5, 7, 9, 11),
         search: str = "first_fail",
         parameters: str | None = None,
         min_improvement: float = 0.0,
-        significance: float = 0.05,
+        significance: float = 0.2,
         greater_is_better: bool | None = None,
         base_device: str = "cpu",
     ):
@@ -223,12 +231,26 @@ class EffOPDCallback(TrainerCallback):
     # ---- Search ----
 
     def _is_due(self, step: int) -> bool:
+        if self.schedule is None:
+            return step == self._next_search()
         if not callable(self.schedule):
             return step in self.schedule
         i = 0
         while (due := self.schedule(i)) < step:
             i += 1
         return due == step
+
+    def _next_search(self) -> int:
+        """By the default schedule. Short directions extrapolate far while they agree; where they stop to, only longer
+        ones stand out from the noise, and a failed search costs less often."""
+        last, interval = 0, 1
+        for search in self.history:
+            last = search["step"]
+            if last <= _SHORT:
+                interval = last
+            elif search["accepted"] == 1:
+                interval *= 2
+        return last + interval
 
     def _search(self, step: int) -> None:
         start = time.perf_counter()

@@ -32,6 +32,7 @@ from .cards import count_teachers, read_model_card, stamp_model_card
 from .collator import OfflineOPDCollator
 from .config import OfflineOPDConfig
 from .consistency import Verdict, check_teacher_consistency, inherited_teachers
+from .effopd import EffOPDCallback
 from .fingerprint import TeacherFingerprint
 from .head import add_distillation_head, assert_head_is_plain
 from .models import load_tokenizer
@@ -525,6 +526,10 @@ class OfflineOPDTrainer(Trainer):
             "objective": self.loss_type,
             "teacher_consistency": "off" if mode == "off" else verdict.evidence or f"overridden ({mode})",
         }
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EffOPDCallback) and callback.history:
+                names = ("steps", "equivalent_steps", "searches", "accepted")
+                round["effopd"] = {name: callback.summary()[name] for name in names}
         if isinstance(table, Dataset):
             round |= {"rows": len(table), "teachers": count_teachers(self._check.seen)}
             if samplers := column_counts(table, "student_fingerprint"):

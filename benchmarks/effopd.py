@@ -1,0 +1,210 @@
+"""EffOPD beside plain training, every cost counted: steps and seconds until what plain training reaches.
+
+Two tasks, each with a teacher, a student and rollouts of its own: the bundled quickstart (addition), and running sums
+of digits in any order, which is built first, in about five minutes. Three seeds each, which shuffle the rows. Three
+quantities: top-k reverse KL on held-out rows that no gate reads; reverse KL on fresh rollouts; greedy accuracy.
+Seconds are those of training, searches included, measurements not. Between two measurements a quantity is taken to
+change linearly.
+
+    python benchmarks/effopd.py
+    python benchmarks/effopd.py --learning_rates 3e-6 1e-5 3e-5 1e-4 3e-4 --tasks addition --seeds 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import TrainerCallback
+
+from trl_lopd import (
+    EffOPDCallback,
+    OfflineOPDConfig,
+    OfflineOPDTrainer,
+    collect_rollouts,
+    load_table,
+    score_rollouts,
+)
+from trl_lopd.effopd import powers_of_two
+
+QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart"
+sys.path.insert(0, str(QUICKSTART))
+import build  # noqa: E402
+
+QUANTITIES = {"held_out": "reverse KL, held-out top-k", "fresh": "reverse KL, fresh rollouts", "accuracy": "accuracy"}
+ARMS = {"plain": None, "powers of two": {"schedule": powers_of_two}, "default": {}}
+
+
+def build_sums(directory: Path) -> None:
+    """`4+1+3=` becomes `1+4=5;5+3=8#8`: a running sum over the digits, in any order."""
+
+    def make_problem(rng: random.Random) -> str:
+        return "+".join(str(rng.randint(1, 9)) for _ in range(rng.randint(3, 7))) + "="
+
+    def solve(problem: str) -> str:
+        return str(sum(map(int, problem.rstrip("=").split("+"))))
+
+    def write_working(problem: str, rng: random.Random) -> str:
+        digits = [int(digit) for digit in problem.rstrip("=").split("+")]
+        rng.shuffle(digits)
+        total, working = digits[0], ""
+        for digit in digits[1:]:
+            working += (rng.choice(build.SEPARATORS) if working else "") + f"{total}+{digit}={total + digit}"
+            total += digit
+        return f"{working}#{total}"
+
+    build.make_problem, build.solve, build.write_working = make_problem, solve, write_working
+    build.main(build.Arguments(output_dir=str(directory), teacher_steps=600, sft_answers=800, sft_steps=400))
+
+
+class Measure(TrainerCallback):
+    """Measures at some steps, and stops the clock meanwhile."""
+
+    def __init__(self, trainer, task: Path, rows, prompts, at: list[int], quantities: list[str]):
+        self.trainer, self.task, self.rows, self.prompts = trainer, task, rows, prompts
+        self.at, self.quantities, self.curve, self.paused = at, quantities, [], 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start = time.perf_counter()
+        self.measure(0)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in self.at:
+            self.measure(state.global_step)
+
+    def measure(self, step: int) -> None:
+        begun = time.perf_counter()
+        point = {"step": step, "seconds": begun - self.start - self.paused}
+        model = self.trainer.model
+        if "held_out" in self.quantities:
+            point["held_out"] = float(self.trainer.reverse_kl_of_rows(self.rows).mean())
+        sampling = {"tokenizer": self.trainer.processing_class, "max_completion_length": 56, "batch_size": 200}
+        if "accuracy" in self.quantities:
+            answers = collect_rollouts(self.prompts, model, temperature=0, ref_logprobs=False, **sampling)
+            right = [c.rpartition("#")[2] == a for c, a in zip(answers["completion"], answers["answer"], strict=True)]
+            point["accuracy"] = sum(right) / len(right)
+        if "fresh" in self.quantities:
+            fresh = collect_rollouts(self.prompts, model, temperature=1.0, **sampling)
+            fresh = score_rollouts(fresh, str(self.task / "teacher"), top_k=0)
+            pairs = zip(fresh["ref_logprobs"], fresh["teacher_logprobs"], strict=True)
+            point["fresh"] = statistics.fmean(sum(p) - sum(t) for p, t in pairs)
+        model.train()
+        self.curve.append(point)
+        self.paused += time.perf_counter() - begun
+
+
+def run(task: Path, arm: str, learning_rate: float, seed: int, steps: int, a) -> dict:
+    table = load_table(task / "table")
+    prompts = datasets.load_dataset("json", data_files=str(task / "prompts.jsonl"), split="train")
+    # The test split is measured, so the gate reads rows that are taken from training.
+    train, gate = (
+        table["train"].select(range(len(table["train"]) - 256)),
+        table["train"].select(range(len(table["train"]) - 256, len(table["train"]))),
+    )
+    args = OfflineOPDConfig(
+        str(Path(a.directory) / "run"),
+        learning_rate=learning_rate,
+        max_steps=steps,
+        seed=seed,
+        per_device_train_batch_size=64,
+        per_device_eval_batch_size=128,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        activation_checkpointing=False,
+    )
+    trainer = OfflineOPDTrainer(str(task / "student"), args, train_dataset=train, eval_dataset=table["test"])
+    searches = None
+    if ARMS[arm] is not None:
+        searches = EffOPDCallback(trainer, gate_dataset=gate, **ARMS[arm])
+        trainer.add_callback(searches)
+    at = sorted({max(1, round(steps * i / a.measurements)) for i in range(1, a.measurements + 1)})
+    measure = Measure(trainer, task, table["test"], prompts, at, a.quantities)
+    trainer.add_callback(measure)
+    trainer.train()
+    result = {"arm": arm, "task": task.name, "seed": seed, "learning_rate": learning_rate, "curve": measure.curve}
+    if searches is not None:
+        result |= {"summary": searches.summary(), "accepted": [(h["step"], h["accepted"]) for h in searches.history]}
+    return result
+
+
+def reached(curve: list[dict], quantity: str, target: float, axis: str) -> float | None:
+    """Where on an axis a curve first reaches a target."""
+    sign = -1 if quantity == "accuracy" else 1
+    for before, after in zip(curve, curve[1:], strict=False):
+        start, end = sign * before[quantity], sign * after[quantity]
+        if end <= sign * target:
+            share = 1.0 if start <= end else (start - sign * target) / (start - end)
+            return before[axis] + min(max(share, 0.0), 1.0) * (after[axis] - before[axis])
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--tasks", nargs="+", default=["addition", "sums"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--learning_rates", nargs="+", type=float, default=[1e-5])
+    parser.add_argument("--quantities", nargs="+", default=list(QUANTITIES))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--steps", type=int, default=384, help="of plain training; EffOPD gets half")
+    parser.add_argument("--measurements", type=int, default=12)
+    parser.add_argument("--directory", default="runs/effopd")
+    parser.add_argument("--output")
+    a = parser.parse_args()
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    tasks = {"addition": QUICKSTART, "sums": Path(a.directory) / "sums"}
+    if "sums" in a.tasks and not (tasks["sums"] / "prompts.jsonl").exists():
+        build_sums(tasks["sums"])
+
+    results = []
+    table = Table("task", "learning rate", "arm", "quantity", "plain steps", "target", "steps", "fewer", "seconds",
+                  "less", title="Until what plain training reaches: medians (least and most)")  # fmt: skip
+    for task in a.tasks:
+        for rate in a.learning_rates:
+            runs = {}
+            for seed in a.seeds:
+                for arm in a.arms:
+                    steps = a.steps if arm == "plain" else a.steps // 2
+                    runs[arm, seed] = run(tasks[task], arm, rate, seed, steps, a) | {"task": task}
+                    results.append(runs[arm, seed])
+                    print(json.dumps(results[-1]), file=sys.stderr, flush=True)
+            for quantity in a.quantities:
+                for place in (-1 - 2 * a.measurements // 3, -1 - a.measurements // 3, -1):
+                    plain = [runs["plain", seed]["curve"][place] for seed in a.seeds]
+                    for arm in a.arms:
+                        if arm == "plain":
+                            continue
+                        cells = []
+                        for axis in ("step", "seconds"):
+                            curves = [runs[arm, seed]["curve"] for seed in a.seeds]
+                            ends = [
+                                reached(c, quantity, p[quantity], axis) for c, p in zip(curves, plain, strict=True)
+                            ]
+                            ratios = sorted(p[axis] / e for p, e in zip(plain, ends, strict=True) if e)
+                            found = [end for end in ends if end is not None]
+                            missed = f", {len(ends) - len(found)} not" if len(found) < len(ends) else ""
+                            cells.append(f"{statistics.median(found):.0f}{missed}" if found else "not reached")
+                            spread = f"{statistics.median(ratios):.1f} ({ratios[0]:.1f}–{ratios[-1]:.1f})"
+                            cells.append(spread if found else "–")
+                        target = f"{statistics.median(p[quantity] for p in plain):.3f}"
+                        table.add_row(
+                            task, f"{rate:g}", arm, QUANTITIES[quantity], str(plain[0]["step"]), target, *cells
+                        )
+    Console(width=170).print(table)
+    if a.output:
+        Path(a.output).write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
