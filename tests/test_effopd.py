@@ -281,7 +281,7 @@ def test_the_default_gate_reads_held_out_rows(tmp_path, table, student_dir):
     assert last["step"] == 4
     assert last["scores"][str(last["accepted"])] == pytest.approx(values.mean(), abs=1e-6)
     trainer.save_model()
-    (of_card,) = read_model_card(tmp_path)["opd_rounds"]
+    (of_card,) = read_model_card(args.output_dir)["opd_rounds"]
     assert (of_card["effopd"]["steps"], of_card["effopd"]["searches"]) == (4, 3)
 
 
