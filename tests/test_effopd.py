@@ -351,6 +351,7 @@ def test_sft_of_trl_with_its_own_metric(tmp_path):
 def test_min_improvement_and_greater_is_better(tmp_path):
     for gate, options, accepted in (
         (lambda m: -float(m.value()), {"greater_is_better": True}, True),
+        (lambda m: m.value().bfloat16(), {"greater_is_better": False}, True),
         (lambda m: float(m.value()), {"greater_is_better": True}, False),
         (lambda m: float(m.value()), {"greater_is_better": False, "min_improvement": 1e6}, False),
     ):
@@ -359,7 +360,7 @@ def test_min_improvement_and_greater_is_better(tmp_path):
         trainer.add_callback(callback)
         trainer.train()
         assert (callback.history[0]["accepted"] > 1) == accepted
-        assert np.sign(callback.history[0]["scores"]["1"]) == np.sign(gate(Quadratic()))
+        assert np.sign(callback.history[0]["scores"]["1"]) == np.sign(float(gate(Quadratic())))
 
 
 def test_answers_are_graded_with_the_same_seeds(tmp_path, table, student_dir):

@@ -314,7 +314,9 @@ class EffOPDCallback(TrainerCallback):
         model.eval()
         try:
             with torch.random.fork_rng(devices), torch.no_grad():
-                values = np.atleast_1d(np.asarray(self.gate(model), dtype=np.float64))
+                values = self.gate(model)
+                values = values.double().cpu() if isinstance(values, torch.Tensor) else values
+                values = np.atleast_1d(np.asarray(values, dtype=np.float64))
         finally:
             for module in training:
                 module.training = True
