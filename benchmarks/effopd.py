@@ -155,7 +155,6 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--learning_rates", nargs="+", type=float, default=[1e-5])
     parser.add_argument("--quantities", nargs="+", default=list(QUANTITIES))
-    parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--steps", type=int, default=384, help="of plain training; EffOPD gets half")
     parser.add_argument("--measurements", type=int, default=12)
     parser.add_argument("--directory", default="runs/effopd")
@@ -168,42 +167,44 @@ def main() -> None:
         build_sums(tasks["sums"])
 
     results = []
-    table = Table("task", "learning rate", "arm", "quantity", "plain steps", "target", "steps", "fewer", "seconds",
-                  "less", title="Until what plain training reaches: medians (least and most)")  # fmt: skip
     for task in a.tasks:
         for rate in a.learning_rates:
-            runs = {}
             for seed in a.seeds:
-                for arm in a.arms:
+                for arm in ARMS:
                     steps = a.steps if arm == "plain" else a.steps // 2
-                    runs[arm, seed] = run(tasks[task], arm, rate, seed, steps, a) | {"task": task}
-                    results.append(runs[arm, seed])
+                    results.append(run(tasks[task], arm, rate, seed, steps, a) | {"task": task})
                     print(json.dumps(results[-1]), file=sys.stderr, flush=True)
-            for quantity in a.quantities:
-                for place in (-1 - 2 * a.measurements // 3, -1 - a.measurements // 3, -1):
-                    plain = [runs["plain", seed]["curve"][place] for seed in a.seeds]
-                    for arm in a.arms:
-                        if arm == "plain":
-                            continue
-                        cells = []
-                        for axis in ("step", "seconds"):
-                            curves = [runs[arm, seed]["curve"] for seed in a.seeds]
-                            ends = [
-                                reached(c, quantity, p[quantity], axis) for c, p in zip(curves, plain, strict=True)
-                            ]
-                            ratios = sorted(p[axis] / e for p, e in zip(plain, ends, strict=True) if e)
-                            found = [end for end in ends if end is not None]
-                            missed = f", {len(ends) - len(found)} not" if len(found) < len(ends) else ""
-                            cells.append(f"{statistics.median(found):.0f}{missed}" if found else "not reached")
-                            spread = f"{statistics.median(ratios):.1f} ({ratios[0]:.1f}–{ratios[-1]:.1f})"
-                            cells.append(spread if found else "–")
-                        target = f"{statistics.median(p[quantity] for p in plain):.3f}"
-                        table.add_row(
-                            task, f"{rate:g}", arm, QUANTITIES[quantity], str(plain[0]["step"]), target, *cells
-                        )
-    Console(width=170).print(table)
     if a.output:
         Path(a.output).write_text(json.dumps(results, indent=1))
+    show(results, a)
+
+
+def show(results: list[dict], a) -> None:
+    table = Table("task", "learning rate", "arm", "quantity", "plain steps", "target", "steps", "fewer", "seconds",
+                  "less", title="Until what plain training reaches: medians (least and most)")  # fmt: skip
+    runs = {(r["task"], r["learning_rate"], r["arm"], r["seed"]): r["curve"] for r in results}
+    for task, rate in dict.fromkeys((r["task"], r["learning_rate"]) for r in results):
+        for quantity in a.quantities:
+            for place in (-1 - 2 * a.measurements // 3, -1 - a.measurements // 3, -1):
+                plain = [runs[task, rate, "plain", seed][place] for seed in a.seeds]
+                target = f"{statistics.median(point[quantity] for point in plain):.3f}"
+                for arm in list(ARMS)[1:]:
+                    cells = []
+                    for axis in ("step", "seconds"):
+                        pairs = [
+                            (point, reached(runs[task, rate, arm, seed], quantity, point[quantity], axis))
+                            for point, seed in zip(plain, a.seeds, strict=True)
+                        ]
+                        ends = [end for _, end in pairs if end]
+                        if not ends:
+                            cells += ["not reached", "–"]
+                            continue
+                        ratios = [point[axis] / end for point, end in pairs if end]
+                        missed = f" ({len(pairs) - len(ends)} of {len(pairs)} not)" if len(ends) < len(pairs) else ""
+                        cells.append(f"{statistics.median(ends):.0f}{missed}")
+                        cells.append(f"{statistics.median(ratios):.1f} ({min(ratios):.1f}–{max(ratios):.1f})")
+                    table.add_row(task, f"{rate:g}", arm, QUANTITIES[quantity], str(plain[0]["step"]), target, *cells)
+    Console(width=170).print(table)
 
 
 if __name__ == "__main__":
