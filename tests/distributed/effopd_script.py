@@ -300,7 +300,8 @@ def lora(*case):
 
 def by_default(kind, student, rows, out):
     trainer = make_trainer(kind, student, rows, out)
-    effopd = EffOPDCallback(trainer)
+    # A strict level, so that some searches succeed and some fail.
+    effopd = EffOPDCallback(trainer, significance=0.05)
     trainer.add_callback(effopd)
     trainer.train()
     save_weights(trainer, out)
