@@ -270,6 +270,16 @@ def read_dataset_card(table: str | Path, revision: str | None = None) -> dict[st
     return _read(table, revision, "dataset")
 
 
+def refuse_missing(name: str) -> None:
+    """
+    Raises:
+        `FileNotFoundError`: if a name can only be a path, and nothing is there: it is not to be looked for on the Hub.
+    """
+    path = Path(name)
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".parquet"):
+        raise FileNotFoundError(f"{name} is not there.")
+
+
 def load_table(
     name: str | Path,
     config: str | None = None,
@@ -304,8 +314,7 @@ def load_table(
     path, name = Path(name), str(name)
     if path.is_file() and path.suffix != ".parquet":
         raise ValueError(f"{name} is no table: a table is a directory, a parquet file, or a dataset on the Hub.")
-    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".parquet"):
-        raise FileNotFoundError(f"{name} is not there.")
+    refuse_missing(name)
     if path.is_dir():
         check_complete(path)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():

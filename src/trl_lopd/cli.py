@@ -110,9 +110,7 @@ def _run(job: str, does: str, options: list[str]) -> int:
     except RefusedElsewhere:
         return 1  # the main process has said why
     except KeyboardInterrupt:
-        print(
-            f"trl-lopd: stopped. The same command goes on after the last shard in {args.output_dir}.", file=sys.stderr
-        )
+        print("trl-lopd: stopped. The same command goes on after the last shard.", file=sys.stderr)
         return 130
     except (OSError, TypeError, ValueError, ImportError, ServerError, HfHubHTTPError, DatasetsError) as error:
         if isinstance(error, TypeError) and "`" not in str(error):

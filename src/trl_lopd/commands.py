@@ -19,7 +19,7 @@ from .rollouts import ENGINES, WRITTEN_COLUMNS, collect_rollouts, generate_sft_d
 from .scoring import score_rollouts
 
 if TYPE_CHECKING:
-    from .samplers import Sampler
+    pass
 
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
 
@@ -158,8 +158,12 @@ def rollout(args: RolloutArguments) -> Dataset:
             if name in _SAMPLING and value is not None and (name != "ref_logprobs" or args.role == "student")
         }
         collect = collect_rollouts if args.role == "student" else generate_sft_data
-        table = collect(prompts, args.model_name_or_path, engine=_engine(args), **options)
-        return _pushed(table, args)
+        engine: Any = args.engine
+        if args.server_kwargs:
+            from .served import VLLMServer
+
+            engine = _server(VLLMServer, engine, args.server_kwargs)
+        return _pushed(collect(prompts, args.model_name_or_path, engine=engine, **options), args)
 
 
 _SAMPLING = {
@@ -253,14 +257,6 @@ def _server(kind: type, url: str, kwargs: dict[str, Any] | None) -> Any:
         return kind(url, **(kwargs or {}))
     except TypeError as error:
         raise ValueError(f"`server_kwargs`: {error}") from error
-
-
-def _engine(args: RolloutArguments) -> str | Sampler:
-    if args.engine.startswith(("http://", "https://")):
-        from .served import VLLMServer
-
-        return _server(VLLMServer, args.engine, args.server_kwargs)
-    return args.engine
 
 
 @contextmanager

@@ -110,8 +110,8 @@ class EffOPDCallback(TrainerCallback):
             For a gate with one value a row: chance, at most, of taking a candidate that is no better than `W`; see
             [`paired_p_value`].
         greater_is_better (`bool`, *optional*):
-            Whether higher values of the gate are better. By default as the gate says, and otherwise as in
-            `TrainingArguments`: not for losses and divergences.
+            Whether higher values of the gate are better. Known of the gates here: for a metric as in
+            `TrainingArguments`, not for losses and divergences. To be given with a function of your own.
         base_device (`str`, *optional*, defaults to `"cpu"`):
             Where `W_base` is kept between searches: one copy of this process's shard, in its dtype; pinned on a CPU
             beside a GPU. During a search there is a second one, to return to.

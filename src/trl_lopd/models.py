@@ -27,6 +27,12 @@ def load_model(model: str | PreTrainedModel, init_kwargs: dict[str, Any] | None 
         raise ValueError(f"{model} cannot be loaded with `model_init_kwargs={init_kwargs}`: {error}") from error
 
 
+def hub_kwargs(init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """Of what a model is loaded with, what its other files are found and read with too."""
+    init_kwargs = init_kwargs or {}
+    return {"revision": init_kwargs.get("revision"), "trust_remote_code": init_kwargs.get("trust_remote_code", False)}
+
+
 def pinned_kwargs(init_kwargs: dict[str, Any] | None) -> dict[str, str]:
     """What a resumed run must load a model with: all but where it is put."""
     kwargs = {"dtype": "auto", **(init_kwargs or {})}

@@ -18,7 +18,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from .cards import load_table, read_model_card, record_of
+from .cards import load_table, read_model_card, record_of, refuse_missing
 from .consistency import check_rows, check_teacher_consistency, contradictions, written_for
 from .fingerprint import fingerprint_teacher
 
@@ -129,8 +129,7 @@ def is_model(name: str) -> bool:
         raise ValueError(f"{name} is a file: give the directory of a model or a table, or a parquet file.")
     if path.is_dir():
         return (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
-    if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
-        raise FileNotFoundError(f"{name} is not there.")
+    refuse_missing(name)
     return path.suffix != ".parquet" and not name.startswith("datasets/")
 
 

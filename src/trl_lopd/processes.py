@@ -22,6 +22,12 @@ def processes(cpu: bool = False) -> PartialState:
     return PartialState(cpu=cpu, timeout=_PATIENCE)
 
 
+def own_device(state: PartialState, init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """What to load a model with so that each of several processes has it on its own accelerator."""
+    several = state.num_processes > 1 and state.device.type != "cpu"
+    return {**({"device_map": {"": state.device}} if several else {}), **(init_kwargs or {})}
+
+
 class RefusedElsewhere(TeacherConsistencyError, ShardError, SystemExit):
     """Can be caught like the error of the main process; uncaught, ends this process without repeating it."""
 

@@ -14,9 +14,9 @@ from trl.data_utils import is_conversational
 
 from .cards import attach_record, entry, read_dataset_card, read_model_card, write_record
 from .fingerprint import fingerprint_teacher, with_evidence
-from .models import eos_token_ids, load_model, load_tokenizer, pinned_kwargs
+from .models import eos_token_ids, hub_kwargs, load_model, load_tokenizer, pinned_kwargs
 from .probes import probe_model
-from .processes import on_main_process, processes
+from .processes import on_main_process, own_device, processes
 from .runs import ShardedRun
 from .samplers import ContinuousBatchingSampler, Sample, Sampler, Sampling, TransformersSampler
 from .table import describe, lengths, refuse_no_dataset
@@ -264,10 +264,10 @@ def _collect(
     _check_engine(engine, model)
     state = processes()
     kwargs = dict(model_init_kwargs or {})
-    revision = kwargs.get("revision")
-    trust = {"revision": revision, "trust_remote_code": kwargs.get("trust_remote_code", False)}
-    fingerprint = fingerprint or fingerprint_teacher(model, tokenizer, **trust)
-    tokenizer = tokenizer or load_tokenizer(model, **trust)
+    found = hub_kwargs(kwargs)
+    # Gigabytes are read once, not by every process.
+    fingerprint = fingerprint or on_main_process(state, lambda: fingerprint_teacher(model, tokenizer, **found))
+    tokenizer = tokenizer or load_tokenizer(model, **found)
     prompts = _as_dataset(prompts, tokenizer, chat_template_kwargs or {})
     as_messages = role == "teacher" and is_conversational({"prompt": prompts[0]["prompt"]})
     if engine in ENGINES:
@@ -283,7 +283,7 @@ def _collect(
         temperature=temperature,
         top_p=top_p,
         max_completion_length=max_completion_length,
-        eos_token_ids=eos_token_ids(model, tokenizer, revision),
+        eos_token_ids=eos_token_ids(model, tokenizer, found["revision"]),
         stop=stop,
         seed=seed,
     )
@@ -303,7 +303,7 @@ def _collect(
     options = {option: value for option, value in options.items() if value is not None}
     pins = {
         "run": "answers of a " + role,
-        "prompts": describe(prompts) if output_dir is not None else None,
+        "prompts": on_main_process(state, lambda: describe(prompts)) if output_dir is not None else None,
         role: signature,
         "ref_logprobs": ref_logprobs,
         "model_init_kwargs": pinned_kwargs(kwargs),
@@ -312,8 +312,7 @@ def _collect(
 
     @functools.cache  # once, and not at all if everything is sampled already
     def load() -> PreTrainedModel:
-        on_device = state.num_processes > 1 and state.device.type != "cpu"
-        return load_model(model, {"device_map": {"": state.device}, **kwargs} if on_device else kwargs)
+        return load_model(model, own_device(state, kwargs))
 
     @functools.cache
     def sampler() -> Sampler:
@@ -331,7 +330,9 @@ def _collect(
     with ShardedRun("Sampling", "answer", sizes, rows_per_shard, output_dir, pins) as run:
         for shard, span in run.pending():
             rows = _take(prompts, [row for row in span for _ in range(num_generations)])
-            prompt_ids = _encode_all(rows, num_generations, tokenizer, chat_template_kwargs or {})
+            texts = prompts.select_columns("prompt")[span.start : span.stop]["prompt"]
+            encoded = [encode_prompt(text, tokenizer, **(chat_template_kwargs or {})) for text in texts]
+            prompt_ids = [ids for ids in encoded for _ in range(num_generations)]
             samples = sampler().sample(
                 prompt_ids, sampling, span.start * num_generations, lambda tokens: run.advance(tokens, 1)
             )
@@ -489,15 +490,6 @@ def _with_answers(
         del columns["ref_logprobs"], features["ref_logprobs"]
     kept = rows.remove_columns([name for name in rows.column_names if name in WRITTEN_COLUMNS])
     return concatenate_datasets([kept, Dataset.from_dict(columns, features=features)], axis=1)
-
-
-def _encode_all(
-    rows: Dataset, num_generations: int, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict
-) -> list[list[int]]:
-    ids: list[list[int]] = []
-    for i in range(0, len(rows), num_generations):
-        ids += [encode_prompt(rows[i]["prompt"], tokenizer, **chat_template_kwargs)] * num_generations
-    return ids
 
 
 def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **chat_template_kwargs: Any) -> list[int]:

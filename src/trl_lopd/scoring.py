@@ -15,9 +15,9 @@ from datasets import Dataset, concatenate_datasets
 
 from .cards import attach_record, entry, read_dataset_card, record_of, write_record
 from .fingerprint import fingerprint_teacher, with_evidence
-from .models import load_model, load_tokenizer, pinned_kwargs
+from .models import hub_kwargs, load_model, load_tokenizer, pinned_kwargs
 from .probes import probe_model, probed_entries
-from .processes import on_main_process, processes
+from .processes import on_main_process, own_device, processes
 from .runs import ShardedRun
 from .shards import read_pins
 from .table import (
@@ -117,41 +117,45 @@ def score_rollouts(
             f"{top_k}, {max_batch_tokens} and {rows_per_shard}."
         )
     state = processes()
-    if state.num_processes > 1 and state.device.type != "cpu":
-        model_init_kwargs = {"device_map": {"": state.device}, **(model_init_kwargs or {})}
     added = ["teacher_logprobs", "teacher_fingerprint", *(TOPK_COLUMNS if top_k else ())]
     added += ["ref_logprobs"] if ref_model is not None else []
     _check_rollouts(dataset, added)
 
-    revision = (model_init_kwargs or {}).get("revision")
-    trust = {"revision": revision, "trust_remote_code": (model_init_kwargs or {}).get("trust_remote_code", False)}
+    found = hub_kwargs(model_init_kwargs)
     is_served = hasattr(teacher, "score")
     if is_served:
         about = on_main_process(state, lambda: _about_served(teacher, dataset[0], fingerprint, teacher_card))
     else:
-        tokenizer = tokenizer or load_tokenizer(teacher, **trust)
-        about = entry(fingerprint or fingerprint_teacher(teacher, tokenizer, **trust))
+        tokenizer = tokenizer or load_tokenizer(teacher, **found)
+        # Gigabytes are read once, not by every process.
+        fingerprint = fingerprint or on_main_process(state, lambda: fingerprint_teacher(teacher, tokenizer, **found))
+        about = entry(fingerprint)
     teacher_id = with_evidence(about["id"], about["evidence"])
 
     @functools.cache  # once, and not at all if everything is scored already
     def load(model: str | PreTrainedModel) -> LocalTeacher:
-        return LocalTeacher(load_model(model, model_init_kwargs), max_batch_tokens)
+        return LocalTeacher(load_model(model, own_device(state, model_init_kwargs)), max_batch_tokens)
 
     if max_batch_tokens is None and not is_served:
         # Batches decide the last bits of scores: a run that continues takes the size of the run before.
         known = on_main_process(state, lambda: read_pins(output_dir).get("max_batch_tokens") if output_dir else None)
-        on_cuda = not isinstance(teacher, str) or torch.cuda.is_available()
+        # Nothing is loaded to learn what there is nothing to measure for.
+        measures = not isinstance(teacher, str) or torch.cuda.is_available()
         max_batch_tokens = known or (
-            on_main_process(state, lambda: load(teacher).find_budget()) if on_cuda else DEFAULT_BUDGET
+            on_main_process(state, lambda: load(teacher).find_budget()) if measures else DEFAULT_BUDGET
         )
     pins = {}
     if output_dir is not None:
+        rollouts = on_main_process(state, lambda: describe(dataset))
+        student_id = None
+        if ref_model is not None:
+            student_id = on_main_process(state, lambda: fingerprint_teacher(ref_model, **found).id)
         pins = {
             "run": "scores",
-            "rollouts": describe(dataset),
+            "rollouts": rollouts,
             "teacher": teacher_id,
             "top_k": top_k,
-            "ref_model": None if ref_model is None else fingerprint_teacher(ref_model, **trust).id,
+            "ref_model": student_id,
             "max_batch_tokens": max_batch_tokens,
             "model_init_kwargs": pinned_kwargs(model_init_kwargs),
         }
