@@ -1,13 +1,14 @@
 """EffOPD beside plain training, every cost counted: steps and seconds until what plain training reaches.
 
-Two tasks, each with a teacher, a student and rollouts of its own: the bundled quickstart (addition), and running sums
-of digits in any order, which is built first, in about five minutes. Three seeds each, which shuffle the rows. Three
+Two tasks, the bundled quickstart (addition) and running sums of digits in any order, each with a teacher of its own.
+Every seed has its own SFT student, rollouts and order of rows, built first, in three to five minutes each. Three
 quantities: top-k reverse KL on held-out rows that no gate reads; reverse KL on fresh rollouts; greedy accuracy.
-Seconds are those of training, searches included, measurements not. Between two measurements a quantity is taken to
-change linearly.
+Seconds are CPU seconds of the one thread that trains, so that other work on the machine does not count; searches are
+included, measurements are not. Between two measurements a quantity is taken to change linearly.
 
     python benchmarks/effopd.py
-    python benchmarks/effopd.py --learning_rates 3e-6 1e-5 3e-5 1e-4 3e-4 --tasks addition --seeds 0
+    python benchmarks/effopd.py --tasks addition --batch_size 256 --steps 256
+    python benchmarks/effopd.py --tasks addition --seeds 0 --learning_rates 3e-6 3e-5 1e-4 --quantities held_out
 """
 
 from __future__ import annotations
@@ -44,7 +45,27 @@ QUANTITIES = {"held_out": "reverse KL, held-out top-k", "fresh": "reverse KL, fr
 ARMS = {"plain": None, "powers of two": {"schedule": powers_of_two}, "default": {}}
 
 
-def build_sums(directory: Path) -> None:
+def make_task(task: str, seed: int, directory: Path) -> Path:
+    """The directory of a teacher, its SFT student, the student's scored rollouts and held-out prompts."""
+    if task == "addition" and seed == 0:
+        return QUICKSTART
+    path = directory / f"{task}-{seed}"
+    if not (path / "prompts.jsonl").exists():
+        teacher = None
+        if task == "addition":
+            teacher = str(QUICKSTART / "teacher")
+        elif seed:
+            teacher = str(make_task(task, 0, directory) / "teacher")
+        sizes = {} if task == "addition" else {"teacher_steps": 600, "sft_answers": 800, "sft_steps": 400}
+        if task == "sums":
+            use_sums()
+        build.main(build.Arguments(output_dir=str(path), seed=seed, teacher=teacher, **sizes))
+        if teacher and not (path / "teacher").exists():
+            (path / "teacher").symlink_to(Path(teacher).resolve())
+    return path
+
+
+def use_sums() -> None:
     """`4+1+3=` becomes `1+4=5;5+3=8#8`: a running sum over the digits, in any order."""
 
     def make_problem(rng: random.Random) -> str:
@@ -63,7 +84,6 @@ def build_sums(directory: Path) -> None:
         return f"{working}#{total}"
 
     build.make_problem, build.solve, build.write_working = make_problem, solve, write_working
-    build.main(build.Arguments(output_dir=str(directory), teacher_steps=600, sft_answers=800, sft_steps=400))
 
 
 class Measure(TrainerCallback):
@@ -74,7 +94,7 @@ class Measure(TrainerCallback):
         self.at, self.quantities, self.curve, self.paused = at, quantities, [], 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter()
+        self.start = time.process_time()
         self.measure(0)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -82,7 +102,7 @@ class Measure(TrainerCallback):
             self.measure(state.global_step)
 
     def measure(self, step: int) -> None:
-        begun = time.perf_counter()
+        begun = time.process_time()
         point = {"step": step, "seconds": begun - self.start - self.paused}
         model = self.trainer.model
         if "held_out" in self.quantities:
@@ -99,7 +119,7 @@ class Measure(TrainerCallback):
             point["fresh"] = statistics.fmean(sum(p) - sum(t) for p, t in pairs)
         model.train()
         self.curve.append(point)
-        self.paused += time.perf_counter() - begun
+        self.paused += time.process_time() - begun
 
 
 def run(task: Path, arm: str, learning_rate: float, seed: int, steps: int, a) -> dict:
@@ -115,7 +135,7 @@ def run(task: Path, arm: str, learning_rate: float, seed: int, steps: int, a) ->
         learning_rate=learning_rate,
         max_steps=steps,
         seed=seed,
-        per_device_train_batch_size=64,
+        per_device_train_batch_size=a.batch_size,
         per_device_eval_batch_size=128,
         logging_strategy="no",
         save_strategy="no",
@@ -155,6 +175,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--learning_rates", nargs="+", type=float, default=[1e-5])
     parser.add_argument("--quantities", nargs="+", default=list(QUANTITIES))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=384, help="of plain training; EffOPD gets half")
     parser.add_argument("--measurements", type=int, default=12)
     parser.add_argument("--directory", default="runs/effopd")
@@ -162,17 +184,16 @@ def main() -> None:
     a = parser.parse_args()
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
-    tasks = {"addition": QUICKSTART, "sums": Path(a.directory) / "sums"}
-    if "sums" in a.tasks and not (tasks["sums"] / "prompts.jsonl").exists():
-        build_sums(tasks["sums"])
+    # Addition first: the module that builds makes one task after the other.
+    tasks = {(task, seed): make_task(task, seed, Path(a.directory)) for task in sorted(a.tasks) for seed in a.seeds}
 
     results = []
     for task in a.tasks:
         for rate in a.learning_rates:
             for seed in a.seeds:
-                for arm in ARMS:
+                for arm in a.arms:
                     steps = a.steps if arm == "plain" else a.steps // 2
-                    results.append(run(tasks[task], arm, rate, seed, steps, a) | {"task": task})
+                    results.append(run(tasks[task, seed], arm, rate, seed, steps, a) | {"task": task})
                     print(json.dumps(results[-1]), file=sys.stderr, flush=True)
     if a.output:
         Path(a.output).write_text(json.dumps(results, indent=1))
@@ -188,7 +209,7 @@ def show(results: list[dict], a) -> None:
             for place in (-1 - 2 * a.measurements // 3, -1 - a.measurements // 3, -1):
                 plain = [runs[task, rate, "plain", seed][place] for seed in a.seeds]
                 target = f"{statistics.median(point[quantity] for point in plain):.3f}"
-                for arm in list(ARMS)[1:]:
+                for arm in [arm for arm in a.arms if arm != "plain"]:
                     cells = []
                     for axis in ("step", "seconds"):
                         pairs = [
