@@ -11,8 +11,6 @@ from torch.nn.functional import log_softmax
 
 from trl_lopd.objective import (
     advantage,
-    aggregate,
-    count_items,
     huber,
     mean_loss,
     reverse_kl_topk,
@@ -20,6 +18,7 @@ from trl_lopd.objective import (
     sequence_totals,
     summarize,
     teacher_support,
+    token_weights,
 )
 
 BATCH, TIME, VOCAB = 3, 7, 11
@@ -35,6 +34,17 @@ def case():
     mask = torch.arange(TIME) < torch.tensor([[7], [4], [1]])
     mask[0, 2] = False  # a hole, as tool output makes
     return logits, teacher, sampled, mask
+
+
+def flat(values, mask):
+    """The trained tokens of all rows, and which row each is of."""
+    return values[mask], mask.nonzero()[:, 0]
+
+
+def mean(values, mask, aggregation):
+    values, sequences = flat(values, mask)
+    num_items = BATCH if aggregation == "sequence_mean" else len(values)
+    return values @ token_weights(sequences, BATCH, aggregation, num_items)
 
 
 def at(logprobs, ids):
@@ -68,7 +78,7 @@ def test_sampled_gradient_is_the_paper_s_update(case, aggregation, clip):
 
     def gradient(per_token):
         x = logits.clone().requires_grad_()
-        loss = aggregate(per_token(at(log_softmax(x, -1), sampled)), mask, aggregation)
+        loss = mean(per_token(at(log_softmax(x, -1), sampled)), mask, aggregation)
         return torch.autograd.grad(loss, x)[0]
 
     ours = gradient(lambda lp: sampled_loss(lp, teacher, advantage_clip=clip))
@@ -183,11 +193,13 @@ def test_shares_of_micro_batches_add_up_to_the_whole(case, aggregation):
     values = torch.randn(BATCH, TIME)
     rows = [[values[b, t].item() for t in range(TIME) if mask[b, t]] for b in range(BATCH)]
     expected = np.mean([np.mean(r) for r in rows]) if aggregation == "sequence_mean" else np.mean(sum(rows, []))
-    whole = aggregate(values, mask, aggregation)
-    assert whole.item() == pytest.approx(expected, rel=1e-5)
-    n = sum(count_items(mask[b : b + 1], aggregation) for b in range(BATCH))
-    parts = sum(aggregate(values[b : b + 1], mask[b : b + 1], aggregation, n) for b in range(BATCH))
-    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(mean(values, mask, aggregation), torch.tensor(expected, dtype=torch.float32))
+    n = BATCH if aggregation == "sequence_mean" else int(mask.sum())
+    parts = 0.0
+    for b in range(BATCH):
+        row, sequences = flat(values[b : b + 1], mask[b : b + 1])
+        parts += row @ token_weights(sequences, 1, aggregation, n)
+    torch.testing.assert_close(parts, mean(values, mask, aggregation))
 
 
 def test_metrics_are_token_weighted_means_of_their_definitions(case):
@@ -197,18 +209,31 @@ def test_metrics_are_token_weighted_means_of_their_definitions(case):
     entropy, kl = torch.rand(BATCH, TIME), torch.rand(BATCH, TIME)
     top1, agree = torch.rand(BATCH, TIME) > 0.5, torch.rand(BATCH, TIME) > 0.5
     per_token = sampled_loss(logprobs, teacher, advantage_clip=3.0)
-    totals = [
-        sequence_totals(
-            *(x[b : b + 1] for x in (logprobs, teacher, mask)),
-            per_token_loss=per_token[b : b + 1],
-            entropy=entropy[b : b + 1],
-            is_top1=top1[b : b + 1],
-            advantage_clip=3.0,
-            ref_logprobs=ref[b : b + 1],
-            reverse_kl=kl[b : b + 1],
-            top1_agreement=agree[b : b + 1],
+    start, totals = 0, []
+    for part, count in zip((mask[:1], mask[1:]), (1, BATCH - 1), strict=True):
+        rows, sequences = slice(start, start + count), flat(part, part)[1]
+        start += count
+        logprobs_, teacher_, per_token_, entropy_, top1_, ref_, kl_, agree_ = (
+            x[rows][part] for x in (logprobs, teacher, per_token, entropy, top1, ref, kl, agree)
         )
-        for b in range(BATCH)
+        totals.append(
+            sequence_totals(
+                logprobs_,
+                teacher_,
+                sequences,
+                count,
+                per_token_loss=per_token_,
+                entropy=entropy_,
+                is_top1=top1_,
+                advantage_clip=3.0,
+                ref_logprobs=ref_,
+                reverse_kl=kl_,
+                top1_agreement=agree_,
+            )
+        )
+    totals = [
+        {name: (values.amax(0) if name.endswith("max") else values.sum(0)) for name, values in t.items()}
+        for t in totals
     ]
     combined = {name: (max if name.endswith("max") else sum)(t[name].item() for t in totals) for name in totals[0]}
     metrics = summarize(combined)
@@ -238,4 +263,4 @@ def test_metrics_are_token_weighted_means_of_their_definitions(case):
     assert metrics == pytest.approx(expected, rel=1e-4)
     assert 0 < expected["advantage/clip_fraction"] < 1
     for aggregation in ("sequence_mean", "token_mean"):
-        assert mean_loss(combined, aggregation) == pytest.approx(aggregate(per_token, mask, aggregation).item())
+        assert mean_loss(combined, aggregation) == pytest.approx(mean(per_token, mask, aggregation).item())

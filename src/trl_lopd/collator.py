@@ -20,13 +20,13 @@ def completion_room(prompt_length: int, max_completion_length: int | None, max_l
 
 @dataclass
 class OfflineOPDCollator:
-    """Pads rows on the right into one batch, every per-token column aligned with `input_ids`.
+    """Pads rows on the right into one batch.
 
-    Returns a dict of tensors: `input_ids`, `attention_mask`, `labels` `(batch, time)`, with labels -100 on the prompt,
-    the padding and where `completion_mask` is false; `teacher_logprobs` and, where the rows have them, `ref_logprobs`
-    `(batch, time)` float32, `teacher_topk_ids` and `teacher_topk_logprobs` `(batch, time, k)`, all zero outside the
-    completion; and `truncated` `(batch,)`, true for completions cut on the right to fit the limits, together with
-    every per-token column.
+    Returns a dict of tensors. What the model reads: `input_ids`, `attention_mask` `(batch, time)`. The `n` trained
+    tokens of all sequences, one after another: `positions (n,)`, where in the flattened `input_ids` the token before
+    each stands; `labels (n,)`, their ids; `sequences (n,)`, which sequence each is of; `teacher_logprobs` and, where
+    the rows have them, `ref_logprobs` `(n,)` float32, `teacher_topk_ids` and `teacher_topk_logprobs` `(n, k)`. And
+    `truncated (batch,)`, true for completions cut on the right to fit the limits, with every per-token column.
 
     Args:
         pad_token_id: pads `input_ids`.
@@ -57,18 +57,27 @@ class OfflineOPDCollator:
             time = -(-time // self.pad_to_multiple_of) * self.pad_to_multiple_of
         shape = (len(rows), time)
         input_ids = torch.full(shape, self.pad_token_id)
-        attention_mask, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
+        attention_mask = torch.zeros(shape, dtype=torch.long)
         for i, (row, span) in enumerate(zip(rows, spans, strict=True)):
             input_ids[i, : span.start] = torch.tensor(row["prompt_ids"])
             input_ids[i, span] = self._cut(row["completion_ids"], span)
             attention_mask[i, : span.stop] = 1
-            labels[i, span] = input_ids[i, span]
-            if row.get("completion_mask") is not None:
-                labels[i, span].masked_fill_(~self._trained(row, span), -100)
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        positions, trained = [], []
+        for i, (row, span) in enumerate(zip(rows, spans, strict=True)):
+            kept = self._trained(row, span) if row.get("completion_mask") is not None else slice(None)
+            trained.append(kept)
+            positions.append((torch.arange(span.start - 1, span.stop - 1) + i * time)[kept])
+        positions_flat = torch.cat(positions)
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "positions": positions_flat,
+            "labels": input_ids.flatten()[positions_flat + 1],
+            "sequences": torch.repeat_interleave(torch.tensor([len(p) for p in positions])),
+        }
         for name in ("teacher_logprobs", "ref_logprobs", "teacher_topk_logprobs", "teacher_topk_ids"):
             if rows[0].get(name) is not None:
-                batch[name] = self._aligned(name, rows, spans, time)
+                batch[name] = self._aligned(name, rows, spans, trained)
         cut = [len(row["completion_ids"]) > span.stop - span.start for row, span in zip(rows, spans, strict=True)]
         return batch | {"truncated": torch.tensor(cut)}
 
@@ -97,13 +106,10 @@ class OfflineOPDCollator:
             )
         return trained
 
-    def _aligned(self, name: str, rows: list[dict[str, Any]], spans: list[slice], time: int) -> Tensor:
-        """A per-token column, `(batch, time)` or `(batch, time, k)`."""
-        parts = [self._cut(row[name], span) for row, span in zip(rows, spans, strict=True)]
-        dtype = torch.long if name.endswith("ids") else torch.float32
-        values = torch.zeros((len(rows), time, *parts[0].shape[1:]), dtype=dtype)
-        for i, (part, span) in enumerate(zip(parts, spans, strict=True)):
-            values[i, span] = part
+    def _aligned(self, name: str, rows: list[dict[str, Any]], spans: list[slice], trained: list) -> Tensor:
+        """A per-token column of the trained tokens, `(n,)` or `(n, k)`."""
+        parts = [self._cut(row[name], span)[kept] for row, span, kept in zip(rows, spans, trained, strict=True)]
+        values = torch.cat(parts).to(torch.long if name.endswith("ids") else torch.float32)
         if name in ("teacher_logprobs", "teacher_topk_logprobs") and self.teacher_logprob_floor is not None:
             values.masked_fill_(values == -torch.inf, self.teacher_logprob_floor)
         return values

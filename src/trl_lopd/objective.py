@@ -1,8 +1,8 @@
 """The mathematics: losses and diagnostics as pure functions on tensors. No trainer, no I/O.
 
-Shapes: `(batch, time)` tensors hold one value a position, `(batch, time, support)` one value a stored teacher token.
-A boolean `mask` of shape `(batch, time)` marks the trained completion tokens; the values of all others are ignored.
-Log-probabilities are natural, at temperature 1, over the full vocabulary, in float32.
+Shapes: `(n,)` tensors hold one value a trained token, those of all sequences one after another; `(n, support)` one
+value a stored teacher token. `sequences (n,)` says which sequence each token is of, 0 to s - 1, ascending; each has
+one or more. Log-probabilities are natural, at temperature 1, over the full vocabulary, in float32.
 
 Two objectives, each returned as a loss a token whose value is the true one and whose gradient is the update:
 
@@ -30,13 +30,13 @@ _MAX_LOG_RATIO = 20.0
 def advantage(logprobs: Tensor, teacher_logprobs: Tensor, clip: float = 10.0) -> Tensor:
     """The paper's advantage `clip(teacher_logprobs - logprobs, -clip, clip)` in nats, without gradient.
 
-    Lightning OPD, eq. of the offline update; `clip` is its tau. All shapes `(batch, time)`.
+    Lightning OPD, eq. of the offline update; `clip` is its tau. All shapes `(n,)`.
     """
     return (teacher_logprobs - logprobs.detach()).clamp(-clip, clip)
 
 
 def huber(logprobs: Tensor, teacher_logprobs: Tensor, clip: float = 10.0) -> Tensor:
-    """Huber loss of the log-ratio: `r^2/2` where `|r| <= clip`, else `clip*|r| - clip^2/2`. Shapes `(batch, time)`."""
+    """Huber loss of the log-ratio: `r^2/2` where `|r| <= clip`, else `clip*|r| - clip^2/2`. Shapes `(n,)`."""
     return torch.nn.functional.huber_loss(logprobs, teacher_logprobs, reduction="none", delta=clip)
 
 
@@ -48,7 +48,7 @@ def sampled_loss(
     ref_logprobs: Tensor | None = None,
     ratio_clip: float | None = None,
 ) -> Tensor:
-    """Loss a token of the sampled-token objective, `(batch, time)` in nats squared.
+    """Loss a token of the sampled-token objective, `(n,)` in nats squared.
 
     Its value is always the Huber loss. Without `ratio_clip` its gradient is the Huber gradient, which is the paper's
     update `-A * grad log pi`. With `ratio_clip` its gradient is that of the PPO surrogate
@@ -76,11 +76,11 @@ def teacher_support(
     """The tokens on which the two distributions are compared: the teacher's top-k and the sampled token.
 
     Args:
-        topk_ids, topk_logprobs: `(batch, time, k)`.
-        sampled_ids, sampled_logprobs: `(batch, time)`.
+        topk_ids, topk_logprobs: `(n, k)`.
+        sampled_ids, sampled_logprobs: `(n,)`.
 
     Returns:
-        `ids`, `logprobs` (float32) and `distinct` (bool), each `(batch, time, k + 1)`. `distinct` is false on the last
+        `ids`, `logprobs` (float32) and `distinct` (bool), each `(n, k + 1)`. `distinct` is false on the last
         entry where the sampled token is already among the top-k.
     """
     ids = torch.cat([topk_ids, sampled_ids.unsqueeze(-1)], dim=-1)
@@ -93,17 +93,17 @@ def teacher_support(
 def reverse_kl_topk(
     support_logprobs: Tensor, tail_logprobs: Tensor, teacher_logprobs: Tensor, distinct: Tensor
 ) -> Tensor:
-    """Reverse KL divergence a token between the coarsened distributions, `(batch, time)`, in nats, never negative.
+    """Reverse KL divergence a token between the coarsened distributions, `(n,)`, in nats, never negative.
 
     The teacher's tail is what its stored log-probabilities leave of 1. Float16 rounding can make them sum to more; its
     buckets are then renormalised, so that the value stays a divergence. A tail in which the student has no mass
     contributes nothing, whatever the teacher's.
 
     Args:
-        support_logprobs: student, `(batch, time, support)`, differentiable.
-        tail_logprobs: student's log-probability of all other tokens together, `(batch, time)`, `-inf` if there are
+        support_logprobs: student, `(n, support)`, differentiable.
+        tail_logprobs: student's log-probability of all other tokens together, `(n,)`, `-inf` if there are
             none, differentiable.
-        teacher_logprobs: teacher on the same support, `(batch, time, support)`, finite.
+        teacher_logprobs: teacher on the same support, `(n, support)`, finite.
         distinct: false on repeated entries of the support, which count once.
     """
     teacher = teacher_logprobs.masked_fill(~distinct, -math.inf)
@@ -120,33 +120,28 @@ def reverse_kl_topk(
     return divergence + (tail.exp() * (tail - teacher_tail + log_total)).masked_fill(empty, 0.0)
 
 
-def count_items(mask: Tensor, aggregation: str) -> Tensor:
-    """What a loss is the mean over: sequences for `"sequence_mean"`, trained tokens for `"token_mean"`. A scalar."""
-    return mask.any(-1).sum() if aggregation == "sequence_mean" else mask.sum()
-
-
-def aggregate(per_token: Tensor, mask: Tensor, aggregation: str, num_items: Tensor | int | None = None) -> Tensor:
-    """This micro-batch's share of the global loss; the shares of all micro-batches and processes add up to it.
+def token_weights(sequences: Tensor, num_sequences: int, aggregation: str, num_items: Tensor | int) -> Tensor:
+    """Share of each token's loss in the global loss, `(n,)` float32; all micro-batches and processes add up to 1.
 
     Args:
-        per_token: `(batch, time)`.
-        mask: `(batch, time)` bool.
+        sequences: `(n,)`.
+        num_sequences: s.
         aggregation: `"sequence_mean"`, the mean over each sequence's tokens, then over sequences (the paper's), or
             `"token_mean"`, the mean over all tokens.
-        num_items: [`count_items`] over the whole global batch (accumulation steps and processes). Defaults to this
-            micro-batch's own.
+        num_items: how many the last mean is over, sequences or tokens, in the whole global batch (accumulation steps
+            and processes).
     """
-    num_items = count_items(mask, aggregation) if num_items is None else num_items
-    masked = per_token.masked_fill(~mask, 0.0)
+    weights = torch.ones_like(sequences, dtype=torch.float32)
     if aggregation == "sequence_mean":
-        masked = masked.sum(-1) / mask.sum(-1).clamp(min=1)
-    return masked.sum() / num_items
+        weights /= weights.new_zeros(num_sequences).index_add_(0, sequences, weights)[sequences]
+    return weights / num_items
 
 
 def sequence_totals(
     logprobs: Tensor,
     teacher_logprobs: Tensor,
-    mask: Tensor,
+    sequences: Tensor,
+    num_sequences: int,
     *,
     per_token_loss: Tensor,
     entropy: Tensor,
@@ -156,40 +151,41 @@ def sequence_totals(
     reverse_kl: Tensor | None = None,
     top1_agreement: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Everything [`summarize`] needs, added up over each sequence's trained tokens: each value is `(batch,)`.
+    """Everything [`summarize`] needs, added up over each sequence's trained tokens: each value is `(s,)`.
 
     Totals of batches, windows and processes combine by addition (keys that end in `max` by maximum), so any average
-    made of them is weighted by tokens. All inputs `(batch, time)`; `reverse_kl` is [`reverse_kl_topk`].
+    made of them is weighted by tokens. All inputs `(n,)`, without gradient; `reverse_kl` is [`reverse_kl_topk`].
     """
-    logprobs = logprobs.detach()
     log_ratio = teacher_logprobs - logprobs
     a = advantage(logprobs, teacher_logprobs, advantage_clip)
     bounded = log_ratio.clamp(max=_MAX_LOG_RATIO)
-    tokens = {
-        "loss": per_token_loss.detach(),
+    values = {
+        "tokens": torch.ones_like(logprobs),
+        "loss": per_token_loss,
         "huber": huber(logprobs, teacher_logprobs, advantage_clip),
         "advantage": a,
         "advantage_sq": a * a,
-        "advantage_clipped": (log_ratio.abs() > advantage_clip).float(),
+        "advantage_clipped": log_ratio.abs() > advantage_clip,
         "frozen_log_ratio": -log_ratio,
         "k3": bounded.exp() - 1 - bounded,
-        "entropy": entropy.detach(),
-        "mean_token_accuracy": is_top1.float(),
+        "entropy": entropy,
+        "mean_token_accuracy": is_top1,
     }
     if reverse_kl is not None:
-        tokens["reverse_kl_topk"] = reverse_kl.detach()
+        values["reverse_kl_topk"] = reverse_kl
     if top1_agreement is not None:
-        tokens["top1_agreement"] = top1_agreement.float()
+        values["top1_agreement"] = top1_agreement
     if ref_logprobs is not None:
         weight = (logprobs - ref_logprobs).clamp(max=_MAX_LOG_RATIO).exp()
-        tokens |= {"weight": weight, "weight_sq": weight * weight, "weighted_log_ratio": -weight * log_ratio}
+        values |= {"weight": weight, "weight_sq": weight * weight, "weighted_log_ratio": -weight * log_ratio}
 
-    totals = {name: values.masked_fill(~mask, 0.0).sum(-1) for name, values in tokens.items()}
+    sums = torch.zeros((num_sequences, len(values)), dtype=torch.float32, device=sequences.device)
+    sums.index_add_(0, sequences, torch.stack([value.float() for value in values.values()], dim=-1))
+    totals = dict(zip(values, sums.unbind(-1), strict=True))
     if ref_logprobs is not None:
-        totals["weight_max"] = weight.masked_fill(~mask, 0.0).amax(-1)
-    totals["tokens"] = mask.sum(-1).float()
-    totals["sequences"] = mask.any(-1).float()
-    totals["sequence_loss"] = totals["loss"] / totals["tokens"].clamp(min=1)
+        totals["weight_max"] = weight.new_zeros(num_sequences).scatter_reduce_(0, sequences, weight, "amax")
+    totals["sequences"] = torch.ones_like(totals["tokens"])
+    totals["sequence_loss"] = totals["loss"] / totals["tokens"]
     return totals
 
 

@@ -34,17 +34,16 @@ from .config import OfflineOPDConfig
 from .consistency import Verdict, check_teacher_consistency, inherited_teachers
 from .effopd import EffOPDCallback
 from .fingerprint import TeacherFingerprint
-from .head import add_distillation_head, assert_head_is_plain
+from .head import Targets, TokenOutput, add_distillation_head, assert_head_is_plain
 from .models import load_tokenizer
 from .objective import (
-    aggregate,
-    count_items,
     mean_loss,
     reverse_kl_topk,
     sampled_loss,
     sequence_totals,
     summarize,
     teacher_support,
+    token_weights,
 )
 from .processes import on_main_process
 from .stamp import checkpoint_fingerprint, fingerprint_or_none
@@ -335,75 +334,82 @@ class OfflineOPDTrainer(Trainer):
 
     # ---- Loss ----
 
+    def _num_items(self, batch: dict[str, torch.Tensor]) -> int:
+        """What the loss is the mean over: the batch's sequences or its trained tokens."""
+        return len(batch["truncated"] if self.args.loss_aggregation == "sequence_mean" else batch["labels"])
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         if not batch_samples:
             return None
-        count = sum(
-            count_items(batch["labels"][:, 1:] != -100, self.args.loss_aggregation) for batch in batch_samples
-        ).to(device)
+        count = torch.tensor(sum(self._num_items(batch) for batch in batch_samples), device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         return count
 
-    def _forward(self, model, inputs: dict[str, torch.Tensor]):
-        """Loss a token, the trained positions, and the totals behind every metric; see `objective`."""
-        labels = inputs["labels"][:, 1:]
-        teacher = inputs["teacher_logprobs"][:, 1:]
-        ref = inputs["ref_logprobs"][:, 1:] if "ref_logprobs" in inputs else None
-        forward_args = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
-        kl = agreement = None
-        if "teacher_topk_ids" in inputs:
-            topk_ids, topk_logprobs = inputs["teacher_topk_ids"][:, 1:], inputs["teacher_topk_logprobs"][:, 1:]
-            ids, support, distinct = teacher_support(topk_ids, topk_logprobs, labels.clamp(min=0), teacher)
-            out = model(**forward_args, support_ids=ids, distinct=distinct)
-            kl = reverse_kl_topk(out.support_logprobs, out.tail_logprobs, support, distinct)
-            agreement = out.top1_ids == topk_ids.gather(-1, topk_logprobs.argmax(-1, keepdim=True)).squeeze(-1)
-        else:
-            out = model(**forward_args, fused_lm_head=True)
-        logprobs = out.log_probs
-        if self.loss_type == "topk":
-            per_token = kl
-        else:
-            per_token = sampled_loss(
-                logprobs,
-                teacher,
+    def _forward(
+        self, model, inputs: dict[str, torch.Tensor], num_items: torch.Tensor | int
+    ) -> tuple[TokenOutput, dict[str, torch.Tensor]]:
+        """The batch's share of a loss over `num_items`, and the totals behind every metric; see `objective`."""
+        labels, teacher, ref = inputs["labels"], inputs["teacher_logprobs"], inputs.get("ref_logprobs")
+        sequences, num_sequences = inputs["sequences"], len(inputs["truncated"])
+        topk_ids, topk_logprobs = inputs.get("teacher_topk_ids"), inputs.get("teacher_topk_logprobs")
+        if topk_ids is None:
+            topk_ids, topk_logprobs = labels.new_empty((len(labels), 0)), teacher.new_empty((len(labels), 0))
+        ids, support, distinct = teacher_support(topk_ids, topk_logprobs, labels, teacher)
+
+        def loss(logprobs: torch.Tensor, tail: torch.Tensor, rows: slice) -> torch.Tensor:
+            if self.loss_type == "topk":
+                return reverse_kl_topk(logprobs, tail, support[rows], distinct[rows])
+            return sampled_loss(
+                logprobs[:, -1],
+                teacher[rows],
                 advantage_clip=self.args.advantage_clip,
-                ref_logprobs=ref,
+                ref_logprobs=None if ref is None else ref[rows],
                 ratio_clip=self.args.ratio_clip,
             )
+
+        weights = token_weights(sequences, num_sequences, self.args.loss_aggregation, num_items)
+        read = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+        out = model(**read, targets=Targets(inputs["positions"], ids, distinct, weights, loss))
         with torch.no_grad():
+            kl = agreement = None
+            if "teacher_topk_ids" in inputs:
+                kl = reverse_kl_topk(out.support_logprobs, out.tail_logprobs, support, distinct)
+                teacher_top1 = topk_ids.gather(-1, topk_logprobs.argmax(-1, keepdim=True)).squeeze(-1)
+                agreement = out.top1_ids == teacher_top1
             totals = sequence_totals(
-                logprobs,
+                out.support_logprobs[:, -1],
                 teacher,
-                out.label_mask,
-                per_token_loss=per_token,
+                sequences,
+                num_sequences,
+                per_token_loss=out.per_token,
                 entropy=out.entropy,
-                is_top1=out.is_top1,
+                is_top1=out.top1_ids == labels,
                 advantage_clip=self.args.advantage_clip,
                 ref_logprobs=ref,
                 reverse_kl=kl,
                 top1_agreement=agreement,
             )
             totals["truncated"] = inputs["truncated"].float()
-        return per_token, out.label_mask, totals
+        return out, totals
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:
             raise ValueError("The loss is computed without logits, so there are no outputs to return.")
-        per_token, mask, totals = self._forward(model, inputs)
+        num_items = self._num_items(inputs) if num_items_in_batch is None else num_items_in_batch
+        out, totals = self._forward(model, inputs, num_items)
         for name, values in totals.items():
             value, previous = _combine(name, values), self._window.get(name)
             self._window[name] = value if previous is None else _combine(name, torch.stack([previous, value]))
-        loss = aggregate(per_token, mask, self.args.loss_aggregation, num_items_in_batch)
         # The count is global, and data-parallel engines average gradients over processes.
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes
-        return loss
+            return out.loss * self.accelerator.num_processes
+        return out.loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            _, _, totals = self._forward(model, inputs)
+            _, totals = self._forward(model, inputs, self._num_items(inputs))
         # Gathered a sequence at a time, so that rows repeated to fill the last batch are dropped.
         names = sorted(totals)
         gathered = self.accelerator.gather_for_metrics(torch.stack([totals[name].float() for name in names], dim=-1))
