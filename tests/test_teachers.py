@@ -228,11 +228,11 @@ def test_layers_that_read_across_rows_are_neither_packed_nor_given_prompts(archi
     ],
 )
 def test_what_a_config_rules_out(options):
-    assert teachers._only_attends(make("Llama"))
+    assert teachers.only_attends(make("Llama"))
     model = make("Llama")
     for name, value in options.items():
         setattr(model.config, name, value)
-    assert not teachers._only_attends(model)
+    assert not teachers.only_attends(model)
 
 
 @pytest.mark.parametrize("way", ["padded", "packed", "shared", "mixed"])

@@ -6,10 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .table import TableError
+from .packing import best_fit_decreasing
+from .table import TOPK_COLUMNS, TableError
+from .teachers import batches_of_like_length
+
+Row = dict[str, Any]
 
 
 def completion_room(prompt_length: int, max_completion_length: int | None, max_length: int | None) -> int | None:
@@ -20,13 +25,24 @@ def completion_room(prompt_length: int, max_completion_length: int | None, max_l
 
 @dataclass
 class OfflineOPDCollator:
-    """Pads rows on the right into one batch.
+    """Makes a batch of rows, padded on the right, or one after another without padding.
 
-    Returns a dict of tensors. What the model reads: `input_ids`, `attention_mask` `(batch, time)`. The `n` trained
-    tokens of all sequences, one after another: `positions (n,)`, where in the flattened `input_ids` the token before
-    each stands; `labels (n,)`, their ids; `sequences (n,)`, which sequence each is of; `teacher_logprobs` and, where
-    the rows have them, `ref_logprobs` `(n,)` float32, `teacher_topk_ids` and `teacher_topk_logprobs` `(n, k)`. And
-    `truncated (batch,)`, true for completions cut on the right to fit the limits, with every per-token column.
+    Returns a dict of tensors. What the model reads:
+
+    - `input_ids` and `attention_mask` `(batch, time)`; with `padding_free`, `input_ids` and `position_ids` `(1,
+      tokens)`, the positions from 0 in every sequence.
+
+    The trained tokens of all sequences, one after another; prompts, padding and tokens where `completion_mask` is
+    false have no entry:
+
+    - `positions` `(trained,)` int64: where in the flattened `input_ids` the token before it is, which predicts it.
+    - `labels` `(trained,)` int64: its id.
+    - `sequences` `(trained,)` int64: which sequence of the batch it belongs to.
+    - `teacher_logprobs` and, where the rows have them, `ref_logprobs` `(trained,)` float32, `teacher_topk_ids` int64
+      and `teacher_topk_logprobs` float32 `(trained, k)`.
+
+    And of each sequence, `truncated` `(sequences,)`: whether its completion was cut on the right to fit the limits,
+    together with every per-token column.
 
     Args:
         pad_token_id: pads `input_ids`.
@@ -34,10 +50,14 @@ class OfflineOPDCollator:
         max_length: limit of prompt and completion together, in tokens.
         pad_to_multiple_of: the padded length is a multiple of this.
         teacher_logprob_floor: stands in for teacher log-probabilities of `-inf`.
+        padding_free: flattens the batch instead of padding it.
+        max_tokens: splits the batch into micro-batches of at most this many tokens, padding included, as few as
+            best-fit decreasing finds, and returns their list.
         validate: called with each batch's rows before anything else; for rows nobody has validated yet.
 
     Raises:
-        TableError: a prompt that leaves no room for a completion, or a completion whose trainable tokens were all cut.
+        TableError: a prompt that leaves no room for a completion, a completion whose trainable tokens were all cut, or
+            a row longer than `max_tokens`.
     """
 
     pad_token_id: int
@@ -45,43 +65,21 @@ class OfflineOPDCollator:
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
     teacher_logprob_floor: float | None = None
-    validate: Callable[[list[dict[str, Any]]], None] | None = None
+    padding_free: bool = False
+    max_tokens: int | None = None
+    validate: Callable[[list[Row]], None] | None = None
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, items: list[Row | list[Row]]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """A batch of rows, and of all rows in the packs (lists of rows) among them."""
+        rows = [row for item in items for row in (item if isinstance(item, list) else [item])]
         if self.validate is not None:
             self.validate(rows)
-        # Filled in place: with top-k columns, joining and then padding would cost more than reading the rows.
         spans = [self._span(row) for row in rows]
-        time = max(span.stop for span in spans)
-        if self.pad_to_multiple_of is not None:
-            time = -(-time // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        shape = (len(rows), time)
-        input_ids = torch.full(shape, self.pad_token_id)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        for i, (row, span) in enumerate(zip(rows, spans, strict=True)):
-            input_ids[i, : span.start] = torch.tensor(row["prompt_ids"])
-            input_ids[i, span] = self._cut(row["completion_ids"], span)
-            attention_mask[i, : span.stop] = 1
-        positions, trained = [], []
-        for i, (row, span) in enumerate(zip(rows, spans, strict=True)):
-            kept = self._trained(row, span) if row.get("completion_mask") is not None else slice(None)
-            trained.append(kept)
-            positions.append((torch.arange(span.start - 1, span.stop - 1) + i * time)[kept])
-        positions_flat = torch.cat(positions)
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "positions": positions_flat,
-            "labels": input_ids.flatten()[positions_flat + 1],
-            "sequences": torch.repeat_interleave(torch.tensor([len(p) for p in positions])),
-        }
-        for name in ("teacher_logprobs", "ref_logprobs", "teacher_topk_logprobs", "teacher_topk_ids"):
-            if rows[0].get(name) is not None:
-                batch[name] = self._aligned(name, rows, spans, trained)
-        cut = [len(row["completion_ids"]) > span.stop - span.start for row, span in zip(rows, spans, strict=True)]
-        return batch | {"truncated": torch.tensor(cut)}
+        if self.max_tokens is None:
+            return self._batch(rows, spans)
+        return [self._batch([rows[i] for i in part], [spans[i] for i in part]) for part in self._parts(spans)]
 
-    def _span(self, row: dict[str, Any]) -> slice:
+    def _span(self, row: Row) -> slice:
         """Where in the sequence the completion stands, as far as it fits."""
         start = len(row["prompt_ids"])
         room = completion_room(start, self.max_completion_length, self.max_length)
@@ -93,23 +91,88 @@ class OfflineOPDCollator:
         tokens = len(row["completion_ids"])
         return slice(start, start + (tokens if room is None else min(tokens, room)))
 
-    @staticmethod
-    def _cut(values: Any, span: slice) -> Tensor:
-        return torch.tensor(values)[: span.stop - span.start]
+    def _width(self, length: int) -> int:
+        """What a row of `length` tokens is padded to if it is the longest of its batch."""
+        multiple = self.pad_to_multiple_of or 1
+        return -(-length // multiple) * multiple
 
-    def _trained(self, row: dict[str, Any], span: slice) -> Tensor:
-        trained = self._cut(row["completion_mask"], span).bool()
-        if not trained.any():
+    def _parts(self, spans: list[slice]) -> list[np.ndarray]:
+        """The sequences of each micro-batch."""
+        widths = np.array([span.stop if self.padding_free else self._width(span.stop) for span in spans])
+        if widths.max() > self.max_tokens:
+            raise TableError(too_long(int(widths.max()), self.max_tokens))
+        if self.padding_free:
+            return best_fit_decreasing(widths, self.max_tokens)
+        return list(batches_of_like_length(widths, self.max_tokens))
+
+    def _batch(self, rows: list[Row], spans: list[slice]) -> dict[str, Tensor]:
+        ends = np.array([span.stop for span in spans])
+        # Where each sequence starts in the flattened `input_ids`.
+        if self.padding_free:
+            starts, shape = np.cumsum(ends) - ends, (1, int(ends.sum()))
+        else:
+            width = self._width(int(ends.max()))
+            starts, shape = np.arange(len(rows)) * width, (len(rows), width)
+
+        input_ids = np.full(shape[0] * shape[1], self.pad_token_id, dtype=np.int64)
+        attention_mask = np.zeros_like(input_ids)
+        for row, span, start in zip(rows, spans, starts, strict=True):
+            input_ids[start : start + span.start] = row["prompt_ids"]
+            input_ids[start + span.start : start + span.stop] = row["completion_ids"][: span.stop - span.start]
+            attention_mask[start : start + span.stop] = 1
+        batch = {"input_ids": input_ids.reshape(shape)}
+        if self.padding_free:
+            batch["position_ids"] = (np.arange(shape[1]) - np.repeat(starts, ends)).reshape(shape)
+        else:
+            batch["attention_mask"] = attention_mask.reshape(shape)
+
+        trained = [self._trained(row, span) for row, span in zip(rows, spans, strict=True)]
+        counts = np.array([len(tokens) for tokens in trained])
+        firsts = starts + np.array([span.start for span in spans])
+        batch["positions"] = np.repeat(firsts - 1, counts) + np.concatenate(trained)
+        batch["labels"] = input_ids[batch["positions"] + 1]
+        batch["sequences"] = np.repeat(np.arange(len(rows)), counts)
+        for name in ("teacher_logprobs", "ref_logprobs", *TOPK_COLUMNS):
+            if rows[0].get(name) is not None:
+                batch[name] = self._column(name, rows, trained)
+        batch["truncated"] = np.array(
+            [len(row["completion_ids"]) > span.stop - span.start for row, span in zip(rows, spans, strict=True)]
+        )
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+    @staticmethod
+    def _trained(row: Row, span: slice) -> np.ndarray:
+        """Which tokens of the completion are trained, of those that fit."""
+        fitting = span.stop - span.start
+        if row.get("completion_mask") is None:
+            return np.arange(fitting)
+        trained = np.flatnonzero(row["completion_mask"][:fitting])
+        if not len(trained):
             raise TableError(
-                f"All trainable tokens of a completion lie beyond its first {span.stop - span.start} tokens and were "
-                "cut. Raise `max_completion_length` or `max_length`, or filter such rows out of the table."
+                f"All trainable tokens of a completion lie beyond its first {fitting} tokens and were cut. Raise "
+                "`max_completion_length` or `max_length`, or filter such rows out of the table."
             )
         return trained
 
-    def _aligned(self, name: str, rows: list[dict[str, Any]], spans: list[slice], trained: list) -> Tensor:
-        """A per-token column of the trained tokens, `(n,)` or `(n, k)`."""
-        parts = [self._cut(row[name], span)[kept] for row, span, kept in zip(rows, spans, trained, strict=True)]
-        values = torch.cat(parts).to(torch.long if name.endswith("ids") else torch.float32)
+    def _column(self, name: str, rows: list[Row], trained: list[np.ndarray]) -> np.ndarray:
+        """A per-token column, `(trained,)` or `(trained, k)`."""
+        parts = [np.asarray(row[name]) for row in rows]
+        shape = (sum(map(len, trained)), *parts[0].shape[1:])
+        values = np.empty(shape, dtype=np.int64 if name.endswith("ids") else np.float32)
+        # Filled in place: with top-k columns, joining and then converting would cost more than reading the rows.
+        end = 0
+        for part, tokens in zip(parts, trained, strict=True):
+            start, end = end, end + len(tokens)
+            # Ascending indices whose last one says that there is none between them are a slice.
+            values[start:end] = part[: len(tokens)] if tokens[-1] == len(tokens) - 1 else part[tokens]
         if name in ("teacher_logprobs", "teacher_topk_logprobs") and self.teacher_logprob_floor is not None:
-            values.masked_fill_(values == -torch.inf, self.teacher_logprob_floor)
+            values[values == -np.inf] = self.teacher_logprob_floor
         return values
+
+
+def too_long(length: int, max_tokens: int) -> str:
+    """What is wrong with a row that no micro-batch can hold."""
+    return (
+        f"{length} tokens in one row, padding included, are more than `max_tokens_per_device={max_tokens}`. Raise it, "
+        "or lower `max_length` or `max_completion_length`, which truncate completions."
+    )

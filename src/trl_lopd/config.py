@@ -42,6 +42,18 @@ class OfflineOPDConfig(TrainingArguments):
             room is an error.
         pad_to_multiple_of (`int`, *optional*):
             If set, batches are padded to a multiple of this length.
+        packing (`bool`, *optional*, defaults to `False`):
+            Whether to group the rows of the training table into packs of at most `max_length` tokens, by best-fit
+            decreasing. A pack is one training example, so `per_device_train_batch_size` counts packs. Rows of a pack
+            do not see each other. Padding-free is enabled, regardless of the value of that parameter. Evaluation rows
+            are not packed.
+        padding_free (`bool`, *optional*, defaults to `False`):
+            Whether to read batches without padding, all rows one after another in a single sequence. Made for
+            FlashAttention or FlexAttention; others build a mask of tokens x tokens. Refused for models that do not
+            keep the rows apart.
+        max_tokens_per_device (`int`, *optional*):
+            If set, a device's batch is read in as few micro-batches as fit, each of at most this many tokens, padding
+            included. Their gradients are added up, so the optimizer sees the same batch; only memory changes.
         teacher_logprob_floor (`float`, *optional*):
             If set, teacher log-probabilities of `-inf` are accepted, counted, and replaced by this value in nats.
             Otherwise they are an error.
@@ -99,6 +111,27 @@ class OfflineOPDConfig(TrainingArguments):
     pad_to_multiple_of: int | None = field(
         default=None, metadata={"help": "Pad batches to a multiple of this length."}
     )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to group training rows into packs of at most `max_length` tokens, each one training "
+            "example. Enables padding-free."
+        },
+    )
+    padding_free: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to read batches without padding, all rows one after another in a single sequence. Made "
+            "for FlashAttention or FlexAttention."
+        },
+    )
+    max_tokens_per_device: int | None = field(
+        default=None,
+        metadata={
+            "help": "Read a device's batch in as few micro-batches of at most this many tokens as fit. The optimizer "
+            "sees the same batch."
+        },
+    )
     teacher_logprob_floor: float | None = field(
         default=None, metadata={"help": "Accept teacher log-probabilities of -inf and replace them by this value."}
     )
@@ -138,11 +171,22 @@ class OfflineOPDConfig(TrainingArguments):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
-        for name in ("max_completion_length", "max_length", "advantage_clip", "ratio_clip"):
+        positive = ("max_completion_length", "max_length", "max_tokens_per_device", "advantage_clip", "ratio_clip")
+        for name in positive:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
         if self.teacher_logprob_floor is not None and not -float("inf") < self.teacher_logprob_floor < 0:
             raise ValueError(f"`teacher_logprob_floor` must be negative, got {self.teacher_logprob_floor}.")
+        if self.packing and self.max_length is None:
+            raise ValueError("`packing` needs `max_length`: the most tokens in a pack.")
+        if self.packing and self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"`train_sampling_strategy={self.train_sampling_strategy!r}` orders rows by length, but with "
+                "`packing` all examples are about `max_length` long. Leave one of the two unset."
+            )
+        self.padding_free |= self.packing
+        if self.padding_free and self.pad_to_multiple_of is not None:
+            raise ValueError("`pad_to_multiple_of` has no effect without padding: leave it or `padding_free` unset.")
         if self.ratio_clip is not None and self.loss_type == "topk":
             raise ValueError("`ratio_clip` is a trust region of `loss_type='sampled'`; the top-k objective has none.")
 

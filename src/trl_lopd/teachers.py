@@ -153,7 +153,7 @@ class LocalTeacher:
         row_lengths = np.array([len(sequences[row]) for row in rows])
         prompt_lengths = row_lengths - np.array([counts[row] for row in rows])
         shared, plan = np.zeros(len(rows), dtype=bool), []
-        if _only_attends(_unwrapped(self.model)):
+        if only_attends(_unwrapped(self.model)):
             first, group, size = _groups(
                 [sequences[row][:prompt] for row, prompt in zip(rows, prompt_lengths, strict=True)]
             )
@@ -164,13 +164,13 @@ class LocalTeacher:
             # A row longer than the budget is scored alone, with nothing cached beside it.
             sharing = np.flatnonzero(pays & (longest <= self.max_batch_tokens))
             # Half of the tokens are for prompts, which stay in memory until all of their completions are scored.
-            for batch in _batches(prompt_lengths[first[sharing]], self.max_batch_tokens // 2):
+            for batch in batches_of_like_length(prompt_lengths[first[sharing]], self.max_batch_tokens // 2):
                 members = np.isin(group, sharing[batch])
                 shared |= members
                 plan.append((rows[members], True))
         stretched = row_lengths >= _stretches_from(_unwrapped(self.model))
         others, packed = np.flatnonzero(~shared & ~stretched), _packs(_unwrapped(self.model))
-        batches = _batches(row_lengths[others], self.max_batch_tokens, packed)
+        batches = batches_of_like_length(row_lengths[others], self.max_batch_tokens, packed)
         plan += [(rows[others[batch]], False) for batch in batches]
         # Shortest first, after the others: a stretch stays until a longer row comes, or one that needs none.
         plan += [(rows[[row]], False) for row in np.argsort(row_lengths, kind="stable") if stretched[row]]
@@ -189,7 +189,7 @@ class LocalTeacher:
         prefix = _read_prompts(self.model, [prompts[row] for row in first])
         width = prefix.attention_mask.shape[1]
         room = self.max_batch_tokens - width * len(first)
-        for batch in _batches(width + np.array(counts), room):
+        for batch in batches_of_like_length(width + np.array(counts), room):
             completions = [sequences[row][len(prompts[row]) :] for row in batch]
             yield rows[batch], _score_completions(self.model, prefix, group[batch], completions, top_k)
 
@@ -207,7 +207,7 @@ class RowError(ValueError):
         self.row = row
 
 
-def _batches(row_lengths: np.ndarray, max_tokens: int, packed: bool = False) -> Iterator[np.ndarray]:
+def batches_of_like_length(row_lengths: np.ndarray, max_tokens: int, packed: bool = False) -> Iterator[np.ndarray]:
     """
     Rows of like length, longest first so that memory runs out at once or never; their size within `max_tokens`: that
     of the padded rows, or, `packed`, of all of their tokens.
@@ -242,7 +242,7 @@ def _unwrapped(model: PreTrainedModel) -> PreTrainedModel:
     return model.get_base_model() if is_peft_model(model) else model
 
 
-def _only_attends(model: PreTrainedModel) -> bool:
+def only_attends(model: PreTrainedModel) -> bool:
     """Whether a sequence may be given otherwise than as one row from position 0: packed, or after a cached prompt."""
     config = model.config
     return (
@@ -276,7 +276,7 @@ def _stretches_from(model: PreTrainedModel) -> float:
 
 def _packs(model: PreTrainedModel) -> bool:
     """Whether sequences are concatenated: other attention implementations would build a quadratic mask for them."""
-    return is_flash_attention_requested(model.config) and _only_attends(model)
+    return is_flash_attention_requested(model.config) and only_attends(model)
 
 
 # ---- How many tokens fit ----
@@ -307,7 +307,7 @@ def _measured_budget(model: PreTrainedModel) -> int:
     input_ids = torch.zeros(1, tokens, dtype=torch.long, device=model.get_input_embeddings().weight.device)
     try:
         # With the cache that sharing prompts needs.
-        model.base_model(input_ids=input_ids, use_cache=_only_attends(model))
+        model.base_model(input_ids=input_ids, use_cache=only_attends(model))
     except torch.OutOfMemoryError:
         return max(1, tokens // 2)
     budgets = []
