@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import os
 import shutil
 from collections import Counter
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import DistributedType, is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import (
     AutoConfig,
@@ -29,7 +31,7 @@ from transformers.utils import find_adapter_config_file
 from trl.trainer.utils import create_model_from_path, generate_model_card, get_config_model_id
 
 from .cards import count_teachers, read_model_card, stamp_model_card
-from .collator import OfflineOPDCollator
+from .collator import OfflineOPDCollator, too_long
 from .config import OfflineOPDConfig
 from .consistency import Verdict, check_teacher_consistency, inherited_teachers
 from .effopd import EffOPDCallback
@@ -45,6 +47,7 @@ from .objective import (
     teacher_support,
     token_weights,
 )
+from .packing import PackedRows, best_fit_decreasing, check_architecture, check_boundaries
 from .processes import on_main_process
 from .stamp import checkpoint_fingerprint, fingerprint_or_none
 from .table import (
@@ -150,6 +153,11 @@ class OfflineOPDTrainer(Trainer):
             raise TypeError(f"`args` must be an `OfflineOPDConfig`, got `{type(args).__name__}`.")
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: a table of scored rollouts, see `score_rollouts`.")
+        if args.packing and isinstance(train_dataset, IterableDataset):
+            raise ValueError(
+                "`packing` needs the lengths of all rows, which a stream does not have. Set `padding_free=True` "
+                "instead, or pass a `Dataset`."
+            )
 
         init_kwargs = dict(args.model_init_kwargs or {})
         init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
@@ -222,7 +230,10 @@ class OfflineOPDTrainer(Trainer):
                 "`model_init_kwargs` and `quantization_config` are used to load a model from a path; the model passed "
                 "is loaded already."
             )
-        add_distillation_head(model.get_base_model() if is_peft_model(model) else model)
+        base = model.get_base_model() if is_peft_model(model) else model
+        if args.padding_free:
+            check_architecture(base)
+        add_distillation_head(base)
         if peft_config is not None:
             model = _wrap_in_adapters(model, peft_config, args)
         if is_peft_model(model):
@@ -236,6 +247,7 @@ class OfflineOPDTrainer(Trainer):
             max_length=args.max_length,
             pad_to_multiple_of=args.pad_to_multiple_of,
             teacher_logprob_floor=args.teacher_logprob_floor,
+            padding_free=args.padding_free,
         )
         # Batches of different lengths cannot be concatenated and dispatched from one process.
         args.accelerator_config.dispatch_batches = False
@@ -258,6 +270,7 @@ class OfflineOPDTrainer(Trainer):
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise ValueError("Context and sequence parallelism are not supported: set `cp_size` and `sp_size` to 1.")
         self._window: dict[str, torch.Tensor] = {}
+        self._boundaries_checked = False
         self._saved: tuple[str | None, int | None, TeacherFingerprint | None] = (None, None, None)
         self._eval_batches: list[dict[str, torch.Tensor]] = []
         self.model.add_model_tags(self._tag_names)
@@ -301,10 +314,34 @@ class OfflineOPDTrainer(Trainer):
                 f"{args.teacher_logprob_floor}."
             )
         _report_truncation(dataset, args, name)
+        if check is self._check and args.max_tokens_per_device is not None:
+            row_lengths, multiple = _row_lengths(dataset, args), args.pad_to_multiple_of or 1
+            row = int(row_lengths.argmax())
+            width = -(-int(row_lengths[row]) // multiple) * multiple
+            if width > args.max_tokens_per_device:
+                raise TableError(f"`{name}`, row {row}: {too_long(width, args.max_tokens_per_device)}")
         return columns
 
-    def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> TableRows:
-        return TableRows(dataset)
+    def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> TableRows | PackedRows:
+        rows = TableRows(dataset)
+        if not self.args.packing or description != "Training":
+            return rows
+        row_lengths = _row_lengths(dataset, self.args)
+        packs = best_fit_decreasing(row_lengths, self.args.max_length)
+        logger.info(
+            f"{len(rows)} rows in {len(packs)} packs of at most {self.args.max_length} tokens, which are "
+            f"{row_lengths.sum() / (len(packs) * self.args.max_length):.1%} full."
+        )
+        return PackedRows(rows, packs)
+
+    def get_train_dataloader(self):
+        # Training alone is read in micro-batches: evaluation has a batch size of its own.
+        whole = self.data_collator
+        self.data_collator = replace(whole, max_tokens=self.args.max_tokens_per_device)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = whole
 
     def _get_collator_with_removed_columns(self, data_collator, description: str | None = None):
         # Called for streams, whose rows nobody has validated yet.
@@ -312,12 +349,15 @@ class OfflineOPDTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy == "group_by_length" and isinstance(self.train_dataset, Dataset):
-            prompts, completions = lengths(self.train_dataset)
             return LengthGroupedSampler(
                 self.args.train_batch_size * self.args.gradient_accumulation_steps,
-                lengths=(prompts + completions).tolist(),
+                lengths=_row_lengths(self.train_dataset, self.args).tolist(),
             )
         return super()._get_train_sampler(train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset):
+        # In their order, also where training rows are grouped by length: results are told apart by it.
+        return None
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         if isinstance(eval_dataset, Dataset | IterableDataset):
@@ -332,6 +372,70 @@ class OfflineOPDTrainer(Trainer):
         self._window = {}
         return super().train(*args, **kwargs)
 
+    # ---- Micro-batches ----
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """A batch, or, within `max_tokens_per_device`, one after another the micro-batches that the collator made."""
+        if isinstance(inputs, list):
+            loss = self._train_on_parts(model, inputs, num_items_in_batch)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._count_padding(inputs)
+        # Not before: ZeRO-3 takes the first forward for the order of its modules.
+        self._try_boundaries(model)
+        return loss
+
+    def _train_on_parts(self, model, parts, num_items_in_batch):
+        # Sharded models communicate in every forward, so all processes make as many.
+        most = int(self.accelerator.gather(torch.tensor([len(parts)], device=self.args.device)).max())
+        state, last_of_step = self.accelerator.gradient_state, self.accelerator.sync_gradients
+        loss = 0.0
+        for i in range(most):
+            last = i == most - 1
+            # DeepSpeed takes its optimizer step in the backward that synchronizes.
+            state._set_sync_gradients(last_of_step and last)
+            with contextlib.nullcontext() if last else self._defer_sync(model, last_of_step):
+                if i < len(parts):
+                    loss += super().training_step(model, parts[i], num_items_in_batch)
+                else:
+                    window = dict(self._window)
+                    smallest = min(parts, key=lambda part: part["input_ids"].numel())
+                    # Read for company only: divided by infinity, its loss and gradient are 0.
+                    super().training_step(model, smallest, torch.tensor(math.inf, device=self.args.device))
+                    self._window = window
+        return loss
+
+    def _defer_sync(self, model, last_of_step: bool) -> contextlib.AbstractContextManager:
+        """Keeps gradients local in all micro-batches but the last of an optimizer step, as `Trainer` does in all
+        accumulation steps but the last; in those it has seen to it already."""
+        if (
+            not last_of_step
+            or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+            or self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        ):
+            return contextlib.nullcontext()
+        return self.accelerator.no_sync(model)
+
+    def _count_padding(self, batch) -> None:
+        read = _together(batch)
+        tokens = read["input_ids"].new_tensor(read["input_ids"].numel())
+        padding = tokens - read["attention_mask"].sum() if "attention_mask" in read else torch.zeros_like(tokens)
+        for name, value in (("tokens_read", tokens), ("tokens_padding", padding)):
+            self._window[name] = self._window.get(name, 0) + value.to(self.args.device)
+
+    def _try_boundaries(self, model) -> None:
+        if self.args.padding_free and not self._boundaries_checked:
+            vocab_size = self.model.config.get_text_config().vocab_size
+            with self.compute_loss_context_manager():
+                check_boundaries(model, vocab_size, self.args.device)
+            self._boundaries_checked = True
+
+    def floating_point_ops(self, inputs):
+        return super().floating_point_ops(_together(inputs))
+
+    def _track_num_input_tokens(self, inputs):
+        super()._track_num_input_tokens(_together(inputs))
+
     # ---- Loss ----
 
     def _num_items(self, batch: dict[str, torch.Tensor]) -> int:
@@ -341,7 +445,8 @@ class OfflineOPDTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         if not batch_samples:
             return None
-        count = torch.tensor(sum(self._num_items(batch) for batch in batch_samples), device=device)
+        parts = [part for batch in batch_samples for part in _parts(batch)]
+        count = torch.tensor(sum(self._num_items(part) for part in parts), device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         return count
@@ -410,6 +515,7 @@ class OfflineOPDTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             _, totals = self._forward(model, inputs, self._num_items(inputs))
+        self._try_boundaries(model)
         # Gathered a sequence at a time, so that rows repeated to fill the last batch are dropped.
         names = sorted(totals)
         gathered = self.accelerator.gather_for_metrics(torch.stack([totals[name].float() for name in names], dim=-1))
@@ -691,6 +797,27 @@ def _report_truncation(dataset: Dataset, args: OfflineOPDConfig, name: str) -> N
         )
 
 
+def _parts(batch: dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """A batch's micro-batches."""
+    return batch if isinstance(batch, list) else [batch]
+
+
+def _together(batch: dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """What a batch reads, all of its micro-batches in one row."""
+    parts = _parts(batch)
+    names = [name for name in ("input_ids", "attention_mask") if name in parts[0]]
+    return {name: torch.cat([part[name].flatten() for part in parts]) for name in names}
+
+
+def _row_lengths(dataset: Dataset, args: OfflineOPDConfig) -> np.ndarray:
+    """Tokens of each row as it is read, truncated: `(rows,)`."""
+    prompts, completions = lengths(dataset)
+    if args.max_completion_length is not None:
+        completions = np.minimum(completions, args.max_completion_length)
+    total = prompts + completions
+    return total if args.max_length is None else np.minimum(total, args.max_length)
+
+
 def _combine(name: str, values: torch.Tensor) -> torch.Tensor:
     return values.amax(0) if name.endswith("max") else values.sum(0)
 
@@ -699,6 +826,8 @@ def _metrics(totals: dict[str, float]) -> dict[str, float]:
     metrics = summarize(totals)
     if totals["truncated"]:
         metrics["truncated_completions"] = totals["truncated"]
+    if "tokens_read" in totals:
+        metrics["padding"] = totals["tokens_padding"] / totals["tokens_read"]
     return metrics
 
 

@@ -1,0 +1,72 @@
+"""Really launched processes that read their batches in different numbers of micro-batches, against one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_rollouts
+
+from trl_lopd import score_rollouts
+
+SCRIPT = Path(__file__).parent / "micro_batches_script.py"
+LAUNCHES = {"single": ["single"], "torch": ["ddp", "fsdp2"], "zero": ["zero2", "zero3"]}
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory, teacher_dir, student_dir):
+    path = tmp_path_factory.mktemp("micro_batches")
+    score_rollouts(make_rollouts(64), str(teacher_dir), top_k=4, ref_model=str(student_dir)).save_to_disk(
+        path / "rows"
+    )
+    done = {}
+
+    def run(kind):
+        """The folder of what a kind wrote; one launch for those that start up together."""
+        name, kinds = next(item for item in LAUNCHES.items() if kind in item[1])
+        if name not in done:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+            command = command[: 1 if name == "single" else 6]
+            command += [str(argument) for argument in (SCRIPT, student_dir, path / "rows", path / "out", *kinds)]
+            env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+            done[name] = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+        assert done[name].returncode == 0, done[name].stderr[-5000:]
+        return path / "out" / kind
+
+    return run
+
+
+@pytest.mark.parametrize("way", ["budget", "budget_padding_free"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_a_budget_changes_nothing_but_what_is_read_at_once(launch, kind, way):
+    """
+    Four steps of Adam with two accumulation steps of 8 rows each, in float32.
+
+    The same sums are added in another order. With an epsilon of 1e-3, Adam turns what that does to a gradient into
+    about a thousandth of it, times the learning rate of 1e-3; a row that is lost or counted twice moves most weights
+    by more than 1e-5.
+    """
+    if kind.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    out = launch(kind)
+    ranks = [json.loads((out / way / f"{rank}.json").read_text()) for rank in range(2)]
+    made = [rank["made"] for rank in ranks]
+    assert len(made[0]) == 8 and made[0] != made[1] and max(made[0]) > 1
+    # As many on both, at every step.
+    assert ranks[0]["read"] == ranks[1]["read"] == [max(both) for both in zip(*made, strict=True)]
+
+    one = launch("single") / "whole"
+    expected, found = torch.load(one / "weights.pt"), torch.load(out / way / "weights.pt")
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=2e-6, rtol=0, msg=lambda m, n=name: f"{n} {m}")
+    logs = json.loads((one / "0.json").read_text())["logs"]
+    for a, b in zip(logs, ranks[0]["logs"], strict=True):
+        for name in ("loss", "grad_norm", "huber", "reverse_kl_topk", "entropy", "importance_weight/max"):
+            assert b[name] == pytest.approx(a[name], rel=1e-4), (a["step"], name)
+        assert (b["padding"] == 0) == (way == "budget_padding_free")
