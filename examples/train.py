@@ -144,6 +144,7 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
         if eval_table is not None:
             held_out[name] = trainer.evaluate().get("eval_reverse_kl_topk")
         trainer.save_model(args.output_dir)
+        trainer.save_state()
         trainer.accelerator.print(f"Model saved to {args.output_dir}")
         if args.push_to_hub:
             trainer.push_to_hub(dataset_name=script_args.dataset_name)

@@ -66,6 +66,19 @@ def main(argv: list[str] | None = None) -> int:
     )
     command.add_argument("--tokenizer", help="directory or Hub id of the tokenizer to decode them with")
 
+    command = commands.add_parser("report", help="write a training run, its rollouts token by token, as one HTML file")
+    command.add_argument("run", help="directory that the training wrote")
+    command.add_argument(
+        "--table", help="table of the run, for the rollouts: directory, parquet file or Hub id; its held-out split"
+    )
+    command.add_argument(
+        "--student", help="directory or Hub id of the student before training, if the table has no ref_logprobs"
+    )
+    command.add_argument(
+        "--rows", type=int, default=100, metavar="N", help="rollouts, drawn at random if there are more (100)"
+    )
+    command.add_argument("--output", help="file to write (RUN/report.html)")
+
     for name, command in commands.choices.items():
         if name not in jobs:
             command.add_argument("--json", action="store_true", help="print JSON")
@@ -74,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         return _run(args.command, jobs[args.command], options)
     if options:
         parser.error(f"unrecognized arguments: {' '.join(options)}")
-    run = {"fingerprint": _fingerprint, "stamp": _stamp, "inspect": _inspect}[args.command]
+    run = {"fingerprint": _fingerprint, "stamp": _stamp, "inspect": _inspect, "report": _report}[args.command]
     try:
         # Some libraries greet on the standard output, which is for the answer.
         with contextlib.redirect_stdout(sys.stderr):
@@ -179,6 +192,22 @@ def _inspect(args: argparse.Namespace) -> Answer:
         tokenizer=args.tokenizer,
     )
     return 0 if overview.accepted(result) else 1, result, overview.show
+
+
+def _report(args: argparse.Namespace) -> Answer:
+    from .report import write_report
+
+    written = write_report(args.run, table=args.table, student=args.student, rows=args.rows, output=args.output)
+
+    def show(written: dict[str, Any]) -> None:
+        for warning in written["warnings"]:
+            _line(f"Note: {warning}")
+        _line(
+            f"{written['output']}: {written['rollouts']:,} rollouts of {written['tokens']:,} tokens, "
+            f"{written['bytes'] / 1e6:.1f} MB"
+        )
+
+    return 0, written, show
 
 
 if __name__ == "__main__":

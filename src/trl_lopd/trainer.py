@@ -575,6 +575,8 @@ class OfflineOPDTrainer(Trainer):
         output_dir = output_dir or self.args.output_dir
         if self.is_world_process_zero():
             self._saved = (output_dir, self.state.global_step, checkpoint_fingerprint(output_dir))
+            # For people and `trl-lopd report`: `training_args.bin` is a pickle.
+            Path(output_dir, "training_args.json").write_text(self.args.to_json_string())
         # After the weights: PEFT writes a card of its own beside them.
         self.create_model_card(output_dir=output_dir)
 

@@ -1,0 +1,711 @@
+"""`trl-lopd report`: a run as one HTML file that opens from disk, with its rollouts token by token.
+
+Gathered here as text and numbers, laid out by `report.html`, where Jinja escapes every text. The rollouts are columns
+of small integers and one JSON of texts, compressed and in base64, which `report.js` unpacks and draws a page at a
+time: nothing that a model wrote is ever part of the markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import gzip
+import hashlib
+import json
+import math
+import re
+import time
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import numpy as np
+from datasets import Dataset, disable_progress_bars
+from markupsafe import Markup
+from transformers.trainer_utils import get_last_checkpoint
+
+from . import __version__
+from .cards import load_table, read_model_card, record_of
+from .consistency import written_for
+from .effopd import DIRECTORY, HISTORY
+from .fingerprint import fingerprint_teacher, same_teacher
+from .models import load_model
+from .overview import ADVANTAGE_CLIP, find_tokenizer, visible
+from .table import TOPK_COLUMNS, TableError, TableRows, column_counts, validate_table
+from .teachers import LocalTeacher, RowError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Splits of a table that nobody trains on.
+_HELD_OUT = ("test", "validation", "eval")
+# The teacher's tokens that the report keeps of each position.
+_TOP = 5
+# Log-probabilities are kept in thousandths of a nat.
+_LOWEST, _MINUS_INF = -32767, -32768
+# Lightning OPD measures importance weights of this mean, with a standard deviation below this.
+_PAPER_MEAN, _PAPER_STD = 0.94, 0.1
+
+# Title, unit, and the name of what is logged.
+_CURVES = (
+    ("Loss", "the objective", "loss"),
+    ("Reverse KL on the stored top-k", "nats a token", "reverse_kl_topk"),
+    ("Advantage, mean", "nats", "advantage/mean"),
+    ("Advantage, standard deviation", "nats", "advantage/std"),
+    ("Student’s first choice is the teacher’s", "share of tokens", "top1_agreement"),
+    ("Entropy of the student", "nats", "entropy"),
+    ("Gradient norm", "", "grad_norm"),
+    ("Learning rate", "", "learning_rate"),
+)
+_WEIGHTS = (
+    ("Mean", (_PAPER_MEAN - _PAPER_STD, _PAPER_MEAN + _PAPER_STD), "importance_weight/mean"),
+    ("Standard deviation", (0.0, _PAPER_STD), "importance_weight/std"),
+    ("Effective sample size", None, "importance_weight/ess"),
+    ("Largest", None, "importance_weight/max"),
+)
+
+# Shown even where they are the defaults.
+_SETTINGS = (
+    *("loss_type", "loss_aggregation", "advantage_clip", "ratio_clip", "teacher_consistency", "max_completion_length"),
+    *("learning_rate", "lr_scheduler_type", "weight_decay", "max_steps", "num_train_epochs", "seed"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+)
+# Paths and names of a machine, which are nobody's business.
+_NOT_SHOWN = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "hub_model_id")
+
+
+def write_report(
+    run: str | Path,
+    *,
+    table: str | None = None,
+    student: str | None = None,
+    rows: int = 100,
+    output: str | Path | None = None,
+) -> dict[str, Any]:
+    """
+    Writes a run as one HTML file that needs no network.
+
+    Args:
+        run (`str` or `Path`): Directory that an [`OfflineOPDTrainer`] wrote. What is missing in it is taken from its
+            last checkpoint.
+        table (`str`, *optional*): Directory, parquet file or Hub id of the run's table, for the rollouts: of its
+            held-out split, if it has one. The run's model scores them again.
+        student (`str`, *optional*): Directory or Hub id of the student as it was before training, which scores them
+            too. Without it `ref_logprobs` stand for it: the policy that sampled the rollouts.
+        rows (`int`, *optional*, defaults to `100`): Rollouts, drawn at random if there are more: the worst rows alone
+            would look better after any training.
+        output (`str` or `Path`, *optional*): The file. Defaults to `report.html` in `run`.
+
+    Returns:
+        `dict`: `output`, `bytes`, `rollouts`, `tokens` and `warnings`, what the reader of the report is warned of.
+
+    Raises:
+        FileNotFoundError: If something named is not there.
+        TableError: If rows are not valid, have no teacher's scores, or do not fit the model.
+        ValueError: If the directory holds nothing of a run, or the rollouts can be coloured neither before nor after.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise FileNotFoundError(f"{run} is not there: a report is made of the directory that a training run wrote.")
+    if rows < 1:
+        raise ValueError(f"`rows` is 1 or more, not {rows}.")
+    if student is not None and table is None:
+        raise ValueError("`student` scores rows of a table: give `table` too.")
+    last = get_last_checkpoint(str(run))
+    places = [run, *([Path(last)] if last else [])]
+    model = next((place for place in places if any(place.glob("*.safetensors"))), None)
+    card = read_model_card(model or run)
+    state = _json_of(places, "trainer_state.json")
+    evaluations = [*_comparison(run), *_metrics(run)]
+    history = _json_of([run], HISTORY) or {}
+    searches = history.get("searches") or _json_of(places, f"{DIRECTORY}/history.json") or []
+    if not (card or state or evaluations or searches):
+        raise ValueError(
+            f"{run} holds nothing of a run: no card of `OfflineOPDTrainer`, no trainer_state.json, no "
+            f"{HISTORY}, no evaluations. Name the `output_dir` of the training."
+        )
+    settings = _json_of(places, "training_args.json") or {}
+    logs = [entry for entry in (state or {}).get("log_history", []) if "step" in entry]
+
+    warnings = []
+    if model and not written_for(card, fingerprint_teacher(model).id):
+        warnings.append("The model’s card was not written for these weights: what it says counts as declared.")
+    rollouts = None
+    if table is not None:
+        clip = settings.get("advantage_clip", ADVANTAGE_CLIP)
+        rollouts = _rollouts(model, table, student, rows, card, clip)
+        warnings += rollouts.pop("warnings")
+    content = {
+        "name": run.resolve().name,
+        "version": __version__,
+        "written": time.strftime("%Y-%m-%d %H:%M"),
+        "warnings": warnings,
+        "facts": list(_facts(card, state, rollouts)),
+        "evaluations": evaluations,
+        "rollouts": rollouts,
+        "has_weights": model is not None,
+        "has_state": bool(logs),
+        "curves": [
+            chart
+            for title, unit, key in _CURVES
+            if (chart := _chart(title, _series(logs, key), unit=unit)) is not None
+        ],
+        "weights": [
+            chart
+            for title, band, key in _WEIGHTS
+            if (chart := _chart(title, _series(logs, key), band=band)) is not None
+        ],
+        "drift": _drift(logs),
+        "logs": _log_table(logs),
+        "searches": _searches(searches, history.get("summary")),
+        "lineage": _lineage(card, run.resolve().name),
+        "settings": _settings(settings),
+        "versions": _versions(model or run, card),
+    }
+    text = _render(content)
+    output = run / "report.html" if output is None else Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text, encoding="utf-8")
+    counts = {name: rollouts[name] if rollouts else 0 for name in ("shown", "tokens")}
+    return {
+        "output": str(output),
+        "bytes": output.stat().st_size,
+        "rollouts": counts["shown"],
+        "tokens": counts["tokens"],
+        "warnings": warnings,
+    }
+
+
+def _render(content: dict[str, Any]) -> str:
+    here = files("trl_lopd")
+    script, style = ((here / f"report.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
+
+    def digest(text: str) -> Markup:
+        return Markup(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'")
+
+    environment = jinja2.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        # Names and values are from files that others wrote: nothing invisible in them, nothing that turns text around.
+        finalize=lambda value: value if not isinstance(value, str) or hasattr(value, "__html__") else visible(value),
+    )
+    environment.filters["number"] = _number
+    template = environment.from_string((here / "report.html").read_text(encoding="utf-8"))
+    return template.render(
+        content,
+        script=Markup(script),
+        style=Markup(style),
+        script_digest=digest(script),
+        style_digest=digest(style),
+    )
+
+
+def _number(value: Any) -> str:
+    """A value of a log or an evaluation, for a person."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value) if isinstance(value, str | bool) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, int) or not math.isfinite(value):
+        return f"{value:,}"
+    return f"{value:,.4g}" if 1e-4 <= abs(value) < 1e6 or value == 0 else f"{value:.3g}"
+
+
+def _json_of(places: list[Path], name: str) -> Any:
+    """The content of a JSON file in the first of these directories that has it, `None` if none has."""
+    path = next((place / name for place in places if (place / name).is_file()), None)
+    if path is None:
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+
+
+# ---- What the run came to ----
+
+
+def _facts(card: dict[str, Any], state: dict[str, Any] | None, rollouts: dict[str, Any] | None) -> Iterator[tuple]:
+    """The few numbers at the top: a label, a value, and what it was before."""
+    rounds = card.get("opd_rounds") or []
+    if rounds:
+        yield "objective", str(rounds[-1].get("objective")), None
+        yield "teacher consistency", str(rounds[-1].get("teacher_consistency")), None
+        if rounds[-1].get("rows"):
+            yield "rollouts trained on", f"{rounds[-1]['rows']:,}", None
+    if state:
+        yield "steps", f"{state['global_step']:,}", None
+        values = [entry["eval_reverse_kl_topk"] for entry in state["log_history"] if "eval_reverse_kl_topk" in entry]
+        if values:
+            before = f"first logged {values[0]:.4f}" if len(values) > 1 else None
+            yield "held-out reverse KL", f"{values[-1]:.4f}", before
+    if rollouts and {"before", "after"} <= rollouts["disagreement"].keys():
+        before, after = (rollouts["disagreement"][name] for name in ("before", "after"))
+        yield "mean |advantage| below", f"{after:.3f}", f"before {before:.3f}"
+
+
+def _comparison(run: Path) -> Iterator[dict[str, Any]]:
+    """What `examples/train.py` measured."""
+    rows = _json_of([run], "report.json")
+    if rows is None:
+        return
+    titles = {
+        "accuracy": "greedy accuracy",
+        "fresh": "reverse KL, fresh rollouts (nats a sequence)",
+        "held_out": "reverse KL, held-out top-k (nats a token)",
+    }
+    columns = [name for name in dict.fromkeys(key for row in rows for key in row) if not name.endswith("_se")]
+    yield {
+        "title": "Before and after",
+        "columns": [titles.get(name, name) for name in columns],
+        "rows": [[_measured(row.get(name), se=row.get(f"{name}_se")) for name in columns] for row in rows],
+        "settings": {},
+    }
+
+
+def _metrics(run: Path) -> Iterator[dict[str, Any]]:
+    """What `trl-lopd evaluate` measured."""
+    for path in sorted(run.glob("evaluations/*/metrics.json")):
+        found = _json_of([path.parent], path.name)
+        try:
+            rows = [[name, _measured(**metric)] for name, metric in found["metrics"].items()]
+            title = f"{found['benchmark']}, {Path(found['model']).name}"
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} has not the form of an evaluation, benchmark, model, settings and metrics, each with its "
+                f"value: {error!r}."
+            ) from error
+        yield {
+            "title": title,
+            "columns": ["metric", "value"],
+            "rows": rows,
+            "settings": found.get("settings") or {},
+        }
+
+
+def _measured(value: Any, ci: list[float] | None = None, se: float | None = None, **_: Any) -> str:
+    if ci is not None:
+        return f"{_number(value)} [{_number(ci[0])}, {_number(ci[1])}]"
+    return f"{_number(value)} ± {_number(se)}" if se is not None else _number(value)
+
+
+def _log_table(logs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Everything that was logged, a row a log."""
+    columns = list(dict.fromkeys(["step", *(key for entry in logs for key in entry)]))
+    return {"columns": columns, "rows": [[entry.get(name) for name in columns] for entry in logs]}
+
+
+def _drift(logs: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Where the importance weights leave the range that the paper measured."""
+    seen = [entry for entry in logs if "importance_weight/mean" in entry and "importance_weight/std" in entry]
+    if not seen:
+        return None
+    outside = [
+        entry
+        for entry in seen
+        if not abs(entry["importance_weight/mean"] - _PAPER_MEAN) <= _PAPER_STD
+        or not entry["importance_weight/std"] <= _PAPER_STD
+    ]
+    first = {
+        name: (outside or seen[-1:])[0][key]
+        for name, key in (("step", "step"), ("mean", "importance_weight/mean"), ("std", "importance_weight/std"))
+    }
+    return {"logs": len(seen), "outside": len(outside), "first": first}
+
+
+def _settings(settings: dict[str, Any]) -> list[tuple[str, str]]:
+    from .config import OfflineOPDConfig
+
+    defaults = {}
+    for field in dataclasses.fields(OfflineOPDConfig):
+        made = field.default_factory is not dataclasses.MISSING
+        defaults[field.name] = field.default_factory() if made else field.default
+    shown = [name for name in _SETTINGS if name in settings]
+    shown += [
+        name
+        for name, value in settings.items()
+        if name not in (*shown, *_NOT_SHOWN) and not name.endswith("_token") and value != defaults.get(name)
+    ]
+    return [(name, _number(settings[name])) for name in shown]
+
+
+def _versions(place: Path, card: dict[str, Any]) -> list[tuple[str, str]]:
+    """Those that TRL's card says the model was trained with."""
+    path = place / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    found = re.findall(r"^- (\w+): (\S+)$", text.partition("### Framework versions")[2], flags=re.MULTILINE)
+    about = card.get("model") or {}
+    return [
+        *found,
+        *((name, _number(about[name])) for name in ("architecture", "parameters", "dtype") if name in about),
+    ]
+
+
+# ---- Curves ----
+
+# The edges of a chart's field, in a picture of 340 by 176.
+_LEFT, _RIGHT, _TOP_EDGE, _BOTTOM = 48, 332, 10, 150
+
+
+def _series(logs: list[dict[str, Any]], key: str) -> list[tuple[str, list[tuple[float, float]]]]:
+    """The curve of what training logs under a name, and those of its evaluations."""
+    named: dict[str, list[tuple[float, float]]] = {}
+    for entry in logs:
+        for name, value in entry.items():
+            if not (isinstance(value, int | float) and math.isfinite(value)):
+                continue
+            if name == key:
+                named.setdefault("training", []).append((entry["step"], value))
+            elif match := re.fullmatch(rf"eval_(?:(.+)_)?{re.escape(key)}", name):
+                named.setdefault(f"held out {match[1] or ''}".strip(), []).append((entry["step"], value))
+    return list(named.items())
+
+
+def _chart(
+    title: str,
+    series: list[tuple[str, list[tuple[float, float]]]],
+    unit: str = "",
+    band: tuple[float, float] | None = None,
+) -> dict[str, Any] | None:
+    """Where the lines, points and ticks of a chart go, for the template to draw; `None` if there is nothing in it."""
+    points = [point for _, values in series for point in values]
+    if not points:
+        return None
+    ys = [y for _, y in points] + list(band or ())
+    x_of, x_ticks = _axis([x for x, _ in points], _LEFT, _RIGHT)
+    y_of, y_ticks = _axis(ys, _BOTTOM, _TOP_EDGE)
+    return {
+        "title": title,
+        "unit": unit,
+        "x_ticks": x_ticks,
+        "y_ticks": y_ticks,
+        "band": band and {"y": y_of(band[1]), "height": round(y_of(band[0]) - y_of(band[1]), 1), "range": band},
+        "series": [
+            {
+                "name": name,
+                "last": values[-1][1],
+                "path": "M" + "L".join(f"{x_of(x)} {y_of(y)}" for x, y in values),
+                # More would be a wide line.
+                "points": [
+                    {"x": x_of(x), "y": y_of(y), "about": f"{name}, step {x:g}: {_number(y)}"}
+                    for x, y in values[:: max(1, len(values) // 100)]
+                ],
+            }
+            for name, values in series
+        ],
+    }
+
+
+def _axis(values: list[float], start: int, end: int):
+    """A function from values to coordinates between `start` and `end`, and ticks at round values."""
+    low, high = min(values), max(values)
+    if low == high:
+        room = abs(low) / 2 or 1.0
+        low, high = low - room, high + room
+    raw = (high - low) / 4
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(multiple * power for multiple in (1, 2, 5, 10) if multiple * power >= raw * 0.999)
+
+    def place(value: float) -> float:
+        return round(start + (end - start) * (value - low) / (high - low), 1)
+
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    # As a multiple of the step, so that 3 * 0.1 is 0.3.
+    return place, [(place(i * step), f"{round(i * step, 12):g}") for i in range(first, last + 1)]
+
+
+def _searches(searches: list[dict[str, Any]], summary: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The searches of EffOPD: what was tried, what was taken, as a table and as a picture."""
+    if not searches:
+        return None
+    scales = sorted({float(scale) for search in searches for scale in search["scores"]})
+    rows, marks = [], []
+    finite = [score for search in searches for score in search["scores"].values() if math.isfinite(score)]
+    y_of, y_ticks = _axis(finite or [0.0], _BOTTOM, _TOP_EDGE)
+    pitch = (_RIGHT - _LEFT) / len(searches)
+    for i, search in enumerate(searches):
+        scores = {float(scale): score for scale, score in search["scores"].items()}
+        taken = float(search["accepted"])
+        x = round(_LEFT + pitch * (i + 0.5), 1)
+        rows.append(
+            {
+                "step": search["step"],
+                "scores": [(scores.get(scale), scale == taken) for scale in scales],
+                "accepted": search["accepted"],
+                "more": [search[name] for name in ("p_value", "delta_cosine", "seconds")],
+            }
+        )
+        marks += [
+            {
+                "x": x,
+                "y": y_of(score),
+                "kind": "taken" if scale == taken else "tried",
+                "about": f"step {search['step']}, {scale:g} times the direction: {_number(score)}"
+                + (", taken" if scale == taken else ""),
+            }
+            for scale, score in scores.items()
+            if math.isfinite(score)
+        ]
+    every = max(1, len(searches) // 8)
+    x_ticks = [(round(_LEFT + pitch * (i + 0.5), 1), str(s["step"])) for i, s in enumerate(searches)][::every]
+    chart = {"title": "The gate’s value of each candidate", "x_ticks": x_ticks, "y_ticks": y_ticks, "marks": marks}
+    return {"scales": [f"{scale:g}" for scale in scales], "rows": rows, "summary": summary, "chart": chart}
+
+
+# ---- Lineage ----
+
+# The width and height of a box, where the right column begins, from one teacher to the next, and from one
+# checkpoint to the next.
+_BOX, _BOX_HEIGHT, _FAR, _PITCH, _GAP = 132, 44, 228, 58, 46
+
+
+def _lineage(card: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """Teachers on the left, checkpoints on the right, oldest first; what each did to make the next."""
+    if not card:
+        return None
+    rounds = card.get("opd_rounds") or []
+    model = card.get("model") or {"id": name, "evidence": "declared"}
+    checkpoints = [*(str(round.get("student")) for round in rounds), model["id"]]
+    drawn: dict[str, Any] = {"boxes": [], "links": [], "entries": []}
+    top, middle = 0, _FAR + _BOX / 2
+    for i, checkpoint in enumerate(checkpoints):
+        round = rounds[i - 1] if i else {"teachers": card.get("sft_teachers")}
+        if i:
+            samplers = round.get("sampled_by") or []
+            evidence = samplers[0].get("evidence", "declared") if samplers else "unknown"
+            who = "nothing says by whom"
+            if samplers:
+                own = all(same_teacher(sampler["id"], checkpoints[i - 1]) for sampler in samplers)
+                who = "by it" if own else f"by {', '.join(sampler['id'].partition('@')[0] for sampler in samplers)}"
+            labels = [
+                (middle - 10, top - _GAP + 15, f"sampled {who} ({evidence})", "end"),
+                (
+                    middle - 10,
+                    top - _GAP + 28,
+                    f"trained: {round.get('objective')}; teachers {round.get('teacher_consistency')}",
+                    "end",
+                ),
+            ]
+            path = f"M{middle} {top - _GAP}V{top - 3}"
+            drawn["links"].append({"path": path, "arrow": True, "evidence": evidence, "labels": labels})
+            drawn["entries"] += [
+                ("sampled rollouts", s["id"], s.get("evidence", "declared"), s.get("rows")) for s in samplers
+            ]
+        did = "scored rollouts" if i else "wrote SFT data"
+        teachers = round.get("teachers") or []
+        for j, teacher in enumerate(teachers):
+            y, evidence = top + j * _PITCH, teacher.get("evidence", "declared")
+            at = y + _BOX_HEIGHT / 2
+            rows = f"{teacher['rows']:,} rows" if "rows" in teacher else "rows not counted"
+            texts = ((at - 7, did), (at + 14, rows), (at + 26, evidence))
+            drawn["boxes"].append(_box(0, y, teacher["id"], "teacher"))
+            drawn["links"].append(
+                {
+                    # Those below the first come up to the same box.
+                    "path": f"M{_BOX} {at}H{_FAR - 3}" if j == 0 else f"M{_BOX} {at}H{middle}V{top + _BOX_HEIGHT + 3}",
+                    "arrow": True,
+                    "evidence": evidence,
+                    "labels": [((_BOX + _FAR) / 2, y, text, "middle") for y, text in texts],
+                }
+            )
+            drawn["entries"].append((did, teacher["id"], evidence, teacher.get("rows")))
+        drawn["boxes"].append(_box(_FAR, top, checkpoint, "own" if i == len(rounds) else "checkpoint"))
+        top += _BOX_HEIGHT + max(0, len(teachers) - 1) * _PITCH + _GAP
+    drawn["entries"].append(("this model", model["id"], model.get("evidence", "declared"), None))
+    return {**drawn, "height": top - _GAP + 1}
+
+
+def _box(x: int, y: float, id: str, kind: str) -> dict[str, Any]:
+    name, _, content = id.partition("@")
+    name = name if len(name) <= 18 else f"{name[:17]}…"
+    # Of `1-0123456789ab-...`, the digest of the weights.
+    return {"x": x, "y": y, "name": name, "content": content.partition("-")[2][:12], "id": id, "kind": kind}
+
+
+# ---- Rollouts ----
+
+
+def _rollouts(
+    model: Path | None, name: str, student: str | None, count: int, card: dict[str, Any], clip: float
+) -> dict[str, Any]:
+    """The rollouts as the script reads them, and what the page says of them."""
+    disable_progress_bars()
+    table, split = _held_out(name)
+    for column in ("prompt_ids", "completion_ids", "teacher_logprobs", "teacher_fingerprint"):
+        if column not in table.column_names:
+            raise TableError(
+                f"{name} has no column {column!r}, only {table.column_names}: tokens are coloured by a teacher’s "
+                "scores. `trl-lopd score` makes a table of rollouts."
+            )
+    if model is None and student is None and "ref_logprobs" not in table.column_names:
+        raise ValueError(
+            "The run has no weights, the table no `ref_logprobs`: nothing says how likely the tokens were to a "
+            "student. Name the student: `--student`."
+        )
+    if not len(table):
+        raise TableError(f"{name} has no rows in {split!r}.")
+    chosen = np.sort(np.random.default_rng(0).permutation(len(table))[:count])
+    tokenizer, decoded_with = find_tokenizer(None, model and str(model), None, record_of(table), name)
+    rows = table.select(chosen)
+    try:
+        # Scores of -inf are shown as such; any floor lets them pass.
+        validate_table(rows, tokenizer, teacher_logprob_floor=-1.0)
+    except TableError as error:
+        raise TableError(f"{error} (Rows are counted among the {len(rows)} drawn of {split!r}.)") from None
+
+    values = TableRows(rows).__getitems__(list(range(len(rows))))
+    flat = {key: np.concatenate([row[key] for row in values]) for key in values[0] if key != "prompt_ids"}
+    scores: dict[str, np.ndarray] = {"teacher": flat["teacher_logprobs"]}
+    if "ref_logprobs" in flat:
+        scores["ref"] = flat["ref_logprobs"]
+    if student is not None:
+        scores["before"] = _scored(student, values, chosen)
+    elif "ref" in scores:
+        scores["before"] = scores.pop("ref")
+    if model is not None:
+        scores["after"] = _scored(str(model), values, chosen)
+
+    lengths = [len(row["completion_ids"]) for row in values]
+    texts = [_pieces(tokenizer, [*row["prompt_ids"].tolist(), *row["completion_ids"].tolist()]) for row in values]
+    known: dict[tuple[int, str], int] = {}
+    tokens = [
+        known.setdefault((token, text), len(known))
+        for row, pieces in zip(values, texts, strict=True)
+        for token, text in zip(row["completion_ids"].tolist(), pieces[len(row["prompt_ids"]) :], strict=True)
+    ]
+    columns = {key: _thousandths(value) for key, value in scores.items()}
+    kept = 0
+    if TOPK_COLUMNS[0] in flat:
+        ids, logprobs = (flat[key] for key in TOPK_COLUMNS)
+        order = np.argsort(-logprobs.astype(np.float32), axis=1, kind="stable")[:, :_TOP]
+        ids, kept = np.take_along_axis(ids, order, 1), order.shape[1]
+        unique, places = np.unique(ids, return_inverse=True)
+        before = int(values[0]["prompt_ids"][0])
+        indices = [
+            known.setdefault((int(id), _pieces(tokenizer, [before, int(id)])[1].replace("\ufffd", "")), len(known))
+            for id in unique
+        ]
+        columns["topk"] = np.array(indices)[places.ravel()]
+        columns["topk_logprobs"] = _thousandths(np.take_along_axis(logprobs, order, 1).ravel())
+    columns["tokens"] = np.array(tokens)
+    index_type = np.uint16 if len(known) < 2**16 else np.uint32
+    for key in ("tokens", "topk"):
+        if key in columns:
+            columns[key] = columns[key].astype(index_type)
+    trained = flat.get("completion_mask", np.ones(len(tokens), bool))
+    if not trained.all():
+        columns["mask"] = trained.astype(np.uint8)
+    header = {
+        "clip": clip,
+        "top": kept,
+        "wide": index_type is np.uint32,
+        "columns": list(columns),
+        "vocabulary": [list(pair) for pair in known],
+        "rows": [
+            {"row": int(row), "tokens": length, "prompt": "".join(pieces[: len(value["prompt_ids"])])}
+            for row, length, value, pieces in zip(chosen, lengths, values, texts, strict=True)
+        ],
+    }
+    packed = {"header": json.dumps(header).encode(), **{key: value.tobytes() for key, value in columns.items()}}
+    advantage = {
+        key: (scores["teacher"] - scores[key]).clip(-clip, clip)[trained]
+        for key in ("before", "after")
+        if key in scores
+    }
+    return {
+        "data": {key: base64.b64encode(gzip.compress(value, mtime=0)).decode() for key, value in packed.items()},
+        "disagreement": {key: float(np.abs(value).mean()) for key, value in advantage.items()},
+        "means": {key: float(value.mean()) for key, value in advantage.items()},
+        "table": Path(name).name if Path(name).exists() else name,
+        "split": split,
+        "of": len(table),
+        "shown": len(rows),
+        "tokens": len(tokens),
+        "clip": clip,
+        "k": flat[TOPK_COLUMNS[0]].shape[1] if kept else 0,
+        "top": kept,
+        "sampler": student is None,
+        "decoded": decoded_with is not None,
+        "states": [key for key in ("before", "after") if key in scores],
+        "warnings": list(_mismatches(table, student, card)),
+    }
+
+
+def _held_out(name: str) -> tuple[Dataset, str]:
+    loaded = load_table(name)
+    if not isinstance(loaded, dict):
+        return loaded, str(loaded.split or "all rows")
+    split = next((split for split in (*_HELD_OUT, "train") if split in loaded), next(iter(loaded)))
+    return loaded[split], split
+
+
+def _scored(model: str, values: list[dict[str, np.ndarray]], chosen: np.ndarray) -> np.ndarray:
+    """A model's log-probability of every completion token, `(tokens,)`."""
+    sequences = [np.concatenate([row["prompt_ids"], row["completion_ids"]]) for row in values]
+    try:
+        scores = LocalTeacher(load_model(model)).score(sequences, [len(row["completion_ids"]) for row in values], 0)
+    except RowError as error:
+        raise TableError(f"Row {chosen[error.row]} does not fit {model}: {error}") from None
+    return np.concatenate([score.logprobs for score in scores])
+
+
+def _mismatches(table: Dataset, student: str | None, card: dict[str, Any]) -> Iterator[str]:
+    """What tells that this is not the table, or not the student, of the run."""
+    if not card.get("opd_rounds"):
+        return
+    last = card["opd_rounds"][-1]
+    for column, key, did in (
+        ("teacher_fingerprint", "teachers", "scored"),
+        ("student_fingerprint", "sampled_by", "sampled"),
+    ):
+        of_run = [entry["id"] for entry in last.get(key) or []]
+        strangers = [
+            id for id in column_counts(table, column) if id and not any(same_teacher(id, other) for other in of_run)
+        ]
+        if of_run and strangers:
+            yield (
+                f"This is not the table of the run: its rollouts were {did} by {', '.join(strangers)}, those that the "
+                f"run was trained on by {', '.join(of_run)}."
+            )
+    if student is not None and not same_teacher(own := fingerprint_teacher(student).id, str(last.get("student"))):
+        yield (
+            f"“Before” is not the student that the run began with: it is {own}, the run began with "
+            f"{last.get('student')}."
+        )
+
+
+def _thousandths(logprobs: np.ndarray) -> np.ndarray:
+    """Natural logarithms as int16, in thousandths of a nat, not below -32.767; -32768 for -inf."""
+    values = np.rint(logprobs.astype(np.float64) * 1000)
+    return np.where(np.isneginf(values), _MINUS_INF, values.clip(_LOWEST, -_LOWEST)).astype(np.int16)
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase | None, ids: list[int]) -> list[str]:
+    """
+    The text that each token adds to that of the tokens before it.
+
+    A token on its own may be half a character, or lose the space before it. Tokens that leave a character unfinished
+    have no text, and the one that finishes it has all of it.
+    """
+    if tokenizer is None:
+        return [f"{id} " for id in ids]
+
+    def decode(start: int, end: int) -> str:
+        return tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    # The tokens from `start` to `read` have their text, and are decoded again as what comes before the next.
+    pieces, start, read, before = [], 0, 0, ""
+    for end in range(1, len(ids) + 1):
+        text = decode(start, end)
+        # At most four bytes make a character: what is unfinished after as many tokens is broken.
+        if text.endswith("\ufffd") and end - read < 4 and end < len(ids):
+            pieces.append("")
+            continue
+        pieces.append(text[len(before) :])
+        start, read = read, end
+        before = decode(start, read)
+    return pieces
