@@ -31,15 +31,14 @@ const LEVELS = [0.1, 0.25, 0.5, 1, 2, 5]; // nats
 
 async function main() {
   const data = await (await unpack("header")).json();
-  const index = data.wide ? Uint32Array : Uint16Array;
   const has = (name) => data.columns.includes(name);
   const scores = {};
   for (const name of ["before", "after", "ref", "teacher"]) if (has(name)) scores[name] = await integers(name, Int16Array);
-  const tokens = await integers("tokens", index);
+  const tokens = await integers("tokens", Uint32Array);
   const mask = has("mask") ? await integers("mask", Uint8Array) : null;
   // Larger than all the rest, and of no use until a token is asked for.
   let topk = null;
-  const loadTopk = async () => topk ??= { ids: await integers("topk", index), logprobs: await integers("topk_logprobs", Int16Array) };
+  const loadTopk = async () => topk ??= { ids: await integers("topk", Uint32Array), logprobs: await integers("topk_logprobs", Int16Array) };
 
   const idOf = (token) => data.vocabulary[token][0];
   const textOf = (token) => data.vocabulary[token][1];
@@ -233,6 +232,7 @@ async function main() {
   });
   legend();
   search();
+  performance.mark("rollouts");
 }
 
 // ---- Small things ----
@@ -275,7 +275,7 @@ function shade(value) {
 
 function legend() {
   const edges = [...LEVELS.map((edge) => -edge).reverse(), 0, ...LEVELS];
-  const labels = edges.map((edge) => element("span", { className: shade(edge) }, edge ? `${edge < 0 ? "≤ −" : "≥ "}${Math.abs(edge)}` : "0"));
+  const labels = edges.map((edge) => element("span", { className: shade(edge) }, edge ? signed(edge, 2).replace(/\.?0+$/, "") : "0"));
   document.getElementById("legend").replaceChildren(...labels);
 }
 

@@ -72,8 +72,8 @@ _SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "weight_decay", "max_steps", "num_train_epochs", "seed"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
 )
-# Paths and names of a machine, which are nobody's business.
-_NOT_SHOWN = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "hub_model_id")
+# Paths of a machine, which are nobody else’s business, and a block that nobody sets.
+_NOT_SHOWN = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "hub_model_id", "accelerator_config")
 
 
 def write_report(
@@ -135,7 +135,7 @@ def write_report(
     rollouts = None
     if table is not None:
         clip = settings.get("advantage_clip", ADVANTAGE_CLIP)
-        rollouts = _rollouts(model, table, student, rows, card, clip)
+        rollouts = _rollouts(run, model, table, student, rows, card, clip)
         warnings += rollouts.pop("warnings")
     content = {
         "name": run.resolve().name,
@@ -210,9 +210,10 @@ def _number(value: Any) -> str:
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value) if isinstance(value, str | bool) else json.dumps(value, ensure_ascii=False)
-    if isinstance(value, int) or not math.isfinite(value):
-        return f"{value:,}"
-    return f"{value:,.4g}" if 1e-4 <= abs(value) < 1e6 or value == 0 else f"{value:.3g}"
+    if isinstance(value, int) or not math.isfinite(value) or value == 0:
+        return f"{value:,g}" if value == 0 else f"{value:,}"
+    # Trailing zeros too: values stand below one another.
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}" if abs(value) >= 1e-4 else f"{value:.2e}"
 
 
 def _json_of(places: list[Path], name: str) -> Any:
@@ -290,7 +291,11 @@ def _metrics(run: Path) -> Iterator[dict[str, Any]]:
 def _measured(value: Any, ci: list[float] | None = None, se: float | None = None, **_: Any) -> str:
     if ci is not None:
         return f"{_number(value)} [{_number(ci[0])}, {_number(ci[1])}]"
-    return f"{_number(value)} ± {_number(se)}" if se is not None else _number(value)
+    if se is None:
+        return _number(value)
+    # Two digits of an error say all there is to say, and as many places of the value.
+    places = max(0, 1 - math.floor(math.log10(se))) if se > 0 else 4
+    return f"{value:,.{places}f} ± {se:.{places}f}"
 
 
 def _log_table(logs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -328,9 +333,11 @@ def _settings(settings: dict[str, Any]) -> list[tuple[str, str]]:
     shown += [
         name
         for name, value in settings.items()
-        if name not in (*shown, *_NOT_SHOWN) and not name.endswith("_token") and value != defaults.get(name)
+        if name not in (*shown, *_NOT_SHOWN) and not name.endswith("_token") and value not in (defaults.get(name), [])
     ]
-    return [(name, _number(settings[name])) for name in shown]
+    return [
+        (name, settings[name] if isinstance(settings[name], str) else json.dumps(settings[name])) for name in shown
+    ]
 
 
 def _versions(place: Path, card: dict[str, Any]) -> list[tuple[str, str]]:
@@ -460,7 +467,7 @@ def _searches(searches: list[dict[str, Any]], summary: dict[str, Any] | None) ->
 
 # The width and height of a box, where the right column begins, from one teacher to the next, and from one
 # checkpoint to the next.
-_BOX, _BOX_HEIGHT, _FAR, _PITCH, _GAP = 132, 44, 228, 58, 46
+_BOX, _BOX_HEIGHT, _FAR, _PITCH, _GAP = 132, 44, 228, 72, 64
 
 
 def _lineage(card: dict[str, Any], name: str) -> dict[str, Any] | None:
@@ -482,10 +489,10 @@ def _lineage(card: dict[str, Any], name: str) -> dict[str, Any] | None:
                 own = all(same_teacher(sampler["id"], checkpoints[i - 1]) for sampler in samplers)
                 who = "by it" if own else f"by {', '.join(sampler['id'].partition('@')[0] for sampler in samplers)}"
             labels = [
-                (middle - 10, top - _GAP + 15, f"sampled {who} ({evidence})", "end"),
+                (middle - 10, top - _GAP + 30, f"sampled {who} ({evidence})", "end"),
                 (
                     middle - 10,
-                    top - _GAP + 28,
+                    top - _GAP + 43,
                     f"trained: {round.get('objective')}; teachers {round.get('teacher_consistency')}",
                     "end",
                 ),
@@ -530,7 +537,7 @@ def _box(x: int, y: float, id: str, kind: str) -> dict[str, Any]:
 
 
 def _rollouts(
-    model: Path | None, name: str, student: str | None, count: int, card: dict[str, Any], clip: float
+    run: Path, model: Path | None, name: str, student: str | None, count: int, card: dict[str, Any], clip: float
 ) -> dict[str, Any]:
     """The rollouts as the script reads them, and what the page says of them."""
     disable_progress_bars()
@@ -549,7 +556,7 @@ def _rollouts(
     if not len(table):
         raise TableError(f"{name} has no rows in {split!r}.")
     chosen = np.sort(np.random.default_rng(0).permutation(len(table))[:count])
-    tokenizer, decoded_with = find_tokenizer(None, model and str(model), None, record_of(table), name)
+    tokenizer, decoded_with = find_tokenizer(None, str(model or run), None, record_of(table), name)
     rows = table.select(chosen)
     try:
         # Scores of -inf are shown as such; any floor lets them pass.
@@ -589,20 +596,15 @@ def _rollouts(
             known.setdefault((int(id), _pieces(tokenizer, [before, int(id)])[1].replace("\ufffd", "")), len(known))
             for id in unique
         ]
-        columns["topk"] = np.array(indices)[places.ravel()]
+        columns["topk"] = np.array(indices, np.uint32)[places.ravel()]
         columns["topk_logprobs"] = _thousandths(np.take_along_axis(logprobs, order, 1).ravel())
-    columns["tokens"] = np.array(tokens)
-    index_type = np.uint16 if len(known) < 2**16 else np.uint32
-    for key in ("tokens", "topk"):
-        if key in columns:
-            columns[key] = columns[key].astype(index_type)
+    columns["tokens"] = np.array(tokens, np.uint32)
     trained = flat.get("completion_mask", np.ones(len(tokens), bool))
     if not trained.all():
         columns["mask"] = trained.astype(np.uint8)
     header = {
         "clip": clip,
         "top": kept,
-        "wide": index_type is np.uint32,
         "columns": list(columns),
         "vocabulary": [list(pair) for pair in known],
         "rows": [

@@ -1,0 +1,491 @@
+"""`trl-lopd report`: what is gathered, what is refused, and the page as Chromium shows it."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import gzip
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model, make_rollouts, without_topk
+from datasets import DatasetDict
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from trl_lopd import (
+    EffOPDCallback,
+    OfflineOPDConfig,
+    OfflineOPDTrainer,
+    fingerprint_teacher,
+    score_rollouts,
+    stamp_model_card,
+)
+from trl_lopd.cli import main
+from trl_lopd.report import _pieces, write_report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian package `chromium`)")
+
+# Whatever of this became markup would run, or break what follows it.
+ATTACK = "<img src=x onerror=window.hacked=1>"
+HOSTILE = [
+    "</script><script>window.hacked=1</script>",
+    ATTACK,
+    "<!--<script>",
+    "]]>&lt;&amp;",
+    "\u2028\u2029",
+    "\u202eterces",
+    "\ufffd",
+    "\0",
+    "{{ 7*7 }}",
+    "${1}`'\"",
+]
+TOKENS = ["<pad>", "<eos>", "<bos>", *HOSTILE, *(f"w{i}" for i in range(3 + len(HOSTILE), 32))]
+
+
+def hostile_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(TOKENS)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<pad>"
+    )
+
+
+@pytest.fixture(scope="module")
+def models_dir(tmp_path_factory):
+    """A teacher and its student, whose tokenizer writes what it should not."""
+    directory = tmp_path_factory.mktemp("hostile")
+    for seed, name in enumerate(["teacher", "student", "stranger"], start=1):
+        make_model(seed=seed).save_pretrained(directory / name)
+        hostile_tokenizer().save_pretrained(directory / name)
+    stamp_model_card(
+        directory / "student",
+        sft_teachers=[fingerprint_teacher(directory / "teacher")],
+        evidence="verified",
+        checkpoint=fingerprint_teacher(directory / "student"),
+    )
+    return directory
+
+
+@pytest.fixture(scope="module")
+def table_dir(models_dir):
+    sampler = fingerprint_teacher(models_dir / "student").id
+    rollouts = make_rollouts(40).add_column("student_fingerprint", [sampler] * 40)
+    scored = score_rollouts(rollouts, str(models_dir / "teacher"), top_k=4, ref_model=str(models_dir / "student"))
+    splits = DatasetDict(train=scored.select(range(16)), test=scored.select(range(16, 40)))
+    splits.save_to_disk(models_dir / "table")
+    return models_dir / "table"
+
+
+@pytest.fixture(scope="module")
+def run(models_dir, table_dir):
+    """A run with everything that a report shows, in a directory with a name that should not be markup either."""
+    from trl_lopd import load_table
+
+    directory = models_dir / ATTACK
+    table = load_table(table_dir)
+    args = OfflineOPDConfig(
+        str(directory),
+        learning_rate=1e-2,
+        max_steps=8,
+        per_device_train_batch_size=8,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=4,
+        save_strategy="no",
+        activation_checkpointing=False,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = OfflineOPDTrainer(
+        str(models_dir / "student"), args, train_dataset=table["train"], eval_dataset=table["test"]
+    )
+    trainer.add_callback(EffOPDCallback(trainer, schedule=[2, 4], gate_rows=8))
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    rows = [{"model": ATTACK, "accuracy": 0.5, "fresh": 4.802327, "fresh_se": 0.386, "held_out": None}]
+    (directory / "report.json").write_text(json.dumps(rows))
+    found = {
+        "benchmark": "gsm8k\u202e",
+        "model": "somewhere/student",
+        "settings": {"temperature": 0.6},
+        "metrics": {"accuracy": {"value": 0.25, "ci": [0.2, 0.3]}, "tokens": {"value": 120.0, "se": 2.5}},
+    }
+    (directory / "evaluations" / "gsm8k").mkdir(parents=True)
+    (directory / "evaluations" / "gsm8k" / "metrics.json").write_text(json.dumps(found))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def report(run, table_dir, tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    return write_report(run, table=str(table_dir), output=path)
+
+
+def unpack(path: str, name: str) -> bytes:
+    (text,) = re.findall(rf'<script type="text/plain" id="data-{name}">([^<]*)</script>', Path(path).read_text())
+    return gzip.decompress(base64.b64decode(text))
+
+
+# ---- Tokens as text ----
+
+
+def bytes_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE that has learnt little: most characters that are not ASCII are several tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(["the the the"], trainers.BpeTrainer(vocab_size=260, initial_alphabet=alphabet))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize(
+    "text", ["the naïve 😀 the", "漢字とかな", "👨‍👩‍👧", "e\u0301 \u200f שלום", "a\n\n\tb  c", "\ufffd!"]
+)
+def test_pieces_join_to_the_text_and_no_character_is_split(text):
+    tokenizer = bytes_tokenizer()
+    ids = tokenizer(text)["input_ids"]
+    pieces = _pieces(tokenizer, ids)
+    assert len(pieces) == len(ids) and "".join(pieces) == text
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+        unfinished = [len(c.encode()) - 1 for c in text if not c.isascii()]
+        assert pieces.count("") == sum(unfinished)
+
+
+def test_bytes_that_are_no_text_hold_nothing_back():
+    tokenizer = bytes_tokenizer()
+    emoji = tokenizer("😀")["input_ids"]
+    broken = [emoji[0]] * 9 + tokenizer("the end")["input_ids"] + emoji[:2]
+    pieces = _pieces(tokenizer, broken)
+    assert len(pieces) == len(broken) and "the end" in "".join(pieces) and "\ufffd" in pieces[-1]
+
+
+# ---- What is in the file ----
+
+
+def test_the_scores_in_the_file_are_those_of_the_models(report, run, models_dir, table_dir):
+    from trl_lopd import load_table
+
+    rows = load_table(table_dir)["test"]
+    header = json.loads(unpack(report["output"], "header"))
+    assert [row["row"] for row in header["rows"]] == list(range(24)) and report["rollouts"] == 24
+    for name, place in (("after", run), ("before", models_dir / "student"), ("teacher", models_dir / "teacher")):
+        model = AutoModelForCausalLM.from_pretrained(place).eval()
+        expected = []
+        for row in rows:
+            ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
+            with torch.no_grad():
+                logprobs = model(ids).logits[0, len(row["prompt_ids"]) - 1 : -1].log_softmax(-1)
+            expected.append(logprobs.gather(-1, ids[0, len(row["prompt_ids"]) :, None])[:, 0].numpy())
+        stored = np.frombuffer(unpack(report["output"], name), np.int16) / 1000
+        # Half of the thousandth that they are rounded to, and what two ways of computing differ by.
+        assert np.abs(stored - np.concatenate(expected)).max() <= 0.0005 + 1e-4
+    indices = np.frombuffer(unpack(report["output"], "tokens"), np.uint32)
+    assert [header["vocabulary"][i][0] for i in indices] == sum(rows["completion_ids"], [])
+    best = np.frombuffer(unpack(report["output"], "topk"), np.uint32)
+    assert [header["vocabulary"][i][0] for i in best] == np.ravel(np.concatenate(rows["teacher_topk_ids"])).tolist()
+
+
+def test_a_score_of_minus_infinity_and_a_mask_are_kept(models_dir, run, table_dir, tmp_path):
+    from trl_lopd import load_table
+
+    rows = load_table(table_dir)["test"].select(range(3))
+    teacher = [[float("-inf"), *row[1:]] for row in rows["teacher_logprobs"]]
+    masks = [[i != 1 for i in range(len(row))] for row in teacher]
+    rows = without_topk(rows).remove_columns("teacher_logprobs").add_column("teacher_logprobs", teacher)
+    rows.add_column("completion_mask", masks).to_parquet(tmp_path / "rows.parquet")
+    made = write_report(run, table=str(tmp_path / "rows.parquet"), output=tmp_path / "report.html")
+    assert np.frombuffer(unpack(made["output"], "teacher"), np.int16)[0] == -32768
+    assert np.frombuffer(unpack(made["output"], "mask"), np.uint8).tolist() == sum(masks, [])
+
+
+def test_fewer_rows_are_drawn_and_a_student_is_scored(run, models_dir, table_dir, tmp_path):
+    made = write_report(
+        run, table=str(table_dir), student=str(models_dir / "stranger"), rows=5, output=tmp_path / "report.html"
+    )
+    assert made["rollouts"] == 5
+    header = json.loads(unpack(made["output"], "header"))
+    assert set(header["columns"]) > {"before", "after", "ref", "teacher"}
+    assert np.any(
+        np.frombuffer(unpack(made["output"], "before"), np.int16)
+        != np.frombuffer(unpack(made["output"], "ref"), np.int16)
+    )
+    assert any("not the student that the run began with" in warning for warning in made["warnings"])
+
+
+def test_the_page_says_what_the_run_was(report):
+    text = Path(report["output"]).read_text()
+    for shown in ("4.80 ± 0.39", "0.2500 [0.2000, 0.3000]", "120.0 ± 2.5", "learning_rate", "0.01", "advantage_clip"):
+        assert shown in text, shown
+    for shown in (
+        "gsm8k\\u202e",
+        "wrote SFT data",
+        "scored rollouts",
+        "sampled by it (verified)",
+        "Searches of EffOPD",
+    ):
+        assert shown in text, shown
+    assert report["warnings"] == []
+    # Nothing of the machine, and nothing that a browser would fetch.
+    assert "/tmp" not in text and not re.search(r"(src|href)=\"(?!#)", text)
+
+
+def test_hostile_text_is_no_markup(report):
+    text = Path(report["output"]).read_text()
+    assert ATTACK not in text and "window.hacked" not in re.sub(r"&lt;.*?&gt;", "", text)
+    assert text.count("<script>") == 1 and not re.search("[\u2028\u2029\u202e\0]", text)
+
+
+# ---- What is missing, what is wrong ----
+
+
+def test_a_run_that_left_little_says_what_is_missing(run, table_dir, tmp_path):
+    shutil.copy(run / "README.md", tmp_path)
+    made = write_report(tmp_path, table=str(table_dir))
+    text = Path(made["output"]).read_text()
+    for missing in ("No trainer_state.json", "no “after”", "No training_args.json", "need a <code>ref_logprobs"):
+        assert missing in text, missing
+    assert "data-before" in text and "data-after" not in text
+    assert "No table was named" in Path(write_report(tmp_path)["output"]).read_text()
+
+
+def test_what_is_missing_is_taken_from_the_last_checkpoint(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run" / "checkpoint-8", ignore=shutil.ignore_patterns("evaluations", "*.html"))
+    (tmp_path / "run" / "checkpoint-8" / "effopd").mkdir()
+    history = json.loads((run / "effopd_history.json").read_text())["searches"]
+    (tmp_path / "run" / "checkpoint-8" / "effopd" / "history.json").write_text(json.dumps(history))
+    text = Path(write_report(tmp_path / "run")["output"]).read_text()
+    assert "Gradient norm" in text and "Searches of EffOPD" in text and "scored rollouts" in text
+
+
+def test_a_table_that_is_not_the_run_s_is_named(run, models_dir, tmp_path):
+    other = score_rollouts(make_rollouts(4), str(models_dir / "stranger"), top_k=2)
+    other.to_parquet(tmp_path / "other.parquet")
+    made = write_report(run, table=str(tmp_path / "other.parquet"), output=tmp_path / "report.html")
+    (warning,) = made["warnings"]
+    assert "not the table of the run" in warning and "stranger@1-" in warning and "teacher@1-" in warning
+    text = Path(made["output"]).read_text()
+    assert "not the table of the run" in text and "name the student with" in text
+
+
+def test_a_card_of_other_weights_is_named(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    make_model(seed=7).save_pretrained(tmp_path / "run")
+    assert "not written for these weights" in write_report(tmp_path / "run")["warnings"][0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "nowhere is not there"),
+        (["{empty}"], "holds nothing of a run"),
+        (["{run}", "--rows", "0"], "`rows` is 1 or more"),
+        (["{run}", "--student", "x"], "give `table` too"),
+        (["{run}", "--table", "./nothing"], "./nothing is not there"),
+        (["{run}", "--table", "{unscored}"], "no column 'teacher_logprobs'.*trl-lopd score"),
+        (["{run}", "--table", "{wide}"], "Row 0, column .completion_ids.*99"),
+        (["{run}", "--table", "{table}", "--student", "{small}"], r"Row \d+ does not fit .*small.*vocabulary of 16"),
+        (["{card}", "--table", "{alone}"], "Name the student: `--student`"),
+        (["{damaged}"], "trainer_state.json is no JSON"),
+        (["{strange}"], "has not the form of an evaluation"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(words, message, run, table_dir, tmp_path, capsys):
+    from trl_lopd import load_table
+
+    rows = load_table(table_dir)["test"].select(range(2))
+    names = {name: str(tmp_path / name) for name in ("empty", "card", "damaged", "strange", "small")}
+    for path in names.values():
+        Path(path).mkdir()
+    shutil.copy(run / "README.md", tmp_path / "card")
+    (tmp_path / "damaged" / "trainer_state.json").write_text("{")
+    (tmp_path / "strange" / "evaluations" / "a").mkdir(parents=True)
+    (tmp_path / "strange" / "evaluations" / "a" / "metrics.json").write_text('{"metrics": {"x": 1}}')
+    names |= {name: str(tmp_path / f"{name}.parquet") for name in ("unscored", "wide", "alone")}
+    rows.select_columns(["prompt_ids", "completion_ids"]).to_parquet(names["unscored"])
+    rows.remove_columns("ref_logprobs").to_parquet(names["alone"])
+    rows.map(lambda row: {"completion_ids": [99] * len(row["completion_ids"])}).to_parquet(names["wide"])
+    make_model(vocab=16).save_pretrained(names["small"])
+    assert main(["report", *(word.format(run=run, table=table_dir, **names) for word in words)]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and "Traceback" not in error
+
+
+def test_the_command_prints_what_it_wrote(run, table_dir, tmp_path, capsys):
+    words = ["report", str(run), "--table", str(table_dir), "--output", str(tmp_path / "new" / "page.html"), "--json"]
+    assert main(words) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["rollouts"] == 24 and Path(made["output"]).stat().st_size == made["bytes"]
+
+
+# ---- In a browser ----
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@contextlib.contextmanager
+def opened(browser, path, **options):
+    """The page; at the end nothing has gone wrong in it, nothing was fetched, and no text of a model has run."""
+    page = browser.new_page(**options)
+    said, asked = [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(Path(path).as_uri())
+    page.wait_for_selector("article .tokens span")
+    yield page
+    assert not said and page.evaluate("window.hacked") is None
+    assert asked == [Path(path).as_uri()]
+    page.close()
+
+
+def shade_of(advantage: float) -> str:
+    level = sum(abs(advantage) >= edge for edge in (0.1, 0.25, 0.5, 1, 2, 5))
+    return f"{'less' if advantage < 0 else 'more'} l{level}" if level else ""
+
+
+@needs_chromium
+def test_tokens_are_coloured_and_tell_their_scores(browser, report, table_dir):
+    scores = {name: np.frombuffer(unpack(report["output"], name), np.int16) for name in ("before", "after", "teacher")}
+    header = json.loads(unpack(report["output"], "header"))
+    starts = np.cumsum([0, *(row["tokens"] for row in header["rows"])])
+    sizes = np.add.reduceat(np.abs((scores["teacher"] - scores["before"]) / 1000).clip(max=10), starts[:-1])
+    worst = int(np.argmax(sizes / np.diff(starts)))
+    with opened(browser, report["output"], viewport={"width": 1200, "height": 900}) as page:
+        first = page.locator("article").first
+        assert f"row {worst}" in first.locator("header").inner_text()
+        for state in ("before", "after"):
+            page.get_by_text(f"{state} training", exact=True).click()
+            shown = [
+                value.strip() for value in first.locator(".tokens span").evaluate_all("s => s.map(e => e.className)")
+            ]
+            of_row = slice(starts[worst], starts[worst + 1])
+            gaps = ((scores["teacher"] - scores[state].astype(int))[of_row] / 1000).clip(-10, 10)
+            assert [re.sub(" *(empty|current) *", "", value) for value in shown] == [shade_of(gap) for gap in gaps]
+
+        first.locator(".tokens span").nth(0).hover()
+        at = starts[worst]
+        detail = page.locator("#detail")
+        page.wait_for_selector("#detail .top-tokens")
+        text = detail.inner_text().replace("−", "-")
+        for name in ("before", "after", "teacher"):
+            assert f"{scores[name][at] / 1000:.3f}" in text
+        assert f"{(scores['teacher'][at] - int(scores['after'][at])) / 1000:+.3f}" in text
+        token = header["vocabulary"][np.frombuffer(unpack(report["output"], "tokens"), np.uint32)[at]]
+        assert f"id {token[0]}" in text and detail.locator(".top-tokens tr").count() == 4
+        page.mouse.move(0, 0)
+        assert detail.is_hidden()
+
+
+@needs_chromium
+def test_the_keyboard_and_the_controls(browser, report):
+    with opened(browser, report["output"], viewport={"width": 1200, "height": 900}) as page:
+        page.locator("input[name=find]").focus()
+        page.keyboard.press("Tab")
+        page.keyboard.press("Tab")
+        detail, tokens = page.locator("#detail"), page.locator("article").first.locator(".tokens span")
+        first = detail.inner_text()
+        page.keyboard.press("ArrowRight")
+        assert detail.inner_text() != first and tokens.nth(1).get_attribute("class").endswith("current")
+        page.keyboard.press("Escape")
+        assert detail.is_hidden()
+
+        page.locator("input[name=numbers]").check()
+        assert re.fullmatch("[+−]\\d+\\.\\d", tokens.nth(0).get_attribute("data-a"))
+        page.locator("select[name=sort]").select_option("row")
+        assert page.locator("article header").first.inner_text().startswith("row 0")
+        status = page.locator("#pager span")
+        assert status.inner_text() == "1–20 of 24"
+        page.get_by_role("button", name="Next").click()
+        assert status.inner_text() == "21–24 of 24" and page.locator("article").count() == 4
+        page.locator("input[name=find]").fill("WINDOW.hacked")
+        found = page.locator("article").count()
+        assert 0 < found and "found" in status.inner_text()
+        assert all("window.hacked" in text for text in page.locator("article").all_inner_texts())
+        page.locator("input[name=find]").fill("nobody wrote this")
+        assert page.locator("article").count() == 0 and "No rollout" in status.inner_text()
+
+
+@needs_chromium
+def test_hostile_text_is_shown_and_does_nothing(browser, report):
+    with opened(browser, report["output"]) as page:
+        page.locator("select[name=sort]").select_option("row")
+        texts = []
+        while True:
+            texts += page.locator("article").all_inner_texts()
+            if page.get_by_role("button", name="Next").is_disabled():
+                break
+            page.get_by_role("button", name="Next").click()
+        text = "".join(texts)
+        for shown in ("</script><script>window.hacked=1</script>", ATTACK, "<!--<script>", "⟨U+202E⟩terces"):
+            assert shown in text, shown
+        assert "⟨U+2028⟩⟨U+2029⟩" in text and "⟨U+0000⟩" in text and "\u202e" not in text
+        assert page.locator("img").count() == 0 and page.locator("h1").inner_text() == ATTACK
+
+
+@needs_chromium
+def test_what_would_be_markup_could_not_run_either(browser, report):
+    page = browser.new_page()
+    page.goto(Path(report["output"]).as_uri())
+    said = []
+    page.on("console", lambda message: said.append(message.text))
+    page.evaluate("document.body.insertAdjacentHTML('beforeend', '<b id=probe onclick=\"window.hacked=1\">x</b>')")
+    page.evaluate("document.getElementById('probe').click()")
+    assert page.evaluate("window.hacked") is None
+    assert "Content Security Policy" in said[0]
+    page.close()
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [320, 400])
+def test_a_phone_has_it_all_without_scrolling_aside(browser, report, width):
+    options = {"viewport": {"width": width, "height": 700}, "has_touch": True, "is_mobile": True}
+    with opened(browser, report["output"], **options) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        page.locator(".tokens span").first.tap()
+        box = page.locator("#detail").bounding_box()
+        # A sheet at the lower edge.
+        assert (box["x"], box["width"]) == (0, width) and round(box["y"] + box["height"]) == 700
+
+
+@needs_chromium
+def test_light_and_dark(browser, report):
+    def brightness(page) -> int:
+        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        return sum(int(part) for part in re.findall(r"\d+", colour)[:3])
+
+    for scheme in ("light", "dark"):
+        with opened(browser, report["output"], color_scheme=scheme) as page:
+            is_light = brightness(page) > 600
+            assert is_light == (scheme == "light")
+            page.locator("#theme").click()
+            assert (brightness(page) > 600) != is_light
+
+
+@needs_chromium
+def test_without_scripts_all_but_the_rollouts_is_there(browser, report):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(Path(report["output"]).as_uri())
+    text = page.locator("body").inner_text()
+    assert "need JavaScript" in text and "wrote SFT data" in page.locator("svg.lineage").text_content()
+    assert page.locator("#training svg").count() == 8
+    context.close()
