@@ -231,13 +231,49 @@ def test_the_page_says_what_the_run_was(report):
         "gsm8k\\u202e",
         "wrote SFT data",
         "scored rollouts",
-        "sampled by it (verified)",
+        "rollouts sampled by it (verified)",
         "Searches of EffOPD",
     ):
         assert shown in text, shown
     assert report["warnings"] == []
     # Nothing of the machine, and nothing that a browser would fetch.
     assert "/tmp" not in text and not re.search(r"(src|href)=\"(?!#)", text)
+
+
+def test_a_lineage_of_rounds_and_several_teachers_is_drawn(tmp_path):
+    def id(name: str, number: int) -> str:
+        return f"{name}@1-{number:012x}-01234567-01234567"
+
+    def teacher(name: str, number: int, evidence: str) -> dict:
+        return {"id": id(name, number), "evidence": evidence, "rows": 1000 * number}
+
+    strong, other = teacher("strong", 1, "verified"), teacher("other-teacher-with-a-long-name", 2, "declared")
+    rounds = [
+        {
+            "student": id("sft", 3),
+            "teachers": [strong],
+            "sampled_by": [teacher("sft", 3, "verified")],
+            "objective": "topk",
+        },
+        {"student": id("first", 4), "teachers": [strong, other], "sampled_by": [teacher("sft", 3, "probed")]},
+        {"student": id("second", 5), "teachers": [other], "teacher_consistency": "overridden (warn)"},
+    ]
+    stamp_model_card(tmp_path, sft_teachers=[strong, other], opd_rounds=rounds)
+    text = Path(write_report(tmp_path)["output"]).read_text()
+    (drawing,) = re.findall(r'<svg class="lineage".*?</svg>', text, flags=re.DOTALL)
+    boxes = [tuple(float(v) for v in found) for found in re.findall(r'<rect x="(.*?)" y="(.*?)"', drawing)]
+    assert len(boxes) == 6 + 4
+    assert all(abs(a[1] - b[1]) > 44 for i, a in enumerate(boxes) for b in boxes[:i] if a[0] == b[0])
+    assert [
+        len(re.findall(rf'class="link {kind}"', drawing)) for kind in ("verified", "probed", "declared", "unknown")
+    ] == [4, 1, 3, 1]
+    for shown in (
+        "sampled by it (verified)",
+        "sampled by sft (probed)",
+        "nothing says who sampled",
+        "overridden (warn)",
+    ):
+        assert shown in drawing, shown
 
 
 def test_hostile_text_is_no_markup(report):

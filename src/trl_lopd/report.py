@@ -478,27 +478,23 @@ def _lineage(card: dict[str, Any], name: str) -> dict[str, Any] | None:
     model = card.get("model") or {"id": name, "evidence": "declared"}
     checkpoints = [*(str(round.get("student")) for round in rounds), model["id"]]
     drawn: dict[str, Any] = {"boxes": [], "links": [], "entries": []}
-    top, middle = 0, _FAR + _BOX / 2
+    top, bottom, middle = 0, 0, _FAR + _BOX / 2
     for i, checkpoint in enumerate(checkpoints):
         round = rounds[i - 1] if i else {"teachers": card.get("sft_teachers")}
         if i:
             samplers = round.get("sampled_by") or []
             evidence = samplers[0].get("evidence", "declared") if samplers else "unknown"
-            who = "nothing says by whom"
-            if samplers:
-                own = all(same_teacher(sampler["id"], checkpoints[i - 1]) for sampler in samplers)
-                who = "by it" if own else f"by {', '.join(sampler['id'].partition('@')[0] for sampler in samplers)}"
-            labels = [
-                (middle - 10, top - _GAP + 30, f"sampled {who} ({evidence})", "end"),
-                (
-                    middle - 10,
-                    top - _GAP + 43,
-                    f"trained: {round.get('objective')}; teachers {round.get('teacher_consistency')}",
-                    "end",
-                ),
-            ]
-            path = f"M{middle} {top - _GAP}V{top - 3}"
-            drawn["links"].append({"path": path, "arrow": True, "evidence": evidence, "labels": labels})
+            names = ", ".join(dict.fromkeys(sampler["id"].partition("@")[0] for sampler in samplers))
+            own = all(same_teacher(sampler["id"], checkpoints[i - 1]) for sampler in samplers)
+            who = f"rollouts sampled by {'it' if own else names}" if samplers else "nothing says who sampled"
+            texts = (
+                f"{who} ({evidence})",
+                f"{round.get('objective', 'objective unknown')}; teacher consistency: "
+                f"{round.get('teacher_consistency', 'unknown')}",
+            )
+            labels = [(middle - 10, top - _GAP + 30 + 13 * j, text, "end") for j, text in enumerate(texts)]
+            link = {"path": f"M{middle} {bottom}V{top - 3}", "evidence": evidence, "labels": labels}
+            drawn["links"].append(link)
             drawn["entries"] += [
                 ("sampled rollouts", s["id"], s.get("evidence", "declared"), s.get("rows")) for s in samplers
             ]
@@ -513,22 +509,24 @@ def _lineage(card: dict[str, Any], name: str) -> dict[str, Any] | None:
             drawn["links"].append(
                 {
                     # Those below the first come up to the same box.
-                    "path": f"M{_BOX} {at}H{_FAR - 3}" if j == 0 else f"M{_BOX} {at}H{middle}V{top + _BOX_HEIGHT + 3}",
-                    "arrow": True,
+                    "path": f"M{_BOX} {at}H{_FAR - 3}"
+                    if j == 0
+                    else f"M{_BOX} {at}H{_FAR + 30}V{top + _BOX_HEIGHT + 3}",
                     "evidence": evidence,
                     "labels": [((_BOX + _FAR) / 2, y, text, "middle") for y, text in texts],
                 }
             )
             drawn["entries"].append((did, teacher["id"], evidence, teacher.get("rows")))
         drawn["boxes"].append(_box(_FAR, top, checkpoint, "own" if i == len(rounds) else "checkpoint"))
-        top += _BOX_HEIGHT + max(0, len(teachers) - 1) * _PITCH + _GAP
+        bottom = top + _BOX_HEIGHT
+        top = bottom + max(0, len(teachers) - 1) * _PITCH + _GAP
     drawn["entries"].append(("this model", model["id"], model.get("evidence", "declared"), None))
-    return {**drawn, "height": top - _GAP + 1}
+    return {**drawn, "height": top - _GAP + 10}
 
 
 def _box(x: int, y: float, id: str, kind: str) -> dict[str, Any]:
     name, _, content = id.partition("@")
-    name = name if len(name) <= 18 else f"{name[:17]}…"
+    name = name if len(name) <= 16 else f"{name[:15]}…"
     # Of `1-0123456789ab-...`, the digest of the weights.
     return {"x": x, "y": y, "name": name, "content": content.partition("-")[2][:12], "id": id, "kind": kind}
 
