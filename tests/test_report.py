@@ -93,6 +93,7 @@ def run(models_dir, table_dir):
     args = OfflineOPDConfig(
         str(directory),
         learning_rate=1e-2,
+        model_init_kwargs={"dtype": torch.float32, "token": "hf_secret"},
         max_steps=8,
         per_device_train_batch_size=8,
         logging_steps=1,
@@ -223,7 +224,7 @@ def test_fewer_rows_are_drawn_and_a_student_is_scored(run, models_dir, table_dir
     assert any("not the student that the run began with" in warning for warning in made["warnings"])
 
 
-def test_the_page_says_what_the_run_was(report):
+def test_the_page_says_what_the_run_was(report, run):
     text = Path(report["output"]).read_text()
     for shown in ("4.80 ± 0.39", "0.2500 [0.2000, 0.3000]", "120.0 ± 2.5", "learning_rate", "0.01", "advantage_clip"):
         assert shown in text, shown
@@ -237,7 +238,12 @@ def test_the_page_says_what_the_run_was(report):
         assert shown in text, shown
     assert report["warnings"] == []
     # Nothing of the machine, and nothing that a browser would fetch.
-    assert "/tmp" not in text and not re.search(r"(src|href)=\"(?!#)", text)
+    assert (
+        str(run.parent) not in text
+        and "hf_secret" not in text
+        and "hf_secret" not in (run / "training_args.json").read_text()
+    )
+    assert not re.search(r"(src|href)=\"(?!#)", text)
 
 
 def test_a_lineage_of_rounds_and_several_teachers_is_drawn(tmp_path):

@@ -1,4 +1,4 @@
-"""`trl-lopd`: from prompts to a scored table, and what a model or a table is. Thin: it calls the functions."""
+"""`trl-lopd`: from prompts to a scored table, what a model or a table is, what a run did. Thin: it calls functions."""
 
 from __future__ import annotations
 

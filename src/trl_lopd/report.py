@@ -33,6 +33,7 @@ from .effopd import DIRECTORY, HISTORY
 from .fingerprint import fingerprint_teacher, same_teacher
 from .models import load_model
 from .overview import ADVANTAGE_CLIP, find_tokenizer, visible
+from .stamp import fingerprint_or_none
 from .table import TOPK_COLUMNS, TableError, TableRows, column_counts, validate_table
 from .teachers import LocalTeacher, RowError
 
@@ -130,7 +131,8 @@ def write_report(
     logs = [entry for entry in (state or {}).get("log_history", []) if "step" in entry]
 
     warnings = []
-    if model and not written_for(card, fingerprint_teacher(model).id):
+    own = model and fingerprint_or_none(model, "The card is not held against the weights")
+    if own and card and not written_for(card, own.id):
         warnings.append("The model’s card was not written for these weights: what it says counts as declared.")
     rollouts = None
     if table is not None:
@@ -333,7 +335,9 @@ def _settings(settings: dict[str, Any]) -> list[tuple[str, str]]:
     shown += [
         name
         for name, value in settings.items()
-        if name not in (*shown, *_NOT_SHOWN) and not name.endswith("_token") and value not in (defaults.get(name), [])
+        if name not in (*shown, *_NOT_SHOWN)
+        and not name.endswith("_token")
+        and value not in (defaults.get(name), [], {})
     ]
     return [
         (name, settings[name] if isinstance(settings[name], str) else json.dumps(settings[name])) for name in shown
@@ -487,11 +491,10 @@ def _lineage(card: dict[str, Any], name: str) -> dict[str, Any] | None:
             names = ", ".join(dict.fromkeys(sampler["id"].partition("@")[0] for sampler in samplers))
             own = all(same_teacher(sampler["id"], checkpoints[i - 1]) for sampler in samplers)
             who = f"rollouts sampled by {'it' if own else names}" if samplers else "nothing says who sampled"
-            texts = (
-                f"{who} ({evidence})",
-                f"{round.get('objective', 'objective unknown')}; teacher consistency: "
-                f"{round.get('teacher_consistency', 'unknown')}",
-            )
+            how = [round["objective"]] if "objective" in round else []
+            if "teacher_consistency" in round:
+                how.append(f"teacher consistency: {round['teacher_consistency']}")
+            texts = (f"{who} ({evidence})", "; ".join(how))
             labels = [(middle - 10, top - _GAP + 30 + 13 * j, text, "end") for j, text in enumerate(texts)]
             link = {"path": f"M{middle} {bottom}V{top - 3}", "evidence": evidence, "labels": labels}
             drawn["links"].append(link)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
@@ -575,10 +576,17 @@ class OfflineOPDTrainer(Trainer):
         output_dir = output_dir or self.args.output_dir
         if self.is_world_process_zero():
             self._saved = (output_dir, self.state.global_step, checkpoint_fingerprint(output_dir))
-            # For people and `trl-lopd report`: `training_args.bin` is a pickle.
-            Path(output_dir, "training_args.json").write_text(self.args.to_json_string())
+            self._write_args(output_dir)
         # After the weights: PEFT writes a card of its own beside them.
         self.create_model_card(output_dir=output_dir)
+
+    def _write_args(self, output_dir: str) -> None:
+        """For people and for `trl-lopd report`: `training_args.bin` is a pickle."""
+        settings = self.args.to_dict()
+        # A token for the Hub is masked in there, one for loading is not.
+        kwargs = settings["model_init_kwargs"] or {}
+        settings["model_init_kwargs"] = {name: value for name, value in kwargs.items() if name != "token"}
+        Path(output_dir, "training_args.json").write_text(json.dumps(settings, indent=2, default=str))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The weights are copied from there, so must the card be.
