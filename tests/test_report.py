@@ -421,7 +421,9 @@ def test_tokens_are_coloured_and_tell_their_scores(browser, report, table_dir):
             ]
             of_row = slice(starts[worst], starts[worst + 1])
             gaps = ((scores["teacher"] - scores[state].astype(int))[of_row] / 1000).clip(-10, 10)
-            assert [re.sub(" *(empty|current) *", "", value) for value in shown] == [shade_of(gap) for gap in gaps]
+            assert [re.sub(" *(empty|break|current) *", "", value) for value in shown] == [
+                shade_of(gap) for gap in gaps
+            ]
 
         first.locator(".tokens span").nth(0).hover()
         at = starts[worst]
@@ -451,7 +453,10 @@ def test_the_keyboard_and_the_controls(browser, report):
         assert detail.is_hidden()
 
         page.locator("input[name=numbers]").check()
-        assert re.fullmatch("[+−]\\d+\\.\\d", tokens.nth(0).get_attribute("data-a"))
+        shaded = page.locator("article").first.locator(".less, .more")
+        numbers = [span.get_attribute("data-a") for span in shaded.all()]
+        assert numbers and all(re.fullmatch(r"[+−]\d+\.\d", number) for number in numbers)
+        assert page.locator("[data-a]").count() == page.locator("article .less, article .more").count()
         page.locator("select[name=sort]").select_option("row")
         assert page.locator("article header").first.inner_text().startswith("row 0")
         status = page.locator("#pager span")

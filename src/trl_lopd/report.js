@@ -112,7 +112,7 @@ async function main() {
     text.start = row.start;
     for (let i = row.start; i < row.end; i++) {
       const content = textOf(tokens[i]);
-      text.append(element("span", { className: content ? "" : "empty" }, visible(content)));
+      text.append(element("span", { className: !content ? "empty" : content.includes("\n") ? "break" : "" }, visible(content)));
     }
     return element("article", {}, about, element("p", { className: "prompt", dir: "auto" }, visible(row.prompt)), text);
   }
@@ -122,9 +122,11 @@ async function main() {
     for (const text of list.querySelectorAll(".tokens")) {
       let i = text.start;
       for (const span of text.children) {
-        const kept = ["empty", "current"].filter((name) => span.classList.contains(name)).join(" ");
-        span.className = `${isTrained(i) ? shade(advantage(state, i)) : "masked"} ${kept}`;
-        if (options.numbers.checked && isTrained(i)) span.dataset.a = signed(advantage(state, i), 1);
+        const kept = ["empty", "break", "current"].filter((name) => span.classList.contains(name)).join(" ");
+        const shown = isTrained(i) ? shade(advantage(state, i)) : "masked";
+        span.className = `${shown} ${kept}`;
+        // Numbers that round to nothing would hide the others.
+        if (options.numbers.checked && /\d/.test(shown)) span.dataset.a = signed(advantage(state, i), 1);
         else delete span.dataset.a;
         i++;
       }
