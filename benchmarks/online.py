@@ -3,7 +3,8 @@
 Student, prompts, batch and completion lengths are the same, and the teacher has about four times the student's
 parameters. Online, each step samples completions, runs the teacher over them and trains. Offline, completions are
 sampled and scored once for the whole table, and each step only trains; what sampling and scoring cost is added to the
-steps, divided by the epochs that the table serves. Seconds are CPU seconds of the one thread, or of the clock on a GPU.
+steps, divided by the epochs that the table serves. Seconds are CPU seconds of the one thread, or those of the clock on
+a GPU.
 
     python benchmarks/online.py
 """
@@ -145,7 +146,8 @@ def main() -> None:
 
     online_step, train = statistics.median(online.seconds[1:]), statistics.median(offline.seconds[1:])
     sampling, scoring = ((end - begin) * a.batch_size / rows for begin, end in ((start, sampled), (sampled, scored)))
-    show = Table("", "seconds a step", "online, times this", title=f"{a.device}, {sizes[0]:,} and {sizes[1]:,} parameters")
+    title = f"{a.device}, student of {sizes[0]:,} and teacher of {sizes[1]:,} parameters"
+    show = Table("", "seconds a step", "online, times this", title=title)
     results = {"online (TRL)": online_step, "offline, training alone": train}
     results |= {f"offline, all, {n} epoch{'s' * (n > 1)}": train + (sampling + scoring) / n for n in (1, 2, 4)}
     for name, seconds in results.items():

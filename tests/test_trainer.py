@@ -128,6 +128,15 @@ def test_gradient_equals_the_plain_implementation(
         torch.testing.assert_close(p.grad, grads[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_scores_keep_their_precision_where_deepspeed_trains_in_half_of_it(tmp_path, student_dir, table):
+    trainer = make_trainer(tmp_path, student_dir, table)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.is_deepspeed_enabled = True
+    prepared = trainer._prepare_inputs(batch)
+    assert all(prepared[name].dtype == values.dtype for name, values in batch.items())
+    assert prepared["teacher_topk_logprobs"].dtype == torch.float32
+
+
 @pytest.mark.parametrize("loss_type", ["sampled", "topk"])
 def test_training_moves_the_student_to_the_teacher(tmp_path, student_dir, table, loss_type):
     trainer = make_trainer(

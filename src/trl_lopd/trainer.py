@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import torch
-from accelerate.utils import DistributedType, is_peft_model
+from accelerate.utils import DistributedType, is_peft_model, send_to_device
 from datasets import Dataset, IterableDataset
 from transformers import (
     AutoConfig,
@@ -438,6 +438,10 @@ class OfflineOPDTrainer(Trainer):
         super()._track_num_input_tokens(_together(inputs))
 
     # ---- Loss ----
+
+    def _prepare_input(self, data):
+        # With DeepSpeed, `Trainer` casts floats to the dtype of the weights. Ours are log-probabilities.
+        return send_to_device(data, self.args.device)
 
     def _num_items(self, batch: dict[str, torch.Tensor]) -> int:
         """What the loss is the mean over: the batch's sequences or its trained tokens."""
