@@ -16,18 +16,17 @@ With `--eval_prompts` (JSON lines of `prompt` and `answer`), greedy accuracy is 
 """
 
 import json
-import math
 import os
+import re
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from datasets import load_dataset
 from rich.console import Console
 from rich.table import Table
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer, collect_rollouts, load_table, score_rollouts
+from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer, evaluate_model, load_benchmark, load_table
 
 QUICKSTART = Path(__file__).parent / "quickstart"
 
@@ -71,37 +70,34 @@ def load_splits(script_args: ScriptArguments):
     return table[script_args.dataset_train_split], table.get(script_args.dataset_test_split)
 
 
-def accuracy(model: str, prompts, script_args: TrainScriptArguments) -> float:
-    """Share of the prompts whose greedy completion ends with the right answer."""
-    rollouts = collect_rollouts(
-        prompts, model, temperature=0, max_completion_length=script_args.eval_max_completion_length, batch_size=256
-    )
-    answers = (completion.rpartition(script_args.answer_after)[2].strip() for completion in rollouts["completion"])
-    return sum(a == b for a, b in zip(answers, rollouts["answer"], strict=True)) / len(rollouts)
-
-
-def fresh_reverse_kl(model: str, prompts, script_args: TrainScriptArguments) -> tuple[float, float]:
-    """Mean over fresh completions of sum_t log student - log teacher, in nats a sequence, and its standard error."""
-    rollouts = collect_rollouts(
-        prompts, model, temperature=1.0, max_completion_length=script_args.eval_max_completion_length, batch_size=256
-    )
-    scored = score_rollouts(rollouts, script_args.teacher, top_k=0)
-    values = [sum(p) - sum(t) for p, t in zip(scored["ref_logprobs"], scored["teacher_logprobs"], strict=True)]
-    mean = sum(values) / len(values)
-    variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
-
-
-def report(models: dict[str, str], held_out: dict[str, float], script_args: TrainScriptArguments) -> list[dict]:
-    prompts = load_dataset("json", data_files=script_args.eval_prompts, split="train")
+def report(
+    models: dict[str, str], held_out: dict[str, float], script_args: TrainScriptArguments, output_dir: str
+) -> list[dict]:
+    """Evaluates every model, into `output_dir/evaluations`, and prints a table."""
+    problems = load_benchmark(script_args.eval_prompts)
     rows = []
     for name, path in models.items():
-        row = {"model": name, "accuracy": accuracy(path, prompts, script_args), "held_out": held_out.get(name)}
-        if script_args.teacher and path != script_args.teacher:
-            row["fresh"], row["fresh_se"] = fresh_reverse_kl(path, prompts, script_args)
+        result = evaluate_model(
+            path,
+            problems,
+            name=Path(script_args.eval_prompts).stem,
+            metric="exact_answer",
+            answer_after=script_args.answer_after,
+            teacher=script_args.teacher if path != script_args.teacher else None,
+            temperature=0,
+            max_completion_length=script_args.eval_max_completion_length,
+            batch_size=256,
+        )
+        directory = Path(output_dir, "evaluations", re.sub(r"\W+", "-", name).strip("-").lower())
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "metrics.json").write_text(json.dumps(result, indent=2))
+        metrics = result["metrics"]
+        row = {"model": name, "accuracy": metrics["exact_answer"]["value"], "held_out": held_out.get(name)}
+        if "reverse_kl" in metrics:
+            row["fresh"], row["fresh_se"] = metrics["reverse_kl"].values()
         rows.append(row)
     table = Table("model", "greedy accuracy", "reverse KL, fresh rollouts\n(nats a sequence)",
-                  "reverse KL, held-out top-k\n(nats a token)", title=f"{len(prompts)} held-out prompts")  # fmt: skip
+                  "reverse KL, held-out top-k\n(nats a token)", title=f"{len(problems)} held-out prompts")  # fmt: skip
     for row in rows:
         table.add_row(
             row["model"],
@@ -160,7 +156,7 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
     if script_args.eval_prompts and trainer.is_world_process_zero():
         if script_args.teacher:
             models["teacher"] = script_args.teacher
-        rows = report(models, held_out, script_args)
+        rows = report(models, held_out, script_args, training_args.output_dir)
         with open(os.path.join(training_args.output_dir, "report.json"), "w") as file:
             json.dump(rows, file, indent=2)
         print(f"The table is also in {file.name}")

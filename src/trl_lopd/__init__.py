@@ -26,8 +26,10 @@ _MODULE_OF = {
     "Verdict": "consistency",
     "check_teacher_consistency": "consistency",
     "collect_rollouts": "rollouts",
+    "evaluate_model": "evaluation",
     "fingerprint_teacher": "fingerprint",
     "generate_sft_data": "rollouts",
+    "load_benchmark": "evaluation",
     "load_table": "cards",
     "read_dataset_card": "cards",
     "read_model_card": "cards",
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from .config import OfflineOPDConfig
     from .consistency import TeacherConsistencyError, Verdict, check_teacher_consistency
     from .effopd import EffOPDCallback
+    from .evaluation import evaluate_model, load_benchmark
     from .fingerprint import TeacherFingerprint, fingerprint_teacher
     from .gates import RewardGate
     from .probes import verify_served_teacher

@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     jobs = {
         "rollout": "let a student answer prompts, or a teacher write SFT data, into a directory",
         "score": "let the teacher score rollouts, into a directory",
+        "evaluate": "let a model answer a benchmark, and measure how well",
     }
     for job, does in jobs.items():
         commands.add_parser(job, help=does, add_help=False)
@@ -110,7 +111,11 @@ def _run(job: str, does: str, options: list[str]) -> int:
     from .processes import RefusedElsewhere
     from .served import ServerError
 
-    arguments = {"rollout": commands.RolloutArguments, "score": commands.ScoreArguments}[job]
+    arguments = {
+        "rollout": commands.RolloutArguments,
+        "score": commands.ScoreArguments,
+        "evaluate": commands.EvaluateArguments,
+    }[job]
     parser = TrlParser(
         arguments,
         prog=f"trl-lopd {job}",

@@ -1,7 +1,8 @@
-"""What `trl-lopd rollout` and `trl-lopd score` do: options from flags or YAML, as in TRL's scripts, into one call."""
+"""What `trl-lopd rollout`, `score` and `evaluate` do: options from flags or YAML, as in TRL's scripts, into a call."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,9 @@ from datasets import Dataset, load_dataset
 from trl.data_utils import maybe_convert_to_chatml
 
 from .cards import load_table, read_model_card, stamp_dataset_card
+from .evaluation import evaluate_model, load_benchmark, show
 from .fingerprint import fingerprint_teacher
+from .metrics import flatten
 from .processes import processes
 from .rollouts import ENGINES, WRITTEN_COLUMNS, collect_rollouts, generate_sft_data
 from .scoring import score_rollouts
@@ -26,7 +29,7 @@ _SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 @dataclass
 class JobArguments:
-    """What both jobs take."""
+    """What all jobs take."""
 
     output_dir: str = field(metadata={"help": "Directory for the table. Start again with the same options to resume."})
     rows_per_shard: int | None = field(
@@ -43,10 +46,6 @@ class JobArguments:
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU, also under `accelerate launch`."})
     report_to: str = field(default="none", metadata={"help": 'Where to log speed and totals: "wandb" or "none".'})
     run_name: str | None = field(default=None, metadata={"help": "Name of the run there."})
-    hub_dataset_id: str | None = field(
-        default=None, metadata={"help": "Push the table and its card there when it is complete."}
-    )
-    hub_private_repo: bool = field(default=False, metadata={"help": "Whether that repository is private."})
 
     def __post_init__(self) -> None:
         if self.report_to not in ("none", "wandb"):
@@ -56,7 +55,17 @@ class JobArguments:
 
 
 @dataclass
-class RolloutArguments(JobArguments):
+class TableArguments(JobArguments):
+    """What the jobs take that make a table."""
+
+    hub_dataset_id: str | None = field(
+        default=None, metadata={"help": "Push the table and its card there when it is complete."}
+    )
+    hub_private_repo: bool = field(default=False, metadata={"help": "Whether that repository is private."})
+
+
+@dataclass
+class RolloutArguments(TableArguments):
     """Options of `trl-lopd rollout`; those of the sampling are those of [`collect_rollouts`]."""
 
     model_name_or_path: str = field(kw_only=True, metadata={"help": "Who answers: directory or Hub id."})
@@ -105,13 +114,11 @@ class RolloutArguments(JobArguments):
         super().__post_init__()
         if self.role not in ("student", "teacher"):
             raise ValueError(f'`role` is "student" or "teacher", not {self.role!r}.')
-        if self.server_kwargs and not self.engine.startswith("http"):
-            raise ValueError(f"`server_kwargs` are for a server; `engine` is {self.engine!r}.")
-        self.chat_template_kwargs = _dict("chat_template_kwargs", self.chat_template_kwargs)
+        _check_engine_options(self)
 
 
 @dataclass
-class ScoreArguments(JobArguments):
+class ScoreArguments(TableArguments):
     """Options of `trl-lopd score`; see [`score_rollouts`]."""
 
     dataset_name: str = field(kw_only=True, metadata={"help": "Rollouts: directory, parquet file or Hub id."})
@@ -148,6 +155,61 @@ class ScoreArguments(JobArguments):
                 raise ValueError(f"`{name}` is for a teacher on a server: give `teacher_url`, or leave it out.")
 
 
+@dataclass
+class EvaluateArguments(JobArguments):
+    """Options of `trl-lopd evaluate`; see [`evaluate_model`]."""
+
+    output_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Directory for answers and metrics. By default evaluations/BENCHMARK in the model's, if that is "
+            "local. Start again with the same options to resume."
+        },
+    )
+    model_name_or_path: str = field(kw_only=True, metadata={"help": "Who answers: directory or Hub id."})
+    benchmark: str = field(kw_only=True, metadata={"help": "Problems and their answers: a JSON lines file."})
+    metric: str = field(default="math_accuracy", metadata={"help": '"math_accuracy" or "exact_answer".'})
+    answer_after: str = field(
+        default="#", metadata={"help": 'For "exact_answer": the answer is what follows the last of these.'}
+    )
+    teacher_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Teacher to measure the reverse KL divergence from, on answers sampled afresh."},
+    )
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "Field of the problem. By default prompt, problem or question."}
+    )
+    answer_column: str = field(default="answer", metadata={"help": "Field of the reference answer."})
+    instruction: str | None = field(
+        default=None, metadata={"help": "Put after each problem, such as where to write the answer."}
+    )
+    as_chat: bool = field(
+        default=False, metadata={"help": "Put problems that are texts through the chat template, as a user's message."}
+    )
+    engine: str = field(
+        default="transformers",
+        metadata={"help": f"{', '.join(ENGINES)}, or the address of a vLLM server, such as http://localhost:8000."},
+    )
+    num_samples: int = field(default=1, metadata={"help": "Answers a problem."})
+    temperature: float = field(default=0.6, metadata={"help": "Sampling temperature. 0 decodes greedily."})
+    top_p: float = field(default=0.95, metadata={"help": "Nucleus sampling."})
+    max_completion_length: int = field(default=4096, metadata={"help": "Tokens an answer may have."})
+    stop: list[str] = field(default_factory=list, metadata={"help": "Texts that end an answer."})
+    batch_size: int = field(default=64, metadata={"help": "Answers that the transformers engine generates together."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "For the chat template, as YAML or JSON, such as {enable_thinking: false}."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_engine_options(self)
+        if self.output_dir is None:
+            if not Path(self.model_name_or_path).is_dir():
+                raise ValueError(f"{self.model_name_or_path} is no local directory: give `output_dir`.")
+            self.output_dir = str(Path(self.model_name_or_path) / "evaluations" / Path(self.benchmark).stem)
+
+
 def rollout(args: RolloutArguments) -> Dataset:
     """Samples as the options say; the table, which is in `output_dir` too."""
     with _surroundings(args):
@@ -158,12 +220,7 @@ def rollout(args: RolloutArguments) -> Dataset:
             if name in _SAMPLING and value is not None and (name != "ref_logprobs" or args.role == "student")
         }
         collect = collect_rollouts if args.role == "student" else generate_sft_data
-        engine: Any = args.engine
-        if args.server_kwargs:
-            from .served import VLLMServer
-
-            engine = _server(VLLMServer, engine, args.server_kwargs)
-        return _pushed(collect(prompts, args.model_name_or_path, engine=engine, **options), args)
+        return _pushed(collect(prompts, args.model_name_or_path, engine=_engine(args), **options), args)
 
 
 _SAMPLING = {
@@ -189,6 +246,32 @@ def score(args: ScoreArguments) -> Dataset:
             if args.teacher_name_or_path:
                 options["fingerprint"] = fingerprint_teacher(args.teacher_name_or_path)
         return _pushed(score_rollouts(rollouts, teacher, **options), args)
+
+
+def evaluate(args: EvaluateArguments) -> dict[str, Any]:
+    """Evaluates as the options say, and prints a table; the figures, which are in `output_dir` too."""
+    with _surroundings(args):
+        columns = (args.prompt_column, args.answer_column)
+        benchmark = load_benchmark(args.benchmark, *columns, instruction=args.instruction, as_chat=args.as_chat)
+        names = ("metric", "answer_after", "output_dir", "num_samples", "temperature", "top_p", "seed", "stop")
+        names += ("max_completion_length", "batch_size", "rows_per_shard", "chat_template_kwargs", "model_init_kwargs")
+        result = evaluate_model(
+            args.model_name_or_path,
+            benchmark,
+            name=Path(args.benchmark).stem,
+            teacher=args.teacher_name_or_path,
+            engine=_engine(args),
+            **{name: getattr(args, name) for name in names},
+        )
+        if processes().is_main_process:
+            show(result)
+            values = flatten(result["metrics"])
+            print(json.dumps({"run": "evaluation", "output_dir": args.output_dir, **values}), flush=True)
+            if args.report_to == "wandb":
+                import wandb
+
+                wandb.run.log({f"evaluation/{name}": value for name, value in values.items()})
+        return result
 
 
 def load_prompts(args: RolloutArguments) -> Dataset:
@@ -252,6 +335,20 @@ def load_prompts(args: RolloutArguments) -> Dataset:
     return questions
 
 
+def _check_engine_options(args: RolloutArguments | EvaluateArguments) -> None:
+    if args.server_kwargs and not args.engine.startswith("http"):
+        raise ValueError(f"`server_kwargs` are for a server; `engine` is {args.engine!r}.")
+    args.chat_template_kwargs = _dict("chat_template_kwargs", args.chat_template_kwargs)
+
+
+def _engine(args: RolloutArguments | EvaluateArguments) -> Any:
+    if not args.server_kwargs:
+        return args.engine
+    from .served import VLLMServer
+
+    return _server(VLLMServer, args.engine, args.server_kwargs)
+
+
 def _server(kind: type, url: str, kwargs: dict[str, Any] | None) -> Any:
     try:
         return kind(url, **(kwargs or {}))
@@ -274,7 +371,7 @@ def _surroundings(args: JobArguments) -> Iterator[None]:
         yield
 
 
-def _pushed(table: Dataset, args: JobArguments) -> Dataset:
+def _pushed(table: Dataset, args: TableArguments) -> Dataset:
     if args.hub_dataset_id and processes().is_main_process:
         table.push_to_hub(args.hub_dataset_id, private=args.hub_private_repo)
         stamp_dataset_card(args.hub_dataset_id, table)

@@ -1,0 +1,293 @@
+"""A model answers a benchmark's problems several times: how often it is right, and how far it is from its teacher."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__
+from .cards import record_of
+from .metrics import check_math_answers, estimate_reverse_kl, grade_exact, grade_math, summarize_samples
+from .models import pinned_kwargs
+from .processes import on_main_process, processes
+from .rollouts import collect_rollouts
+from .scoring import score_rollouts
+from .table import describe, lengths
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .samplers import Sampler
+
+METRICS = ("math_accuracy", "exact_answer")
+PROMPT_COLUMNS = ("prompt", "problem", "question")
+
+# Of the record of the sampling: an option that this module calls `num_samples`, one that it does not have, a count.
+_SAID_ELSEWHERE = ("num_generations", "truncated", "truncated_answers")
+
+
+def load_benchmark(
+    path: str | Path,
+    prompt_column: str | None = None,
+    answer_column: str = "answer",
+    instruction: str | None = None,
+    as_chat: bool = False,
+) -> Dataset:
+    """
+    Reads a benchmark from JSON lines, as those of AIME and GSM8K are.
+
+    Args:
+        path (`str` or `Path`):
+            The file. Of an answer like GSM8K's, what follows the last `####` counts.
+        prompt_column (`str`, *optional*):
+            The field of the problem, a text or a list of messages; by default `prompt`, `problem` or `question`.
+        answer_column (`str`, *optional*, defaults to `"answer"`):
+            The field of the reference, a text or a number.
+        instruction (`str`, *optional*):
+            Put after each problem, an empty line between; in a conversation, after its last message.
+        as_chat (`bool`, *optional*, defaults to `False`):
+            Make a user's message of each problem that is a text.
+
+    Returns:
+        [`~datasets.Dataset`]: `prompt` and `answer`, a row a problem.
+
+    Raises:
+        ValueError: If the file is empty, or a line is no JSON object or lacks a field.
+        OSError: If there is no such file.
+    """
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is not JSON ({error}). Give JSON lines.") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number} is no JSON object with fields, but {line.strip()!r:.80}.")
+            if not rows and prompt_column is None:
+                prompt_column = next((name for name in PROMPT_COLUMNS if name in row), None)
+                if prompt_column is None:
+                    raise ValueError(
+                        f"{path}, line {number} has none of the fields {', '.join(PROMPT_COLUMNS)}, only "
+                        f"{sorted(row)}: set `prompt_column`."
+                    )
+            for option, name in (("prompt_column", prompt_column), ("answer_column", answer_column)):
+                if row.get(name) in (None, "", []):
+                    raise ValueError(
+                        f"{path}, line {number} has no {name!r}; its fields are {sorted(row)}. Add it, or set "
+                        f"`{option}`."
+                    )
+            answer = str(row[answer_column]).rpartition("####")[2].strip()
+            rows.append({"prompt": _prompt(row[prompt_column], instruction, as_chat), "answer": answer})
+    if not rows:
+        raise ValueError(f"{path} is empty: give JSON lines with a problem and its answer.")
+    return Dataset.from_list(rows)
+
+
+def _prompt(problem: Any, instruction: str | None, as_chat: bool) -> str | list[dict[str, Any]]:
+    def instructed(text: str) -> str:
+        return f"{text}\n\n{instruction}" if instruction else text
+
+    if isinstance(problem, str):
+        return [{"role": "user", "content": instructed(problem)}] if as_chat else instructed(problem)
+    *before, last = problem
+    return [*before, {**last, "content": instructed(last["content"])}]
+
+
+def evaluate_model(
+    model: str | PreTrainedModel,
+    benchmark: Dataset,
+    *,
+    metric: str = "math_accuracy",
+    name: str = "benchmark",
+    answer_after: str = "#",
+    teacher: str | PreTrainedModel | None = None,
+    output_dir: str | Path | None = None,
+    engine: str | Sampler = "transformers",
+    num_samples: int = 1,
+    temperature: float = 0.6,
+    top_p: float = 0.95,
+    max_completion_length: int = 4096,
+    rows_per_shard: int | None = None,
+    seed: int = 0,
+    model_init_kwargs: dict[str, Any] | None = None,
+    **sampling: Any,
+) -> dict[str, Any]:
+    """
+    Samples answers to a benchmark's problems and grades them; with a teacher, also estimates the reverse KL divergence
+    from it on answers sampled afresh, one a problem, at temperature 1 and top-p 1.
+
+    With `output_dir`, a run that was killed continues when it is started again with the same arguments, and ends in
+    the same files: see [`collect_rollouts`]. Under `accelerate launch`, every process takes its share.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            A local directory or Hub id, or a loaded model.
+        benchmark ([`~datasets.Dataset`]):
+            `prompt` and `answer`, as [`load_benchmark`] gives them.
+        metric (`str`, *optional*, defaults to `"math_accuracy"`):
+            `"math_accuracy"`, see [`~metrics.grade_math`], or `"exact_answer"`, see [`~metrics.grade_exact`].
+        name (`str`, *optional*, defaults to `"benchmark"`):
+            What the result calls the benchmark.
+        answer_after (`str`, *optional*, defaults to `"#"`):
+            Marker of `"exact_answer"`.
+        teacher (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            A local directory or Hub id, or a loaded model, to measure the divergence from.
+        output_dir (`str` or `Path`, *optional*):
+            Where to keep the answers and write `outcomes.jsonl` and `metrics.json`.
+        engine, max_completion_length, seed, model_init_kwargs:
+            As in [`collect_rollouts`]; the teacher is loaded with the same `model_init_kwargs`.
+        num_samples (`int`, *optional*, defaults to `1`):
+            Answers a problem.
+        temperature, top_p (*optional*, default to `0.6` and `0.95`):
+            Of the graded answers. Temperature 0 decodes greedily.
+        rows_per_shard (`int`, *optional*):
+            Problems whose answers are sampled, and written, together; by default those of about 1,024 answers.
+        **sampling:
+            Further arguments of [`collect_rollouts`]: `tokenizer`, `stop`, `batch_size`, `chat_template_kwargs`.
+
+    Returns:
+        `dict`: What `metrics.json` holds: `benchmark`, `model`, `fingerprint`, `settings`, `metrics` and `versions`.
+
+    Raises:
+        ValueError: An unknown metric, several greedy answers a problem, an answer of the benchmark that cannot be
+            read, or as [`collect_rollouts`] and [`score_rollouts`].
+        ImportError: If `"math_accuracy"` is asked for and math-verify is not installed.
+        ShardError, ServerError: As [`collect_rollouts`].
+    """
+    if metric not in METRICS:
+        raise ValueError(f"`metric` is one of {', '.join(METRICS)}, not {metric!r}.")
+    if num_samples < 1:
+        raise ValueError(f"`num_samples` is 1 or more, not {num_samples}.")
+    if temperature == 0 and num_samples > 1:
+        raise ValueError(
+            f"At temperature 0 all {num_samples} answers to a problem are the same: set `num_samples` to 1, or a "
+            "temperature."
+        )
+    if missing := [column for column in ("prompt", "answer") if column not in benchmark.column_names]:
+        raise ValueError(f"The benchmark has no column {missing[0]!r}, only {benchmark.column_names}.")
+    state = processes()
+    if metric == "math_accuracy":
+        # Before hours are spent on answers that could not be graded.
+        on_main_process(state, lambda: check_math_answers(benchmark["answer"]))
+    shared = {
+        "engine": engine,
+        "max_completion_length": max_completion_length,
+        "seed": seed,
+        "model_init_kwargs": model_init_kwargs,
+        **sampling,
+    }
+
+    def place(part: str) -> Path | None:
+        return Path(output_dir) / part if output_dir is not None else None
+
+    samples = collect_rollouts(
+        benchmark,
+        model,
+        output_dir=place("samples"),
+        num_generations=num_samples,
+        temperature=temperature,
+        top_p=top_p,
+        ref_logprobs=False,
+        rows_per_shard=rows_per_shard or max(1, 1024 // num_samples),
+        **shared,
+    )
+    scored = None
+    if teacher is not None:
+        fresh = collect_rollouts(
+            benchmark,
+            model,
+            output_dir=place("fresh"),
+            temperature=1.0,
+            top_p=1.0,
+            rows_per_shard=rows_per_shard or 1024,
+            **shared,
+        )
+        scored = score_rollouts(
+            fresh, teacher, output_dir=place("fresh-scored"), top_k=0, model_init_kwargs=model_init_kwargs
+        )
+
+    def conclude() -> dict[str, Any]:
+        outcomes, metrics = _grade(samples, metric, answer_after, num_samples)
+        if scored is not None:
+            metrics |= estimate_reverse_kl(scored["ref_logprobs"], scored["teacher_logprobs"])
+        sampled = record_of(samples)["students"][0]["sampling"]
+        settings = {
+            "metric": metric,
+            "answer_after": answer_after if metric == "exact_answer" else None,
+            "problems": len(benchmark),
+            "benchmark_digest": describe(benchmark),
+            "num_samples": num_samples,
+            **{option: value for option, value in sampled.items() if option not in _SAID_ELSEWHERE},
+            "model_init_kwargs": pinned_kwargs(model_init_kwargs),
+            "teacher": scored["teacher_fingerprint"][0] if scored is not None else None,
+        }
+        packages = ["transformers", "torch"]
+        packages += ["math-verify"] if metric == "math_accuracy" else []
+        packages += ["vllm"] if engine == "vllm" else []
+        result = {
+            "benchmark": name,
+            "model": model if isinstance(model, str) else model.config._name_or_path,
+            "fingerprint": samples["student_fingerprint"][0],
+            "settings": {option: value for option, value in settings.items() if value is not None},
+            "metrics": metrics,
+            "versions": {"trl-lopd": __version__, **{package: version(package) for package in packages}},
+        }
+        if output_dir is not None:
+            _write(Path(output_dir) / "outcomes.jsonl", "".join(json.dumps(row) + "\n" for row in outcomes))
+            _write(Path(output_dir) / "metrics.json", json.dumps(result, indent=2) + "\n")
+        return result
+
+    return on_main_process(state, conclude)
+
+
+def _grade(
+    samples: Dataset, metric: str, answer_after: str, num_samples: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The outcome of each answer, and what they come to."""
+    pairs = samples["completion"][:], samples["answer"][:]
+    graded = grade_math(*pairs) if metric == "math_accuracy" else grade_exact(*pairs, answer_after)
+    outcomes = [
+        {"problem": row // num_samples, "sample": row % num_samples, "answer": answer, "outcome": outcome}
+        for row, (answer, outcome) in enumerate(zip(pairs[1], graded, strict=True))
+    ]
+
+    def by_problem(values: list) -> list[list]:
+        return [values[start : start + num_samples] for start in range(0, len(values), num_samples)]
+
+    cut = [reason == "length" for reason in samples["finish_reason"]]
+    tokens = lengths(samples)[1].tolist()
+    return outcomes, summarize_samples(metric, by_problem(graded), by_problem(cut), by_problem(tokens))
+
+
+def _write(path: Path, text: str) -> None:
+    """The whole file or nothing of it, wherever a kill falls."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints the result of [`evaluate_model`] as a table."""
+    settings = result["settings"]
+    how = "temperature {temperature}, top-p {top_p}" if settings["temperature"] else "greedy"
+    how = "problems: {problems}, answers to each: {num_samples}, " + how
+    title, caption = f"{result['model']} on {result['benchmark']}", how.format(**settings)
+    table = Table("metric", "value", "uncertainty", title=title, caption=caption, min_width=72)
+    for name, estimate in result["metrics"].items():
+        digits = 1 if name == "response_tokens" else 3
+        if "ci" in estimate:
+            about = "95% [{:.{d}f}, {:.{d}f}]".format(*estimate["ci"], d=digits)
+        else:
+            about = f"± {estimate['se']:.{digits}f}"
+        table.add_row(name, f"{estimate['value']:.{digits}f}", about)
+    Console(width=100).print(table)
