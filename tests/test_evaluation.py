@@ -231,6 +231,12 @@ def test_finished_it_is_graded_again_without_a_model(tmp_path, flags, whole, mon
     assert cli.main([*flags, "--temperature", "1"]) == 2
 
 
+def test_completions_without_any_answer_are_worth_a_warning(student_dir, benchmark_file, caplog):
+    result = evaluate_model(str(student_dir), load_benchmark(benchmark_file), **SMALL | {"answer_after": "####"})
+    assert result["metrics"]["no_answer_rate"]["value"] == 1
+    assert "None of the 12 completions has an answer that can be read. `answer_after` is '####'." in caplog.text
+
+
 def test_a_served_model_is_evaluated(tmp_path, benchmark_file, student_dir):
     with stub_server("vllm", make_model(seed=2)) as server:
         result = evaluate_model(str(student_dir), load_benchmark(benchmark_file), engine=server.url, **SMALL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .samplers import Sampler
+
+logger = logging.getLogger(__name__)
 
 METRICS = ("math_accuracy", "exact_answer")
 PROMPT_COLUMNS = ("prompt", "problem", "question")
@@ -256,6 +259,15 @@ def _grade(
     """The outcome of each answer, and what they come to."""
     pairs = samples["completion"][:], samples["answer"][:]
     graded = grade_math(*pairs) if metric == "math_accuracy" else grade_exact(*pairs, answer_after)
+    if set(graded) == {"none"}:
+        logger.warning(
+            f"None of the {len(graded)} completions has an answer that can be read. "
+            + (
+                "Ask for one (`instruction`), or raise `max_completion_length`."
+                if metric == "math_accuracy"
+                else f"`answer_after` is {answer_after!r}."
+            )
+        )
     outcomes = [
         {"problem": row // num_samples, "sample": row % num_samples, "answer": answer, "outcome": outcome}
         for row, (answer, outcome) in enumerate(zip(pairs[1], graded, strict=True))
