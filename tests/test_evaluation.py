@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import wandb
 from conftest import make_model
 from servers import stub_server
 
@@ -229,6 +230,17 @@ def test_finished_it_is_graded_again_without_a_model(tmp_path, flags, whole, mon
     assert cli.main([*flags, "--answer_after", "w9"]) == 0
     assert json.loads((directory / "metrics.json").read_text())["settings"]["answer_after"] == "w9"
     assert cli.main([*flags, "--temperature", "1"]) == 2
+
+
+def test_wandb_gets_the_figures(tmp_path, flags, whole, monkeypatch):
+    logged, real = [], wandb.Run.log
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setattr(wandb.Run, "log", lambda run, values: (logged.append(values), real(run, values)))
+    directory = shutil.copytree(whole, tmp_path / "copy")
+    assert cli.main([*flags, "--output_dir", str(directory), "--report_to", "wandb"]) == 0
+    figures = json.loads((directory / "metrics.json").read_text())["metrics"]
+    assert {f"evaluation/{name}": figure["value"] for name, figure in figures.items()}.items() <= logged[-1].items()
+    assert wandb.run is None
 
 
 def test_completions_without_any_answer_are_worth_a_warning(student_dir, benchmark_file, caplog):

@@ -90,6 +90,10 @@ def test_the_main_job_runs(tmp_path):
     assert student["fresh"] > 0 and "fresh" not in teacher
     for row in rows[:3]:
         assert row["model"] in done.stdout and row["held_out"] > 0
+    evaluations = [json.loads(path.read_text()) for path in (tmp_path / "run" / "evaluations").glob("*/metrics.json")]
+    assert {evaluation["metrics"]["exact_answer"]["value"] for evaluation in evaluations} == {
+        row["accuracy"] for row in rows
+    }
     assert read_model_card(str(tmp_path / "run"))["opd_rounds"]
 
 
