@@ -241,6 +241,7 @@ def test_wandb_gets_the_figures(tmp_path, flags, whole, monkeypatch):
     figures = json.loads((directory / "metrics.json").read_text())["metrics"]
     assert {f"evaluation/{name}": figure["value"] for name, figure in figures.items()}.items() <= logged[-1].items()
     assert wandb.run is None
+    wandb.teardown()  # it would write the runs of other tests into this one's directory
 
 
 def test_completions_without_any_answer_are_worth_a_warning(student_dir, benchmark_file, caplog):
