@@ -12,7 +12,7 @@ from conftest import make_model, make_rollouts, without_topk
 from datasets import Dataset
 from test_trainer import make_args
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 
 from trl_lopd import EffOPDCallback, OfflineOPDTrainer, RewardGate, read_model_card
 from trl_lopd.effopd import HISTORY, powers_of_two
@@ -346,6 +346,33 @@ def test_sft_of_trl_with_its_own_metric(tmp_path):
     assert [entry["step"] for entry in training] == [4, 8]  # the trainer's own logs, whole
     with pytest.raises(ValueError, match="'eval_nothing' is none of what `evaluate` gives"):
         MetricGate(trainer, "eval_nothing")(trainer.model)
+
+
+def test_online_distillation_of_trl(tmp_path, tokenizer):
+    """Its evaluation samples from the student, so a gate on rewards or on a function of the model fits it too."""
+    student, teacher = make_model(seed=2), make_model(seed=1)
+    prompts = Dataset.from_dict({"prompt": ["w5 w6 w7", "w8 w9"] * 4})
+    args = DistillationConfig(
+        str(tmp_path), max_steps=4, per_device_train_batch_size=4, max_completion_length=6, learning_rate=1e-3,
+        temperature=1.0, bf16=False, gradient_checkpointing=False, use_cpu=True, report_to="none", logging_steps=1,
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = DistillationTrainer(student, teacher, args, train_dataset=prompts, processing_class=tokenizer)
+    ids = torch.randint(3, 32, (16, 8), generator=torch.Generator().manual_seed(0))
+
+    def reverse_kl(model):
+        p, q = (m(ids).logits.log_softmax(-1) for m in (model, teacher))
+        return (p.exp() * (p - q)).sum(-1).mean(-1)
+
+    callback = EffOPDCallback(trainer, reverse_kl, greater_is_better=False, schedule=[1, 3], significance=1.0)
+    trainer.add_callback(callback)
+    before = reverse_kl(student).mean().item()
+    trainer.train()
+    assert [search["step"] for search in callback.history] == [1, 3]
+    assert any(search["accepted"] > 1 for search in callback.history)
+    assert reverse_kl(student).mean().item() < before
+    logged = [log for log in trainer.state.log_history if "effopd/accepted" in log]
+    assert len(logged) == 2 and sum("completions/mean_length" in log for log in trainer.state.log_history) >= 4
 
 
 def test_min_improvement_and_greater_is_better(tmp_path):
