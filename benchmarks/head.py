@@ -1,8 +1,9 @@
 """The loss of the language-model head, forward and backward: this library's beside full logits and TRL's fused head.
 
 Each variant turns `hidden (tokens, hidden)` and the head's weight into a loss and its gradients for both. Variants
-alternate in random order; the figure is the ratio of medians. Peak memory is that of a process that runs one variant,
-beyond what it held before. Prints a table and, with `--json`, writes one.
+alternate in random order; the figure is the ratio of medians, of CPU seconds of one thread, or of the clock on a GPU.
+Peak memory is that of a process that runs one variant, beyond what it held before. Prints a table and, with `--json`,
+writes one.
 
     python benchmarks/head.py
     python benchmarks/head.py --vocab 131072 --hidden 512 --frozen_head
@@ -96,11 +97,12 @@ def step(case: Case, name: str) -> float:
     case.hidden.grad = case.weight.grad = None
     if case.hidden.is_cuda:
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    now = time.perf_counter if case.hidden.is_cuda else time.process_time
+    start = now()
     getattr(case, VARIANTS[name])().backward()
     if case.hidden.is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return now() - start
 
 
 def peak_memory(case: Case, name: str) -> float:
@@ -139,6 +141,7 @@ def main() -> None:
     parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
     a = parser.parse_args()
     a.device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(1)
     if a.only:
         print(json.dumps({"peak": peak_memory(Case(a), a.only)}))
         return
