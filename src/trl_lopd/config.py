@@ -87,6 +87,10 @@ class OfflineOPDConfig(TrainingArguments):
         default=10,
         metadata={"help": "Log every X updates steps. An integer, or a float in [0, 1): a share of the total steps."},
     )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Leave losses that are NaN or infinite out of the log. They end training before it."},
+    )
     bf16: bool | None = field(
         default=None,
         metadata={

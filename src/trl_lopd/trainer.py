@@ -8,6 +8,8 @@ import logging
 import math
 import os
 import shutil
+import signal
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -18,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from accelerate.utils import DistributedType, is_peft_model, send_to_device
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, IterableDataset
 from transformers import (
     AutoConfig,
@@ -36,6 +39,7 @@ from .collator import OfflineOPDCollator, too_long
 from .config import OfflineOPDConfig
 from .consistency import Verdict, check_teacher_consistency, inherited_teachers
 from .effopd import EffOPDCallback
+from .failures import LossCheck, SaveOnSigterm, out_of_memory_advice
 from .fingerprint import TeacherFingerprint
 from .head import Targets, TokenOutput, add_distillation_head, assert_head_is_plain
 from .models import load_tokenizer
@@ -252,6 +256,8 @@ class OfflineOPDTrainer(Trainer):
         )
         # Batches of different lengths cannot be concatenated and dispatched from one process.
         args.accelerator_config.dispatch_batches = False
+        # What `Trainer` would do is done by a callback of ours.
+        save_on_sigterm, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
         super().__init__(
             model=model,
             args=args,
@@ -272,6 +278,13 @@ class OfflineOPDTrainer(Trainer):
             raise ValueError("Context and sequence parallelism are not supported: set `cp_size` and `sp_size` to 1.")
         self._window: dict[str, torch.Tensor] = {}
         self._boundaries_checked = False
+        self._check_loss = LossCheck(self)
+        self._last_shape: tuple[int, int] | None = None
+        self._save_on_sigterm: SaveOnSigterm | None = None
+        if save_on_sigterm:
+            args.enable_jit_checkpoint = True
+            self._save_on_sigterm = SaveOnSigterm(self.accelerator)
+            self.add_callback(self._save_on_sigterm)
         self._saved: tuple[str | None, int | None, TeacherFingerprint | None] = (None, None, None)
         self._eval_batches: list[dict[str, torch.Tensor]] = []
         self.model.add_model_tags(self._tag_names)
@@ -371,7 +384,20 @@ class OfflineOPDTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         self._window = {}
-        return super().train(*args, **kwargs)
+        try:
+            output = super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if should_reduce_batch_size(error) and self._last_shape is not None:
+                error.args = (f"{error}\n{out_of_memory_advice(self, self._last_shape)}",)
+            raise
+        if self._save_on_sigterm is not None and self._save_on_sigterm.stopped:
+            # What a script does after training is meant for a trained student, and exit status 0 says that it is one.
+            sys.exit(128 + signal.SIGTERM)
+        return output
+
+    def _inner_training_loop(self, *args, **kwargs):
+        self._check_loss.reset()
+        return super()._inner_training_loop(*args, **kwargs)
 
     # ---- Micro-batches ----
 
@@ -460,6 +486,7 @@ class OfflineOPDTrainer(Trainer):
         self, model, inputs: dict[str, torch.Tensor], num_items: torch.Tensor | int
     ) -> tuple[TokenOutput, dict[str, torch.Tensor]]:
         """The batch's share of a loss over `num_items`, and the totals behind every metric; see `objective`."""
+        self._last_shape = tuple(inputs["input_ids"].shape)
         labels, teacher, ref = inputs["labels"], inputs["teacher_logprobs"], inputs.get("ref_logprobs")
         sequences, num_sequences = inputs["sequences"], len(inputs["truncated"])
         topk_ids, topk_logprobs = inputs.get("teacher_topk_ids"), inputs.get("teacher_topk_logprobs")
@@ -511,10 +538,12 @@ class OfflineOPDTrainer(Trainer):
         for name, values in totals.items():
             value, previous = _combine(name, values), self._window.get(name)
             self._window[name] = value if previous is None else _combine(name, torch.stack([previous, value]))
+        loss = out.loss
         # The count is global, and data-parallel engines average gradients over processes.
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            return out.loss * self.accelerator.num_processes
-        return out.loss
+            loss = loss * self.accelerator.num_processes
+        self._check_loss(loss, inputs, totals["sequence_loss"])
+        return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)

@@ -1,0 +1,168 @@
+"""What ends training before its time: a loss that is not a number, memory that runs out, SIGTERM."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from .table import TableRows, lengths
+
+if TYPE_CHECKING:
+    from .trainer import OfflineOPDTrainer
+
+
+class LossCheck:
+    """
+    Raises `FloatingPointError` on every process before an optimizer step that would use a loss that is NaN or infinite
+    on one of them, and writes the batches behind it to `output_dir/nonfinite_batch_rank{rank}.json`.
+
+    It takes one gather of a number a batch and one synchronization with the device an optimizer step. Gradients are not
+    looked at: under fp16 loss scaling some overflow, and the scaler skips those steps.
+
+    Args:
+        trainer ([`OfflineOPDTrainer`]): Whose losses these are.
+    """
+
+    def __init__(self, trainer: OfflineOPDTrainer):
+        self.trainer = trainer
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the batches of an optimizer step that was not reached."""
+        self.batches: list[tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]] = []
+
+    def __call__(self, loss: torch.Tensor, inputs: dict[str, torch.Tensor], sequence_loss: torch.Tensor) -> None:
+        """Called before each backward pass, since DeepSpeed's may include the optimizer step.
+
+        Args:
+            loss: Of the batch, a scalar.
+            inputs: The batch.
+            sequence_loss: `(sequences,)`, the loss of each.
+        """
+        self.batches.append((loss.detach().float(), inputs, sequence_loss))
+        accelerator = self.trainer.accelerator
+        if not accelerator.sync_gradients:
+            return
+        batches = self.batches
+        self.reset()
+        losses = accelerator.gather(torch.stack([loss for loss, _, _ in batches]).unsqueeze(0)).cpu()
+        if losses.isfinite().all():
+            return
+        args, step, found = self.trainer.args, self.trainer.state.global_step + 1, []
+        for rank, values in enumerate(losses):
+            bad = ~values.isfinite()
+            if bad.any():
+                path = os.path.join(args.output_dir, f"nonfinite_batch_rank{rank}.json")
+                found.append(f"{values[bad][0].item()} on process {rank}, whose batch is in {path}")
+                if rank == accelerator.process_index:
+                    sequences = self._sequences([batch for batch, is_bad in zip(batches, bad, strict=True) if is_bad])
+                    os.makedirs(args.output_dir, exist_ok=True)
+                    with open(path, "w") as file:
+                        json.dump({"step": step, "rank": rank, "sequences": sequences}, file)
+        # A launcher ends all processes when the first has ended: not before the files are written.
+        accelerator.wait_for_everyone()
+        raise FloatingPointError(
+            f"The loss of step {step} is {'; '.join(found)}. The step was not taken. If losses rose before it, lower "
+            f"`learning_rate` (it is {args.learning_rate:g}) or warm up, and resume from a checkpoint before the rise. "
+            "If it stays with the same rows, look at their teacher scores with `trl-lopd inspect`: drop rows that are "
+            "far off the others, or raise `teacher_logprob_floor`. In fp16, try bf16."
+        )
+
+    def _sequences(self, batches: list[tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]]) -> list[dict]:
+        found = []
+        for _, inputs, sequence_loss in batches:
+            losses = sequence_loss.tolist()
+            for ids, cut, loss in zip(_split(inputs), inputs["truncated"].tolist(), losses, strict=True):
+                found.append({"loss": loss if np.isfinite(loss) else str(loss), "input_ids": ids.tolist()})
+                if isinstance(self.trainer.train_dataset, Dataset):
+                    found[-1]["rows"] = rows_with(self.trainer.train_dataset, ids, truncated=cut)
+        return found
+
+
+def _split(inputs: dict[str, torch.Tensor]) -> list[np.ndarray]:
+    """The token ids of each sequence of a batch."""
+    ids = inputs["input_ids"].cpu().numpy()
+    if "position_ids" in inputs:
+        starts = np.flatnonzero(inputs["position_ids"].cpu().numpy()[0] == 0)
+        return np.split(ids[0], starts[1:])
+    return [row[:length] for row, length in zip(ids, inputs["attention_mask"].sum(1).tolist(), strict=True)]
+
+
+def rows_with(dataset: Dataset, ids: np.ndarray, truncated: bool = False) -> list[int]:
+    """
+    Indices of the rows of a table whose prompt and completion are these tokens, or begin with them.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): A valid table.
+        ids (`np.ndarray`): `(tokens,)`
+        truncated (`bool`, *optional*, defaults to `False`): Whether the row goes on after them.
+    """
+    total = np.add(*lengths(dataset))
+    rows, found = TableRows(dataset.select_columns(["prompt_ids", "completion_ids"])), []
+    for index in np.flatnonzero(total > len(ids) if truncated else total == len(ids)).tolist():
+        row = rows[index]
+        if np.array_equal(np.concatenate([row["prompt_ids"], row["completion_ids"]])[: len(ids)], ids):
+            found.append(index)
+    return found
+
+
+def out_of_memory_advice(trainer: OfflineOPDTrainer, shape: tuple[int, int]) -> str:
+    """What was in memory when it ran out, and what takes less.
+
+    Args:
+        trainer ([`OfflineOPDTrainer`]): Whose options are named.
+        shape: `(batch, time)` of the last `input_ids`.
+    """
+    args = trainer.args
+    kind = "train" if trainer.model.training else "eval"
+    option = f"per_device_{kind}_batch_size"
+    return (
+        f"(Process {args.process_index}, after {trainer.state.global_step} steps; the last batch had "
+        f"{shape[0]} x {shape[1]} tokens, padding included. What takes less memory: a smaller `{option}` (it is "
+        f"{getattr(args, option)}), with more `gradient_accumulation_steps` if it is for training; "
+        "`max_tokens_per_device` and `padding_free=True`; a smaller `max_completion_length`; "
+        f"`activation_checkpointing=True` (it is {bool(args.activation_checkpointing)}); a `peft_config`; ZeRO-3 or "
+        "FSDP2 on several processes.)"
+    )
+
+
+class SaveOnSigterm(TrainerCallback):
+    """
+    Saves a checkpoint, and ends training, at the end of the step in which SIGTERM reached any process.
+
+    In the place of transformers' own callback for `enable_jit_checkpoint`, in which every process goes by its own
+    clock, so that they may stop at different steps, and which saves in the middle of a step, when DeepSpeed has taken
+    it already but the trainer has not counted it.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): The processes, which decide together.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.received = self.stopped = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.received = self.stopped = False
+        self._handler = signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, signum, frame) -> None:
+        self.received = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        received = torch.tensor([self.received], device=self.accelerator.device)
+        if self.accelerator.gather(received).any():
+            self.stopped = control.should_training_stop = control.should_save = True
+            # It would be paid for out of the time that is left until SIGKILL.
+            control.should_evaluate = False
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self._handler)
