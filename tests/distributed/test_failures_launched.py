@@ -92,7 +92,7 @@ def test_sigterm_saves_a_checkpoint_from_which_training_goes_on_exactly(tmp_path
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
     assert not (tmp_path / "out" / "final").exists()
     step = int(checkpoint.name.split("-")[1])
-    assert 3 <= step < 8
+    assert 2 <= step < 8  # batches are read one ahead
     resumed = launch("zero3", "sigterm_resumed", student_dir, rows, tmp_path / "out")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert losses(killed) | losses(resumed) == losses(whole)

@@ -1,0 +1,140 @@
+"""Adapters: trained, saved, pushed, loaded back, merged; on quantized models; and the options that save memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hub import Hub
+from peft import AutoPeftModelForCausalLM, LoraConfig
+from test_trainer import make_args, make_trainer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from trl_lopd import OfflineOPDTrainer, read_model_card
+
+IDS = torch.tensor([[5, 9, 14, 3, 22, 7], [6, 30, 12, 2, 11, 8]])
+
+
+def lora(**kwargs):
+    return LoraConfig(**dict(r=4, target_modules="all-linear", task_type="CAUSAL_LM") | kwargs)
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(input_ids=IDS).logits
+
+
+ADAPTERS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "rank-stabilised": {"use_rslora": True, "target_modules": ["q_proj", "down_proj"]},
+    "whole head": {"modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_train_and_come_back_and_merge(tmp_path, student_dir, table, kind):
+    trainer = make_trainer(
+        tmp_path, student_dir, table, eval_dataset=table, peft_config=lora(**ADAPTERS[kind]), max_steps=15,
+        learning_rate=1e-2,
+    )  # fmt: skip
+    before = trainer.evaluate()["eval_reverse_kl_topk"]
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert trainer.evaluate()["eval_reverse_kl_topk"] < 0.9 * before
+    for name, p in trainer.model.named_parameters():
+        assert torch.equal(p, start[name]) != p.requires_grad, name
+    if kind == "whole head":
+        trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad and "lora" not in name}
+        assert trained == {"base_model.model.lm_head.modules_to_save.default.weight"}
+    trainer.save_model()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+    expected = logits(trainer.model)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(loaded), expected)
+    loaded.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    # W + BA against Wx + BAx in float32: logits of a size of 10, sums over at most 32 products in each of two layers.
+    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
+    assert (expected - logits(AutoModelForCausalLM.from_pretrained(student_dir))).abs().max() > 0.1
+
+
+PUSH = """
+import sys
+
+import torch
+from datasets import load_from_disk
+from peft import AutoPeftModelForCausalLM, LoraConfig
+from transformers import AutoModelForCausalLM
+
+from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer, read_model_card
+
+student, table, out = sys.argv[1:]
+args = OfflineOPDConfig(
+    out, hub_model_id="tester/adapter", push_to_hub=True, use_cpu=True, bf16=False, report_to="none", max_steps=2,
+    learning_rate=1e-2, save_strategy="no", activation_checkpointing=True, per_device_train_batch_size=4,
+)
+trainer = OfflineOPDTrainer(
+    student, args, load_from_disk(table), peft_config=LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+)
+trainer.train()
+trainer.push_to_hub()
+ids = torch.tensor([[5, 9, 14, 3]])
+pulled = AutoPeftModelForCausalLM.from_pretrained("tester/adapter").eval()
+with torch.no_grad():
+    assert torch.equal(pulled(ids).logits, trainer.model.eval()(ids).logits)
+    assert not torch.equal(pulled(ids).logits, AutoModelForCausalLM.from_pretrained(student).eval()(ids).logits)
+assert read_model_card("tester/adapter")["opd_rounds"]
+"""
+
+
+def test_an_adapter_is_pushed_and_pulled(tmp_path, student_dir, table):
+    table.save_to_disk(tmp_path / "table")
+    with Hub() as hub:
+        done = subprocess.run(
+            [sys.executable, "-c", PUSH, str(student_dir), str(tmp_path / "table"), str(tmp_path / "out")],
+            env=hub.env(tmp_path / "home"), capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        files = hub.files("model", "tester/adapter")
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(files)
+    assert "model.safetensors" not in files
+
+
+def quantized(bits):
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("bits", "options"), [(4, {}), (4, {"use_dora": True}), (8, {})])
+def test_adapters_train_on_quantized_weights(tmp_path, student_dir, table, bits, options):
+    pytest.importorskip("bitsandbytes")
+
+    def make(student, **kwargs):
+        args = make_args(tmp_path, max_steps=8, learning_rate=1e-2, activation_checkpointing=True)
+        return OfflineOPDTrainer(str(student), args, table, table, quantization_config=quantized(bits), **kwargs)
+
+    trainer = make(student_dir, peft_config=lora(**options))
+    layers = [m for m in trainer.model.modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")]
+    assert len(layers) >= 14  # seven in each of two layers
+    before = trainer.evaluate()["eval_reverse_kl_topk"]
+    packed = [layer.weight.detach().clone() for layer in layers]
+    trainer.train()
+    after = trainer.evaluate()["eval_reverse_kl_topk"]
+    assert after < 0.95 * before
+    assert all(torch.equal(layer.weight, old) for layer, old in zip(layers, packed, strict=True))
+    trainer.save_model()
+    # The adapter's directory is a student like any other, over a base that is quantized again.
+    again = make(tmp_path / "out")
+    assert again.evaluate()["eval_reverse_kl_topk"] == pytest.approx(after, rel=1e-5)
+    assert read_model_card(str(tmp_path / "out"))["opd_rounds"]
+
+
+def test_quantized_weights_alone_cannot_be_trained(tmp_path, student_dir, table):
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(ValueError, match="purely quantized"):
+        OfflineOPDTrainer(str(student_dir), make_args(tmp_path), table, quantization_config=quantized(4))
