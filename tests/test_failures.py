@@ -42,7 +42,9 @@ def test_a_loss_that_is_no_number_ends_training_before_the_step(tmp_path, studen
     weights = Weights()
     trainer = make_trainer(tmp_path, student_dir, table, callbacks=[weights], gradient_accumulation_steps=3)
     spoil(monkeypatch, 5, value)  # the second of the second step
-    with pytest.raises(FloatingPointError, match=r"step 2 is (nan|inf|-inf) on process 0.*learning_rate` \(it is 0.001"):
+    with pytest.raises(
+        FloatingPointError, match=r"step 2 is (nan|inf|-inf) on process 0.*learning_rate` \(it is 0.001"
+    ):
         trainer.train()
     assert trainer.state.global_step == 1
     assert all(torch.equal(p, before) for p, before in zip(trainer.model.parameters(), weights.before, strict=True))

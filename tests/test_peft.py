@@ -7,12 +7,14 @@ import sys
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
+from conftest import make_model
 from hub import Hub
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from test_trainer import make_args, make_trainer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from trl_lopd import OfflineOPDTrainer, read_model_card
+from trl_lopd import OfflineOPDTrainer, fingerprint_teacher, read_model_card, stamp_model_card
 
 IDS = torch.tensor([[5, 9, 14, 3, 22, 7], [6, 30, 12, 2, 11, 8]])
 
@@ -110,15 +112,30 @@ def quantized(bits):
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
 
 
+@pytest.fixture(scope="module")
+def wide_student(tmp_path_factory, tokenizer, teacher_dir):
+    """On a CPU, bitsandbytes packs rows of 4-bit weights by 32."""
+    path = tmp_path_factory.mktemp("models") / "wide"
+    make_model(seed=2, hidden=64).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    stamp_model_card(
+        path,
+        sft_teachers=[fingerprint_teacher(teacher_dir)],
+        evidence="verified",
+        checkpoint=fingerprint_teacher(path),
+    )
+    return path
+
+
 @pytest.mark.parametrize(("bits", "options"), [(4, {}), (4, {"use_dora": True}), (8, {})])
-def test_adapters_train_on_quantized_weights(tmp_path, student_dir, table, bits, options):
+def test_adapters_train_on_quantized_weights(tmp_path, wide_student, table, bits, options):
     pytest.importorskip("bitsandbytes")
 
     def make(student, **kwargs):
         args = make_args(tmp_path, max_steps=8, learning_rate=1e-2, activation_checkpointing=True)
         return OfflineOPDTrainer(str(student), args, table, table, quantization_config=quantized(bits), **kwargs)
 
-    trainer = make(student_dir, peft_config=lora(**options))
+    trainer = make(wide_student, peft_config=lora(**options))
     layers = [m for m in trainer.model.modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")]
     assert len(layers) >= 14  # seven in each of two layers
     before = trainer.evaluate()["eval_reverse_kl_topk"]
@@ -138,3 +155,50 @@ def test_quantized_weights_alone_cannot_be_trained(tmp_path, student_dir, table)
     pytest.importorskip("bitsandbytes")
     with pytest.raises(ValueError, match="purely quantized"):
         OfflineOPDTrainer(str(student_dir), make_args(tmp_path), table, quantization_config=quantized(4))
+
+
+# ---- Options that save memory ----
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"use_reentrant": True}, {"every_n_layers": 2}])
+@pytest.mark.parametrize("adapters", [False, True])
+def test_activation_checkpointing_changes_no_loss(tmp_path, student_dir, table, kwargs, adapters):
+    losses = []
+    for options in ({}, {"activation_checkpointing": True, "activation_checkpointing_kwargs": kwargs}):
+        config = lora() if adapters else None
+        trainer = make_trainer(tmp_path, student_dir, table, peft_config=config, max_steps=3, **options)
+        trainer.train()
+        losses.append([x["loss"] for x in trainer.state.log_history if "loss" in x])
+    assert trainer.model.is_activation_checkpointing
+    # What is recomputed is computed by the same operations.
+    assert losses[0] == losses[1] and losses[0][0] > losses[0][2]
+
+
+@pytest.mark.parametrize("given", ["in the arguments", "by the launcher"])
+@pytest.mark.parametrize("size", ["cp_size", "sp_size"])
+def test_split_sequences_are_refused_before_a_model_is_loaded(tmp_path, student_dir, table, monkeypatch, given, size):
+    options = {}
+    if given == "by the launcher":
+        monkeypatch.setenv(f"PARALLELISM_CONFIG_{size.upper()}", "2")
+    else:
+        options["parallelism_config"] = ParallelismConfig(**{size: 2})
+    monkeypatch.setattr("trl_lopd.trainer.create_model_from_path", None)
+    with pytest.raises(ValueError, match="`cp_size` and `sp_size` to 1.*activation_checkpointing.*max_tokens_per_dev"):
+        make_trainer(tmp_path, student_dir, table, **options)
+
+
+def test_of_liger_all_but_the_loss_is_used(tmp_path, student_dir, table):
+    with pytest.raises(ValueError, match="fused_linear_cross_entropy.*Leave it out"):
+        make_trainer(
+            tmp_path, student_dir, table, use_liger_kernel=True,
+            liger_kernel_config={"fused_linear_cross_entropy": True},
+        )  # fmt: skip
+    pytest.importorskip("liger_kernel")
+    # Triton kernels need a GPU.
+    gpu_only = dict.fromkeys(("rope", "rms_norm", "swiglu", "cross_entropy"), False)
+    trainer = make_trainer(
+        tmp_path, student_dir, table, use_liger_kernel=True, liger_kernel_config=gpu_only, max_steps=1
+    )
+    forward = trainer.model.forward
+    trainer.train()
+    assert trainer.model.forward == forward

@@ -24,8 +24,8 @@ class LossCheck:
     Raises `FloatingPointError` on every process before an optimizer step that would use a loss that is NaN or infinite
     on one of them, and writes the batches behind it to `output_dir/nonfinite_batch_rank{rank}.json`.
 
-    It takes one gather of a number a batch and one synchronization with the device an optimizer step. Gradients are not
-    looked at: under fp16 loss scaling some overflow, and the scaler skips those steps.
+    It takes one gather of a number a batch and one synchronization with the device an optimizer step. Gradients are
+    not looked at: under fp16 loss scaling some overflow, and the scaler skips those steps.
 
     Args:
         trainer ([`OfflineOPDTrainer`]): Whose losses these are.
@@ -71,7 +71,7 @@ class LossCheck:
         accelerator.wait_for_everyone()
         raise FloatingPointError(
             f"The loss of step {step} is {'; '.join(found)}. The step was not taken. If losses rose before it, lower "
-            f"`learning_rate` (it is {args.learning_rate:g}) or warm up, and resume from a checkpoint before the rise. "
+            f"`learning_rate` (it is {args.learning_rate:g}) or warm up, and resume from a checkpoint before it. "
             "If it stays with the same rows, look at their teacher scores with `trl-lopd inspect`: drop rows that are "
             "far off the others, or raise `teacher_logprob_floor`. In fp16, try bf16."
         )

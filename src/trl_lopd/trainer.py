@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import torch
+from accelerate import ParallelismConfig
 from accelerate.utils import DistributedType, is_peft_model, send_to_device
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, IterableDataset
@@ -163,6 +164,23 @@ class OfflineOPDTrainer(Trainer):
                 "`packing` needs the lengths of all rows, which a stream does not have. Set `padding_free=True` "
                 "instead, or pass a `Dataset`."
             )
+        # `accelerate launch` gives it in the environment, which is what a default config reads.
+        parallelism = args.parallelism_config or ParallelismConfig()
+        if parallelism.cp_enabled or parallelism.sp_enabled:
+            raise ValueError(
+                "Context and sequence parallelism are not supported: trained tokens are found by their place in the "
+                "whole sequence, which no process would hold. Set `cp_size` and `sp_size` to 1. For long sequences, "
+                "use `activation_checkpointing=True`, with `activation_checkpointing_kwargs={'offload': True}` if it "
+                "takes that, `max_tokens_per_device`, a `peft_config`, and ZeRO-3 or FSDP2."
+            )
+        if args.use_liger_kernel:
+            liger = args.liger_kernel_config or {}
+            if liger.get("fused_linear_cross_entropy"):
+                raise ValueError(
+                    "`liger_kernel_config={'fused_linear_cross_entropy': True}` would replace the forward in which "
+                    "this trainer computes its loss. Leave it out: Liger's other kernels are used."
+                )
+            args.liger_kernel_config = {**liger, "fused_linear_cross_entropy": False}
 
         init_kwargs = dict(args.model_init_kwargs or {})
         init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
@@ -245,6 +263,15 @@ class OfflineOPDTrainer(Trainer):
             assert_head_is_plain(model)
             if args.activation_checkpointing:
                 model.enable_input_require_grads()
+                if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+                    # Otherwise what is recomputed has other shapes than what was saved, see TRL issue 2514.
+                    kwargs = args.activation_checkpointing_kwargs or {}
+                    if kwargs.get("use_reentrant") is False:
+                        raise ValueError(
+                            "Adapters under ZeRO-3 need `activation_checkpointing_kwargs={'use_reentrant': True}`, "
+                            "which is the default there."
+                        )
+                    args.activation_checkpointing_kwargs = {**kwargs, "use_reentrant": True}
 
         collator = OfflineOPDCollator(
             pad_token_id=_pad_token_id(processing_class),
@@ -273,9 +300,6 @@ class OfflineOPDTrainer(Trainer):
                 "`nn.DataParallel` is not supported. Launch with `accelerate launch` or `torchrun`, or make a single "
                 "GPU visible with `CUDA_VISIBLE_DEVICES`."
             )
-        parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            raise ValueError("Context and sequence parallelism are not supported: set `cp_size` and `sp_size` to 1.")
         self._window: dict[str, torch.Tensor] = {}
         self._boundaries_checked = False
         self._check_loss = LossCheck(self)

@@ -81,7 +81,9 @@ def test_a_bad_row_that_one_process_reads_is_named(tmp_path, student_dir, rows):
     Dataset.from_list(bad, features=table.features).save_to_disk(tmp_path / "rows")
     done = launch("ddp", "row", student_dir, tmp_path / "rows", tmp_path / "out")
     assert done.returncode != 0 and "TRAINED" not in done.stdout
-    assert re.search(r"\[rank1\]: trl_lopd.table.TableError: Row 3, column `teacher_logprobs`, token 0: nan", done.stderr)
+    assert re.search(
+        r"\[rank1\]: trl_lopd.table.TableError: Row 3, column `teacher_logprobs`, token 0: nan", done.stderr
+    )
 
 
 def test_sigterm_saves_a_checkpoint_from_which_training_goes_on_exactly(tmp_path, student_dir, rows):
