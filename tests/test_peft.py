@@ -79,9 +79,8 @@ args = OfflineOPDConfig(
     out, hub_model_id="tester/adapter", push_to_hub=True, use_cpu=True, bf16=False, report_to="none", max_steps=2,
     learning_rate=1e-2, save_strategy="no", activation_checkpointing=True, per_device_train_batch_size=4,
 )
-trainer = OfflineOPDTrainer(
-    student, args, load_from_disk(table), peft_config=LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-)
+lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+trainer = OfflineOPDTrainer(student, args, load_from_disk(table), peft_config=lora)
 trainer.train()
 trainer.push_to_hub()
 ids = torch.tensor([[5, 9, 14, 3]])
@@ -132,7 +131,7 @@ def test_adapters_train_on_quantized_weights(tmp_path, wide_student, table, bits
     pytest.importorskip("bitsandbytes")
 
     def make(student, **kwargs):
-        args = make_args(tmp_path, max_steps=8, learning_rate=1e-2, activation_checkpointing=True)
+        args = make_args(tmp_path, max_steps=20, learning_rate=2e-3, activation_checkpointing=True)
         return OfflineOPDTrainer(str(student), args, table, table, quantization_config=quantized(bits), **kwargs)
 
     trainer = make(wide_student, peft_config=lora(**options))

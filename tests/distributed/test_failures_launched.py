@@ -1,4 +1,4 @@
-"""One of two processes fails: all end within seconds, with its message. A checkpoint on SIGTERM, and going on from it."""
+"""One of two processes fails: all end within seconds, with its message. SIGTERM saves a checkpoint to go on from."""
 
 from __future__ import annotations
 
