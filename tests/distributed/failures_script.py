@@ -1,5 +1,5 @@
 """
-Trains on however many processes started it, and has something happen to the last of them in its third batch.
+Trains on however many processes started it, and has something happen to the last of them in its fifth batch.
 
     failures_script.py ENGINE WHAT STUDENT ROWS OUT
 """
@@ -15,6 +15,8 @@ import torch
 from datasets import load_from_disk
 from effopd_script import fsdp_on_cpu, make_trainer
 from transformers import TrainerCallback
+
+from trl_lopd.collator import OfflineOPDCollator
 
 LAST = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
 
@@ -59,12 +61,12 @@ def main(engine, what, student, rows, out, *options):
         activation_checkpointing=False,
     )
     trainer.add_callback(OneLine())
-    collate, happen = trainer.data_collator, {"nan": spoil, "memory": exhaust, "sigterm": terminate}.get(what)
+    collate, happen = OfflineOPDCollator.__call__, {"nan": spoil, "memory": exhaust, "sigterm": terminate}.get(what)
     batches = 0
 
-    def collate_and_count(rows):
+    def collate_and_count(self, rows):
         nonlocal batches
-        batch = collate(rows)
+        batch = collate(self, rows)
         batches += 1
         if what == "sigterm":
             time.sleep(0.1)
@@ -74,7 +76,7 @@ def main(engine, what, student, rows, out, *options):
         return batch
 
     if happen:
-        trainer.data_collator = collate_and_count
+        OfflineOPDCollator.__call__ = collate_and_count
     trainer.train(resume_from_checkpoint=what == "sigterm_resumed" or None)
     print("TRAINED", trainer.state.global_step, flush=True)
     trainer.save_model(f"{out}/final")
