@@ -316,11 +316,14 @@ def test_an_adapter_without_a_stamp_is_refused_and_so_is_a_loaded_one_over_a_bar
         OfflineOPDTrainer(model, make_args(tmp_path), table)
 
 
-def test_an_adapter_on_the_head_is_refused(tmp_path, student_dir, table):
-    from peft import LoraConfig
+def test_adapters_that_the_loss_would_not_see_are_refused(tmp_path, student_dir, table):
+    from peft import LoraConfig, PromptTuningConfig
 
     with pytest.raises(ValueError, match="lm_head.*target_modules"):
         make_trainer(tmp_path, student_dir, table, peft_config=LoraConfig(r=2, target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="virtual tokens.*LoRA"):
+        virtual = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        make_trainer(tmp_path, student_dir, table, peft_config=virtual)
 
 
 # ---- Teachers and cards ----

@@ -263,12 +263,19 @@ def add_distillation_head(model) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-def assert_head_is_plain(model) -> None:
-    """Raises `ValueError` if a PEFT adapter sits on the LM head, whose weight is read directly, past the module."""
+def assert_adapters_are_seen(model) -> None:
+    """Raises `ValueError` if a PEFT adapter sits where the loss would not see it: on the LM head, whose weight is read
+    directly, past the module; or as virtual tokens before the prompt, which move all others."""
+    from peft import PromptLearningConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise ValueError(
             "A PEFT adapter on `lm_head` would never be trained: log-probabilities are computed from `lm_head.weight` "
             "directly. Remove 'lm_head' from `target_modules` of your `peft_config`."
+        )
+    if any(isinstance(config, PromptLearningConfig) for config in model.peft_config.values()):
+        raise ValueError(
+            "Prompt tuning, prefix tuning and P-tuning put virtual tokens before the prompt, where the loss does not "
+            "look for them. Use adapters on the weights, such as LoRA."
         )

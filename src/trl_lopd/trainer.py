@@ -42,7 +42,7 @@ from .consistency import Verdict, check_teacher_consistency, inherited_teachers
 from .effopd import EffOPDCallback
 from .failures import LossCheck, SaveOnSigterm, out_of_memory_advice
 from .fingerprint import TeacherFingerprint
-from .head import Targets, TokenOutput, add_distillation_head, assert_head_is_plain
+from .head import Targets, TokenOutput, add_distillation_head, assert_adapters_are_seen
 from .models import load_tokenizer
 from .objective import (
     mean_loss,
@@ -260,7 +260,7 @@ class OfflineOPDTrainer(Trainer):
         if peft_config is not None:
             model = _wrap_in_adapters(model, peft_config, args)
         if is_peft_model(model):
-            assert_head_is_plain(model)
+            assert_adapters_are_seen(model)
             if args.activation_checkpointing:
                 model.enable_input_require_grads()
                 if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
