@@ -121,6 +121,8 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
         raise SystemExit("`--compare` needs a table with teacher top-k columns: score it with `top_k=8`.")
     if (training_args.resume_from_checkpoint or "").lower() == "true":
         training_args.resume_from_checkpoint = True
+    # Within `train`: DeepSpeed has no engine to evaluate with before.
+    training_args.eval_on_start = eval_table is not None
     student = model_args.model_name_or_path
     models, held_out = {"SFT student": student}, {}
 
@@ -134,10 +136,10 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
             peft_config=get_peft_config(model_args),
         )
         name = f"offline OPD ({trainer.loss_type})"
-        if eval_table is not None:
-            held_out.setdefault("SFT student", trainer.evaluate().get("eval_reverse_kl_topk"))
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         if eval_table is not None:
+            start = trainer.state.log_history[0]
+            held_out.setdefault("SFT student", start.get("eval_reverse_kl_topk"))
             held_out[name] = trainer.evaluate().get("eval_reverse_kl_topk")
         trainer.save_model(args.output_dir)
         trainer.save_state()

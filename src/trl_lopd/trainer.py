@@ -407,6 +407,11 @@ class OfflineOPDTrainer(Trainer):
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     def train(self, *args, **kwargs):
+        if self.is_deepspeed_enabled and self.deepspeed is not None:
+            raise ValueError(
+                "This trainer has evaluated or trained with DeepSpeed already, whose engine is made once. Make "
+                "another trainer; to evaluate before the first step, set `eval_on_start=True`."
+            )
         self._window = {}
         try:
             output = super().train(*args, **kwargs)
@@ -582,6 +587,11 @@ class OfflineOPDTrainer(Trainer):
         return None, None, None
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        if self.is_deepspeed_enabled and self.deepspeed is None and self.accelerator.deepspeed_plugin.zero_stage < 3:
+            raise ValueError(
+                "DeepSpeed cannot evaluate before training, unless it is ZeRO-3 and no training follows. To evaluate "
+                "before the first step, set `eval_on_start=True`."
+            )
         self._eval_batches = []
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         totals = {
@@ -629,7 +639,14 @@ class OfflineOPDTrainer(Trainer):
     # ---- Saving ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and not _internal_call and "SHARDED" in str(plugin.state_dict_type):
+            # The weights of checkpoints are sharded then; without this, this directory would have none.
+            plugin.set_state_dict_type("FULL_STATE_DICT")
+            super().save_model(output_dir)
+            plugin.set_state_dict_type("SHARDED_STATE_DICT")
+        else:
+            super().save_model(output_dir, _internal_call)
         output_dir = output_dir or self.args.output_dir
         if self.is_world_process_zero():
             self._saved = (output_dir, self.state.global_step, checkpoint_fingerprint(output_dir))

@@ -14,7 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
-import accelerate.state
+import accelerate
 import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType, is_peft_model
@@ -429,12 +429,14 @@ def fsdp_on_cpu():
         begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            # From where every later state takes it.
+            accelerate.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     accelerate.state.AcceleratorState.__init__ = begin_with_plugin
 
 
-def main():
-    student, table, directory, *cases = sys.argv[1:]
+def run(functions, student, table, directory, *cases):
+    """Runs each KIND:CASE, and writes what it gives."""
     fsdp_on_cpu()
     rows = load_from_disk(table)
     for case in cases:
@@ -444,8 +446,8 @@ def main():
 
             deepspeed.init_distributed("gloo")
         out = Path(directory, kind, name)
-        result = CASES[name](kind, student, rows, out)
         out.mkdir(parents=True, exist_ok=True)
+        result = functions[name](kind, student, rows, out)
         (out / f"{RANK}.json").write_text(json.dumps(result))
     if WORLD > 1:
         # Gloo may abort a process that ends while the other one still talks to it.
@@ -454,4 +456,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(CASES, *sys.argv[1:])

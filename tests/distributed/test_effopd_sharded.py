@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_rollouts
+from launcher import Launcher
 
 from trl_lopd import score_rollouts
 
@@ -35,39 +33,14 @@ def having(case):
     return [kind for kind, cases in (TORCH | ZERO).items() if case in cases]
 
 
-class Launcher:
-    def __init__(self, *arguments):
-        self.arguments = [str(argument) for argument in arguments]
-        self.out = arguments[-1]
-        self.launched = {}
-
-    def start(self, processes, cases):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = command[: 6 if processes > 1 else 1] + [str(SCRIPT), *self.arguments, *cases]
-        env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
-
-    def __call__(self, kind, case, rank=0):
-        """What a case gave, of which all those of its launch were run."""
-        group = next(group for group in ({"single": ONE}, TORCH, ZERO) if kind in group)
-        cases = [f"{kind}:{case}" for kind, cases in group.items() for case in cases]
-        if cases[0] not in self.launched:
-            self.launched[cases[0]] = self.start(1 if kind == "single" else 2, cases)
-        done = self.launched[cases[0]]
-        assert done.returncode == 0, done.stderr[-5000:]
-        return json.loads((self.out / kind / case / f"{rank}.json").read_text())
-
-    def load(self, kind, case, name="weights"):
-        return torch.load(self.out / kind / case / f"{name}.pt")
-
-
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory, teacher_dir, student_dir):
     path = tmp_path_factory.mktemp("effopd")
     score_rollouts(make_rollouts(85), str(teacher_dir), top_k=4, ref_model=str(student_dir)).save_to_disk(
         path / "rows"
     )
-    return Launcher(student_dir, path / "rows", path / "out")
+    groups = {"single": {"single": ONE}, "torch": TORCH, "zero": ZERO}
+    return Launcher(SCRIPT, student_dir, path / "rows", path / "out", groups=groups)
 
 
 @pytest.fixture(autouse=True)
