@@ -649,6 +649,7 @@ class OfflineOPDTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
         output_dir = output_dir or self.args.output_dir
         if self.is_world_process_zero():
+            os.makedirs(output_dir, exist_ok=True)  # sharded weights are not in there yet
             self._saved = (output_dir, self.state.global_step, checkpoint_fingerprint(output_dir))
             self._write_args(output_dir)
         # After the weights: PEFT writes a card of its own beside them.

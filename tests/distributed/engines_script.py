@@ -38,6 +38,10 @@ def sampled_token(*case):
     return trained(*case, loss_type="sampled", loss_aggregation="token_mean", activation_checkpointing=False)
 
 
+def padding_free(*case):
+    return trained(*case, padding_free=True)
+
+
 def bf16(*case):
     return trained(*case, bf16=True)
 
@@ -85,5 +89,5 @@ def best(kind, student, rows, out):
 
 
 if __name__ == "__main__":
-    cases = (topk_token, sampled_sequence, sampled_token, bf16, lora, whole, resumed, resumed_alone, best)
+    cases = (topk_token, sampled_sequence, sampled_token, padding_free, bf16, lora, whole, resumed, resumed_alone, best)
     run({case.__name__: case for case in cases}, *sys.argv[1:])

@@ -16,11 +16,11 @@ from trl_lopd import score_rollouts
 
 SCRIPT = Path(__file__).parent / "engines_script.py"
 
-ALL = ["whole", "sampled_token", "topk_token", "sampled_sequence", "lora", "bf16", "best"]
+ALL = ["whole", "sampled_token", "topk_token", "sampled_sequence", "padding_free", "lora", "bf16", "best"]
 TORCH = {"ddp": ALL, "fsdp2": ALL}
 ZERO = {
     "zero1": ["whole", "sampled_token", "bf16"],
-    "zero2": ["whole", "sampled_token", "lora", "bf16", "best"],
+    "zero2": ["whole", "sampled_token", "padding_free", "lora", "bf16", "best"],
     # Every parameter of a tiny model is below the size at which ZeRO-3 begins to shard by default.
     "zero3": ALL,
     "zero3-persistent": ["whole"],
@@ -79,7 +79,7 @@ def assert_same_weights(found, expected, atol):
         torch.testing.assert_close(found[name], value, atol=atol, rtol=0, msg=lambda m, n=name: f"{n} {m}")
 
 
-@pytest.mark.parametrize("kind, case", having("whole", "sampled_token", "topk_token", "sampled_sequence", "lora"))
+@pytest.mark.parametrize("kind, case", having(*ALL[:6]))
 def test_is_what_one_process_does(launch, student_dir, kind, case):
     """
     One process, four batches of two rows a step, against two processes, two batches each; Adam, float32.
