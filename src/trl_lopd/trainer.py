@@ -661,7 +661,6 @@ class OfflineOPDTrainer(Trainer):
         # A token for the Hub is masked in there, one for loading is not.
         kwargs = settings["model_init_kwargs"] or {}
         settings["model_init_kwargs"] = {name: value for name, value in kwargs.items() if name != "token"}
-        os.makedirs(output_dir, exist_ok=True)  # sharded weights are written there later
         Path(output_dir, "training_args.json").write_text(json.dumps(settings, indent=2, default=str))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -89,5 +89,5 @@ def best(kind, student, rows, out):
 
 
 if __name__ == "__main__":
-    cases = (topk_token, sampled_sequence, sampled_token, padding_free, bf16, lora, whole, resumed, resumed_alone, best)
-    run({case.__name__: case for case in cases}, *sys.argv[1:])
+    cases = [topk_token, sampled_sequence, sampled_token, padding_free, bf16, lora, whole, resumed, resumed_alone]
+    run({case.__name__: case for case in [*cases, best]}, *sys.argv[1:])
