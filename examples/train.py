@@ -18,12 +18,14 @@ With `--eval_prompts` (JSON lines of `prompt` and `answer`), greedy accuracy is 
 import json
 import os
 import re
+import shutil
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer, evaluate_model, load_benchmark, load_table
@@ -71,12 +73,18 @@ def load_splits(script_args: ScriptArguments):
 
 
 def report(
-    models: dict[str, str], held_out: dict[str, float], script_args: TrainScriptArguments, output_dir: str
-) -> list[dict]:
-    """Evaluates every model, into `output_dir/evaluations`, and prints a table."""
+    models: dict[str, str], held_out: dict[str, float], script_args: TrainScriptArguments, trainer: OfflineOPDTrainer
+) -> None:
+    """Evaluates every model, into `evaluations` of the run, all processes together, and prints a table."""
     problems = load_benchmark(script_args.eval_prompts)
+    # Else ZeRO-3 would shard these models too.
+    unset_hf_deepspeed_config()
     rows = []
     for name, path in models.items():
+        directory = Path(trainer.args.output_dir, "evaluations", re.sub(r"\W+", "-", name).strip("-").lower())
+        if trainer.is_world_process_zero():
+            shutil.rmtree(directory, ignore_errors=True)  # of another run
+        trainer.accelerator.wait_for_everyone()
         result = evaluate_model(
             path,
             problems,
@@ -87,15 +95,15 @@ def report(
             temperature=0,
             max_completion_length=script_args.eval_max_completion_length,
             batch_size=256,
+            output_dir=directory,
         )
-        directory = Path(output_dir, "evaluations", re.sub(r"\W+", "-", name).strip("-").lower())
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "metrics.json").write_text(json.dumps(result, indent=2))
         metrics = result["metrics"]
         row = {"model": name, "accuracy": metrics["exact_answer"]["value"], "held_out": held_out.get(name)}
         if "reverse_kl" in metrics:
             row["fresh"], row["fresh_se"] = metrics["reverse_kl"].values()
         rows.append(row)
+    if not trainer.is_world_process_zero():
+        return
     table = Table("model", "greedy accuracy", "reverse KL, fresh rollouts\n(nats a sequence)",
                   "reverse KL, held-out top-k\n(nats a token)", title=f"{len(problems)} held-out prompts")  # fmt: skip
     for row in rows:
@@ -106,7 +114,9 @@ def report(
             f"{row['held_out']:.4f}" if row["held_out"] is not None else "–",
         )
     Console(width=100).print(table)
-    return rows
+    with open(os.path.join(trainer.args.output_dir, "report.json"), "w") as file:
+        json.dump(rows, file, indent=2)
+    print(f"The table is also in {file.name}")
 
 
 def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, model_args: ModelConfig) -> None:
@@ -155,13 +165,10 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
         changes = {"loss_type": other, "output_dir": f"{training_args.output_dir}-{other}", "push_to_hub": False}
         train(replace(training_args, **changes, ratio_clip=None, resume_from_checkpoint=None))
 
-    if script_args.eval_prompts and trainer.is_world_process_zero():
+    if script_args.eval_prompts:
         if script_args.teacher:
             models["teacher"] = script_args.teacher
-        rows = report(models, held_out, script_args, training_args.output_dir)
-        with open(os.path.join(training_args.output_dir, "report.json"), "w") as file:
-            json.dump(rows, file, indent=2)
-        print(f"The table is also in {file.name}")
+        report(models, held_out, script_args, trainer)
     trainer.accelerator.wait_for_everyone()
     trainer.end()
 
