@@ -235,7 +235,7 @@ def test_metrics_are_token_weighted_means_of_their_definitions(case):
         {name: (values.amax(0) if name.endswith("max") else values.sum(0)) for name, values in t.items()}
         for t in totals
     ]
-    combined = {name: (max if name.endswith("max") else sum)(t[name].item() for t in totals) for name in totals[0]}
+    combined = {name: (max if name.endswith("max") else sum)(t[name].numpy() for t in totals) for name in totals[0]}
     metrics = summarize(combined)
 
     def kept(x):
@@ -260,6 +260,9 @@ def test_metrics_are_token_weighted_means_of_their_definitions(case):
         "importance_weight/ess": w.sum() ** 2 / (len(w) * (w**2).sum()),
         "reverse_kl_weighted": (-w * r).mean(),
     }
+    # Half the distance of two points of the grid.
+    quantiles = {f"importance_weight/p{q:02}": np.quantile(w, q / 100, method="inverted_cdf") for q in (1, 50, 99)}
+    assert {name: metrics.pop(name) for name in quantiles} == pytest.approx(quantiles, rel=math.expm1(0.0101))
     assert metrics == pytest.approx(expected, rel=1e-4)
     assert 0 < expected["advantage/clip_fraction"] < 1
     for aggregation in ("sequence_mean", "token_mean"):

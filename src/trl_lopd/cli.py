@@ -79,6 +79,12 @@ def main(argv: list[str] | None = None) -> int:
         "--rows", type=int, default=100, metavar="N", help="rollouts, drawn at random if there are more (100)"
     )
     command.add_argument("--output", help="file to write (RUN/report.html)")
+    command.add_argument(
+        "--report_to",
+        default="none",
+        choices=["none", "wandb"],
+        help="log the file as an artifact, to the wandb run of the training",
+    )
 
     for name, command in commands.choices.items():
         if name not in jobs:
@@ -203,6 +209,12 @@ def _report(args: argparse.Namespace) -> Answer:
     from .report import write_report
 
     written = write_report(args.run, table=args.table, student=args.student, rows=args.rows, output=args.output)
+    if args.report_to == "wandb":
+        from .reporting import log_report
+
+        settings = Path(args.run, "training_args.json")
+        trained = json.loads(settings.read_text()).get("wandb_run") if settings.is_file() else None
+        written["artifact"] = log_report(written["output"], trained)
 
     def show(written: dict[str, Any]) -> None:
         for warning in written["warnings"]:
@@ -211,6 +223,8 @@ def _report(args: argparse.Namespace) -> Answer:
             f"{written['output']}: {written['rollouts']:,} rollouts of {written['tokens']:,} tokens, "
             f"{written['bytes'] / 1e6:.1f} MB"
         )
+        if "artifact" in written:
+            _line(f"Logged to wandb as the artifact {written['artifact']}")
 
     return 0, written, show
 

@@ -210,3 +210,10 @@ class OfflineOPDConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:
+        settings = super().to_dict()
+        # Reporters get this. A token for the Hub is masked in there, one for loading is not.
+        kwargs = settings["model_init_kwargs"] or {}
+        settings["model_init_kwargs"] = {name: value for name, value in kwargs.items() if name != "token"}
+        return settings

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,10 @@ from torch import Tensor
 _TAIL_FLOOR = torch.finfo(torch.float32).eps
 # exp of a larger log-ratio would drown every other token of a mean, and overflow turns into NaN in a gradient.
 _MAX_LOG_RATIO = 20.0
+# Quantiles of importance weights are read from counts on a grid of log-weights: means add up over windows, quantiles
+# do not. In nats: the distance of its points, and its ends.
+_GRID, _GRID_END = 0.02, 4.0
+_GRID_POINTS = 2 * round(_GRID_END / _GRID) + 1
 
 
 def advantage(logprobs: Tensor, teacher_logprobs: Tensor, clip: float = 10.0) -> Tensor:
@@ -151,7 +156,8 @@ def sequence_totals(
     reverse_kl: Tensor | None = None,
     top1_agreement: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Everything [`summarize`] needs, added up over each sequence's trained tokens: each value is `(s,)`.
+    """Everything [`summarize`] needs, added up over each sequence's trained tokens: each value is `(s,)`, counts of
+    importance weights on a grid, `weight_counts`, `(s, points)`.
 
     Totals of batches, windows and processes combine by addition (keys that end in `max` by maximum), so any average
     made of them is weighted by tokens. All inputs `(n,)`, without gradient; `reverse_kl` is [`reverse_kl_topk`].
@@ -184,12 +190,18 @@ def sequence_totals(
     totals = dict(zip(values, sums.unbind(-1), strict=True))
     if ref_logprobs is not None:
         totals["weight_max"] = weight.new_zeros(num_sequences).scatter_reduce_(0, sequences, weight, "amax")
+        # What is not a number shows in the mean; as an index it would be out of range.
+        log_weight = (logprobs - ref_logprobs).nan_to_num(nan=_GRID_END).clamp(-_GRID_END, _GRID_END)
+        point = (log_weight / _GRID).round().long() + _GRID_POINTS // 2
+        counts = torch.zeros(num_sequences * _GRID_POINTS, device=sequences.device)
+        counts.index_add_(0, sequences * _GRID_POINTS + point, torch.ones_like(counts[:1]).expand(len(point)))
+        totals["weight_counts"] = counts.view(num_sequences, _GRID_POINTS)
     totals["sequences"] = torch.ones_like(totals["tokens"])
     totals["sequence_loss"] = totals["loss"] / totals["tokens"]
     return totals
 
 
-def summarize(totals: dict[str, float]) -> dict[str, float]:
+def summarize(totals: dict[str, float | np.ndarray]) -> dict[str, float]:
     """Metrics from combined [`sequence_totals`], each a mean over trained tokens unless it says otherwise.
 
     - `reverse_kl_topk`: nats a token; on held-out rows, the number to select by. It grows with the stored k: compare
@@ -202,7 +214,8 @@ def summarize(totals: dict[str, float]) -> dict[str, float]:
     - `entropy`: of the student, nats. `mean_token_accuracy`: the student's most likely token is the rollout's.
     - `top1_agreement`: the student's most likely token is the teacher's.
     - `importance_weight/mean|std|max`: of `pi/pi_ref` a token. `importance_weight/ess`: effective sample size
-      `(sum w)^2 / (n * sum w^2)`, 1 where the student has not moved. `reverse_kl_weighted`: mean of
+      `(sum w)^2 / (n * sum w^2)`, 1 where the student has not moved. `importance_weight/p01|p50|p99`: quantiles,
+      within 1 %, and between exp(-4) and exp(4). `reverse_kl_weighted`: mean of
       `w * (log pi - log pi_T)`, the reverse KL estimated from tokens sampled from `pi_ref`. Where rollouts were
       sampled at another temperature than 1, `pi_ref` at temperature 1 is not quite the policy that sampled them.
     """
@@ -231,6 +244,10 @@ def summarize(totals: dict[str, float]) -> dict[str, float]:
             "importance_weight/ess": mean["weight"] ** 2 / mean["weight_sq"] if mean["weight_sq"] > 0 else 0.0,
             "reverse_kl_weighted": mean["weighted_log_ratio"],
         }
+        ranks = totals["weight_counts"].cumsum()
+        for percent in (1, 50, 99):
+            point = int(np.searchsorted(ranks, percent / 100 * n))
+            metrics[f"importance_weight/p{percent:02}"] = math.exp((point - _GRID_POINTS // 2) * _GRID)
     return metrics
 
 

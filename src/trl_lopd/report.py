@@ -74,7 +74,10 @@ _SETTINGS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
 )
 # Paths of a machine, which are nobody else’s business, and a block that nobody sets.
-_NOT_SHOWN = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "hub_model_id", "accelerator_config")
+_NOT_SHOWN = (
+    *("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "hub_model_id", "accelerator_config"),
+    "wandb_run",
+)
 
 
 def write_report(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import torch
+import transformers.integrations
 from accelerate import ParallelismConfig
 from accelerate.utils import DistributedType, is_peft_model, send_to_device
 from accelerate.utils.memory import should_reduce_batch_size
@@ -39,6 +40,7 @@ from .cards import count_teachers, read_model_card, stamp_model_card
 from .collator import OfflineOPDCollator, too_long
 from .config import OfflineOPDConfig
 from .consistency import Verdict, check_teacher_consistency, inherited_teachers
+from .drift import describe_weights, has_left, remedy
 from .effopd import EffOPDCallback
 from .failures import LossCheck, SaveOnSigterm, out_of_memory_advice
 from .fingerprint import TeacherFingerprint
@@ -226,7 +228,7 @@ class OfflineOPDTrainer(Trainer):
         }
         # Two, so that the card names the teachers that trained the model and not those that only evaluated it.
         self._check, self._eval_check = _TableCheck(**check_args), _TableCheck(**check_args)
-        self._off_policy = False
+        self._off_policy = self._left = False
         self._table_args = {"tokenizer": processing_class, "model_config": config}
         self.loss_type: str | None = None  # the training columns decide it
         self._prepare(train_dataset, args, "train_dataset", self._check)
@@ -312,6 +314,10 @@ class OfflineOPDTrainer(Trainer):
         self._saved: tuple[str | None, int | None, TeacherFingerprint | None] = (None, None, None)
         self._eval_batches: list[dict[str, torch.Tensor]] = []
         self.model.add_model_tags(self._tag_names)
+        if self.pop_callback(transformers.integrations.WandbCallback) is not None:
+            from .reporting import WandbCallback
+
+            self.add_callback(WandbCallback(self))
 
     # ---- Data ----
 
@@ -580,9 +586,11 @@ class OfflineOPDTrainer(Trainer):
             _, totals = self._forward(model, inputs, self._num_items(inputs))
         self._try_boundaries(model)
         # Gathered a sequence at a time, so that rows repeated to fill the last batch are dropped.
-        names = sorted(totals)
-        gathered = self.accelerator.gather_for_metrics(torch.stack([totals[name].float() for name in names], dim=-1))
-        self._eval_batches.append(dict(zip(names, gathered.unbind(-1), strict=True)))
+        names, num_sequences = sorted(totals), len(totals["truncated"])
+        columns = [totals[name].float().reshape(num_sequences, -1) for name in names]
+        gathered = self.accelerator.gather_for_metrics(torch.cat(columns, dim=-1))
+        parts = gathered.split([column.shape[1] for column in columns], dim=-1)
+        self._eval_batches.append({name: part.squeeze(-1) for name, part in zip(names, parts, strict=True)})
         # `Trainer` averages losses over batches; `evaluation_loop` adds the exact one.
         return None, None, None
 
@@ -595,7 +603,7 @@ class OfflineOPDTrainer(Trainer):
         self._eval_batches = []
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         totals = {
-            name: _combine(name, torch.cat([batch[name] for batch in self._eval_batches]).double().cpu()).item()
+            name: _number(_combine(name, torch.cat([batch[name] for batch in self._eval_batches]).double().cpu()))
             for name in (self._eval_batches[0] if self._eval_batches else ())
         }
         if totals:
@@ -621,20 +629,27 @@ class OfflineOPDTrainer(Trainer):
         # Totals stay on the device until they are wanted: one gather a log, none a step.
         if "loss" in logs and self._window:
             names = sorted(self._window)
-            window = torch.stack([self._window[name].float() for name in names]).unsqueeze(0)
-            gathered = self.accelerator.gather(window).double().cpu()
-            logs.update(_metrics({name: _combine(name, gathered[:, i]).item() for i, name in enumerate(names)}))
+            values = [self._window[name].float().reshape(1, -1) for name in names]
+            gathered = self.accelerator.gather(torch.cat(values, dim=-1)).double().cpu()
+            parts = gathered.split([value.shape[1] for value in values], dim=-1)
+            logs.update(
+                _metrics({name: _number(_combine(name, part)) for name, part in zip(names, parts, strict=True)})
+            )
             self._window = {}
-            if self._off_policy and "importance_weight/mean" in logs:
-                self._off_policy = False  # said once
-                if self.is_world_process_zero():
-                    logger.warning(
-                        f"Off-policy rollouts, measured up to step {self.state.global_step}: importance weights of "
-                        f"mean {logs['importance_weight/mean']:.3f}, standard deviation "
-                        f"{logs['importance_weight/std']:.3f}, largest {logs['importance_weight/max']:.2f}, effective "
-                        f"sample size {logs['importance_weight/ess']:.1%}. (On-policy: 1, 0, 1, 100%.)"
-                    )
+            self._judge_drift(logs)
         super().log(logs, start_time)
+
+    def _judge_drift(self, logs: dict[str, float]) -> None:
+        """Warns where the student is, or has gone, too far from the policy that sampled its rollouts; each once."""
+        if "importance_weight/ess" not in logs:
+            return
+        left = has_left(logs) and not self._left
+        if (left or self._off_policy) and self.is_world_process_zero():
+            message = f"Off-policy rollouts, measured up to step {self.state.global_step}: {describe_weights(logs)}"
+            if left:
+                message += f" {remedy(self.args.output_dir, self._check.seen)}"
+            logger.warning(message)
+        self._off_policy, self._left = False, self._left or left
 
     # ---- Saving ----
 
@@ -658,9 +673,8 @@ class OfflineOPDTrainer(Trainer):
     def _write_args(self, output_dir: str) -> None:
         """For people and for `trl-lopd report`: `training_args.bin` is a pickle."""
         settings = self.args.to_dict()
-        # A token for the Hub is masked in there, one for loading is not.
-        kwargs = settings["model_init_kwargs"] or {}
-        settings["model_init_kwargs"] = {name: value for name, value in kwargs.items() if name != "token"}
+        if (run := _wandb_run()) is not None:
+            settings["wandb_run"] = {"entity": run.entity, "project": run.project, "id": run.id}
         Path(output_dir, "training_args.json").write_text(json.dumps(settings, indent=2, default=str))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -705,7 +719,7 @@ class OfflineOPDTrainer(Trainer):
             hub_model_id=self.hub_model_id or model_name,
             dataset_name=dataset_name,
             tags=list(dict.fromkeys([*tags, *self._tag_names])),
-            wandb_url=_wandb_url(),
+            wandb_url=_wandb_run() and _wandb_run().url,
             trackio_url=None,
             trainer_name="Offline OPD",
             trainer_citation=_PAPER["citation"],
@@ -717,22 +731,11 @@ class OfflineOPDTrainer(Trainer):
             card.data.base_model = None
             card.text = card.text.replace(f"[{base_model}](https://huggingface.co/{base_model})", f"`{base_model}`")
         card.save(os.path.join(output_dir, "README.md"))
-        verdict, table, mode = self._check.verdict, self.train_dataset, self.args.teacher_consistency
-        round = {
-            "student": self._check.student_fingerprint or Path(get_config_model_id(self.model.config)).name,
-            "objective": self.loss_type,
-            "teacher_consistency": "off" if mode == "off" else verdict.evidence or f"overridden ({mode})",
-        }
+        round = self._round()
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EffOPDCallback) and callback.history:
                 names = ("steps", "equivalent_steps", "searches", "accepted")
                 round["effopd"] = {name: callback.summary()[name] for name in names}
-        if isinstance(table, Dataset):
-            round |= {"rows": len(table), "teachers": count_teachers(self._check.seen)}
-            if samplers := column_counts(table, "student_fingerprint"):
-                round["sampled_by"] = count_teachers(samplers)
-        else:
-            round["teachers"] = count_teachers(dict.fromkeys(self._check.seen, 0))
         stamp_model_card(
             output_dir,
             sft_teachers=inherited_teachers(self._student_card, self._check.student_fingerprint),
@@ -741,6 +744,30 @@ class OfflineOPDTrainer(Trainer):
             checkpoint=self._saved[2] if self._saved[:2] == (output_dir, self.state.global_step) else None,
             opd_rounds=[*(self._student_card.get("opd_rounds") or []), round],
         )
+
+    def _round(self) -> dict[str, Any]:
+        """This round of training, as cards keep it."""
+        verdict, table, mode = self._check.verdict, self.train_dataset, self.args.teacher_consistency
+        round = {
+            "student": self._check.student_fingerprint or Path(get_config_model_id(self.model.config)).name,
+            "objective": self.loss_type,
+            "teacher_consistency": "off" if mode == "off" else verdict.evidence or f"overridden ({mode})",
+        }
+        if isinstance(table, Dataset):
+            round |= {"rows": len(table), "teachers": count_teachers(self._check.seen)}
+            if samplers := column_counts(table, "student_fingerprint"):
+                round["sampled_by"] = count_teachers(samplers)
+        else:
+            round["teachers"] = count_teachers(dict.fromkeys(self._check.seen, 0))
+        return round
+
+    def describe_round(self) -> dict[str, Any]:
+        """
+        Who is trained on whose scores: `student`, `objective`, `teacher_consistency` (the evidence), `teachers` with
+        their rows, `sft_teachers`, and more, as the model card will say. Rows of a stream are counted as they arrive.
+        """
+        sft_teachers = inherited_teachers(self._student_card, self._check.student_fingerprint)
+        return {**self._round(), "sft_teachers": sft_teachers}
 
 
 def _load_adapter(path: str, adapter: PeftConfig, init_kwargs: dict[str, Any]) -> PeftModel:
@@ -907,7 +934,11 @@ def _combine(name: str, values: torch.Tensor) -> torch.Tensor:
     return values.amax(0) if name.endswith("max") else values.sum(0)
 
 
-def _metrics(totals: dict[str, float]) -> dict[str, float]:
+def _number(values: torch.Tensor) -> float | np.ndarray:
+    return values.item() if values.numel() == 1 else values.numpy()
+
+
+def _metrics(totals: dict[str, float | np.ndarray]) -> dict[str, float]:
     metrics = summarize(totals)
     if totals["truncated"]:
         metrics["truncated_completions"] = totals["truncated"]
@@ -939,11 +970,7 @@ def _wrap_in_adapters(model: PreTrainedModel, peft_config: PeftConfig, args: Off
     return get_peft_model(model, peft_config, **kwargs)
 
 
-def _wandb_url() -> str | None:
-    from transformers import is_wandb_available
-
-    if not is_wandb_available():
-        return None
-    import wandb
-
-    return wandb.run.url if wandb.run is not None else None
+def _wandb_run() -> Any:
+    """The active one, if there is one."""
+    wandb = sys.modules.get("wandb")
+    return wandb and wandb.run

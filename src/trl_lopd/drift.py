@@ -1,0 +1,51 @@
+"""When frozen rollouts are no longer the student's: a rule on importance weights, and what to do then.
+
+The gradient on frozen rollouts differs from the one on fresh rollouts by at most `G * sigma_A * sqrt(chi2)` (Lightning
+OPD, arXiv 2604.13010): `G` bounds the score function, `sigma_A` is the advantage's standard deviation, and `chi2` is
+the chi-squared divergence of the student from the policy that sampled, `E[w^2] - 1 = 1 / ess - 1` for importance
+weights `w` of mean 1. The gradient itself is at most `G * sqrt(E[A^2])`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+# Here chi2 is 1, and the bound on the bias is as large as that on the gradient: it says nothing any more.
+MIN_ESS = 0.5
+
+
+def has_left(metrics: Mapping[str, float]) -> bool:
+    """Whether the student has left its rollouts: an effective sample size below `MIN_ESS`, or none at all.
+
+    Args:
+        metrics: of [`~objective.summarize`], with `importance_weight/...`.
+    """
+    return not metrics["importance_weight/ess"] >= MIN_ESS
+
+
+def describe_weights(metrics: Mapping[str, float]) -> str:
+    """The importance weights of a window in a sentence."""
+    names = ("mean", "std", "p01", "p50", "p99", "max", "ess")
+    return (
+        "importance weights of mean {mean:.3f}, standard deviation {std:.3f}, median {p50:.2f}, 98% of them between "
+        "{p01:.2f} and {p99:.2f}, largest {max:.2f}, effective sample size {ess:.1%}. (On-policy: 1, 0, 1, 1 and 1, "
+        "1, 100%.)"
+    ).format(**{name: metrics[f"importance_weight/{name}"] for name in names})
+
+
+def remedy(output_dir: str, teachers: Iterable[str]) -> str:
+    """What to do when the student has left its rollouts, with the command.
+
+    Args:
+        output_dir: where the student is saved.
+        teachers: ids of those that scored its rollouts.
+    """
+    names = sorted({teacher.partition("@")[0] for teacher in teachers})
+    teacher = names[0] if len(names) == 1 else "TEACHER"
+    return (
+        f"Below {MIN_ESS:.0%} nothing bounds the bias of the gradient any more: the student has left its rollouts. "
+        "Save it, let it answer PROMPTS afresh, and train on from there:\n"
+        f"trl-lopd rollout --model_name_or_path {output_dir} --dataset_name PROMPTS --output_dir {output_dir}/rollouts"
+        f" && trl-lopd score --dataset_name {output_dir}/rollouts --teacher_name_or_path {teacher}"
+        f" --output_dir {output_dir}/table"
+    )
