@@ -29,7 +29,7 @@ def metrics_of(log_weights, windows=3):
         )  # fmt: skip
         for name, values in totals.items():
             value = values.amax(0) if name.endswith("max") else values.sum(0)
-            value = value.double().numpy()
+            value = value.double().numpy() if value.ndim else value.item()
             combined[name] = (
                 value if name not in combined else (max if name.endswith("max") else np.add)(value, combined[name])
             )

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import json
+import struct
 
 import pytest
 import wandb
 from test_trainer import make_trainer
 from wandb.proto import wandb_internal_pb2
-from wandb.sdk.internal.datastore import DataStore
 
 from trl_lopd import EffOPDCallback, fingerprint_teacher
 from trl_lopd.cli import main
 from trl_lopd.reporting import WORST_ROWS
 
 
+def records(path):
+    """The records of a `.wandb` file: LevelDB's log format, after a header of 7 bytes, each a protobuf message."""
+    data, position, message = path.read_bytes(), 7, b""
+    assert data[:4] == b":W&B"
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:  # too little is left of a block for a header
+            position += 32768 - position % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        message += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole message, or the last part of one
+            yield wandb_internal_pb2.Record.FromString(message)
+            message = b""
+
+
 def read_run(directory):
     """Config, logged rows, artifacts and tables of the only run below a directory."""
     (path,) = directory.glob("wandb/offline-run-*/*.wandb")
-    store = DataStore()
-    store.open_for_scan(str(path))
     config, logged, artifacts, ids = {}, [], [], set()
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record.FromString(data)
+    for record in records(path):
         kind = record.WhichOneof("record_type")
         if kind in ("run", "config"):
             updates = record.run.config.update if kind == "run" else record.config.update
@@ -58,9 +71,10 @@ def trained(tmp_path_factory, student_dir, table):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_DIR", str(directory))
+        patch.setenv("TENSORBOARD_LOGGING_DIR", str(directory / "events"))
         trainer = make_trainer(
             directory, student_dir, table, table, report_to=["wandb", "tensorboard"], max_steps=4,
-            eval_strategy="steps", eval_steps=2, logging_dir=str(directory / "events"),
+            eval_strategy="steps", eval_steps=2,
             model_init_kwargs={"token": "hf_secret"},
         )  # fmt: skip
         trainer.add_callback(EffOPDCallback(trainer, gate_rows=12))
