@@ -42,6 +42,8 @@ class TeacherConsistencyError(ValueError):
 @dataclass(frozen=True)
 class Verdict:
     """
+    Whether a table's teachers are those behind a student's SFT data, and how that is known.
+
     Args:
         consistent (`bool`): Whether every teacher in the table is one that wrote the student's SFT data, and the
             student reads the tokens as the one that sampled them.
