@@ -81,7 +81,8 @@ def main(args: Arguments) -> None:
     evaluate("first round", first, ess)
     evaluate("… and on, same rollouts", *train(first, rollouts, "same"))
 
-    prompts = AutoTokenizer.from_pretrained(student).batch_decode(rollouts["prompt_ids"])
+    decode = AutoTokenizer.from_pretrained(student).decode
+    prompts = [decode(ids) for ids in rollouts["prompt_ids"]]
     fresh = collect_rollouts(
         prompts, first, temperature=0.8, max_completion_length=MAX_ANSWER_TOKENS, batch_size=500, seed=args.seed
     )
