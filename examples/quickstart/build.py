@@ -155,6 +155,26 @@ def fine_tune(model, tokenizer, rows: Dataset | list[dict], output_dir: Path, st
     (output_dir / "training_args.bin").unlink()
 
 
+def make_teacher(
+    tokenizer: PreTrainedTokenizerFast,
+    path: Path,
+    steps: int,
+    exclude: set[str],
+    seed: int = 1,
+    model: LlamaForCausalLM | None = None,
+) -> LlamaForCausalLM:
+    """Learns from new problems at every step, none of them in `exclude`; `model` is one to train on."""
+    rng, gold = random.Random(seed), []
+    while len(gold) < steps * BATCH_SIZE:
+        problem = make_problem(rng)
+        if problem not in exclude:
+            completion = tokenizer(write_working(problem, rng))["input_ids"] + [tokenizer.eos_token_id]
+            gold.append({"prompt_ids": tokenizer(problem)["input_ids"], "completion_ids": completion})
+    model = model or make_model(tokenizer, seed=seed, hidden=96, layers=4)
+    fine_tune(model, tokenizer, gold, path, steps, seed=seed)
+    return model
+
+
 def accuracy(model: str, problems: list[str]) -> float:
     rollouts = collect_rollouts(
         problems, model, temperature=0, max_completion_length=MAX_ANSWER_TOKENS, batch_size=500
@@ -181,14 +201,7 @@ def main(args: Arguments) -> None:
 
     teacher = args.teacher or str(out / "teacher")
     if args.teacher is None:
-        gold_rng, gold = random.Random(1), []
-        while len(gold) < args.teacher_steps * BATCH_SIZE:
-            problem = make_problem(gold_rng)
-            if problem not in seen:
-                completion = tokenizer(write_working(problem, gold_rng))["input_ids"] + [tokenizer.eos_token_id]
-                gold.append({"prompt_ids": tokenizer(problem)["input_ids"], "completion_ids": completion})
-        model = make_model(tokenizer, seed=1, hidden=96, layers=4)
-        fine_tune(model, tokenizer, gold, Path(teacher), args.teacher_steps, seed=1)
+        model = make_teacher(tokenizer, Path(teacher), args.teacher_steps, seen)
         say(f"teacher: {model.num_parameters():,} parameters, accuracy {accuracy(teacher, eval_problems):.3f}")
 
     sampling = dict(max_completion_length=MAX_ANSWER_TOKENS, batch_size=500, rows_per_shard=4096, seed=args.seed)
