@@ -182,8 +182,10 @@ def sequence_totals(
     if top1_agreement is not None:
         values["top1_agreement"] = top1_agreement
     if ref_logprobs is not None:
-        weight = (logprobs - ref_logprobs).clamp(max=_MAX_LOG_RATIO).exp()
-        values |= {"weight": weight, "weight_sq": weight * weight, "weighted_log_ratio": -weight * log_ratio}
+        # Weights less 1: near 1, what rounding leaves of a small spread would be lost in their squares.
+        change = (logprobs - ref_logprobs).clamp(max=_MAX_LOG_RATIO).expm1()
+        weight = 1 + change
+        values |= {"change": change, "change_sq": change * change, "weighted_log_ratio": -weight * log_ratio}
 
     sums = torch.zeros((num_sequences, len(values)), dtype=torch.float32, device=sequences.device)
     sums.index_add_(0, sequences, torch.stack([value.float() for value in values.values()], dim=-1))
@@ -236,12 +238,13 @@ def summarize(totals: dict[str, float | np.ndarray]) -> dict[str, float]:
         "mean_token_accuracy": mean["mean_token_accuracy"],
     }
     metrics |= {name: mean[name] for name in ("reverse_kl_topk", "top1_agreement") if name in mean}
-    if "weight" in mean:
+    if "change" in mean:
+        mean_weight, mean_sq = 1 + mean["change"], 1 + 2 * mean["change"] + mean["change_sq"]
         metrics |= {
-            "importance_weight/mean": mean["weight"],
-            "importance_weight/std": std("weight", "weight_sq"),
+            "importance_weight/mean": mean_weight,
+            "importance_weight/std": std("change", "change_sq"),
             "importance_weight/max": totals["weight_max"],
-            "importance_weight/ess": mean["weight"] ** 2 / mean["weight_sq"] if mean["weight_sq"] > 0 else 0.0,
+            "importance_weight/ess": mean_weight**2 / mean_sq if mean_sq > 0 else 0.0,
             "reverse_kl_weighted": mean["weighted_log_ratio"],
         }
         ranks = totals["weight_counts"].cumsum()

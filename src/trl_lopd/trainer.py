@@ -658,8 +658,10 @@ class OfflineOPDTrainer(Trainer):
         if plugin is not None and not _internal_call and "SHARDED" in str(plugin.state_dict_type):
             # The weights of checkpoints are sharded then; without this, this directory would have none.
             plugin.set_state_dict_type("FULL_STATE_DICT")
-            super().save_model(output_dir)
-            plugin.set_state_dict_type("SHARDED_STATE_DICT")
+            try:
+                super().save_model(output_dir)
+            finally:
+                plugin.set_state_dict_type("SHARDED_STATE_DICT")
         else:
             super().save_model(output_dir, _internal_call)
         output_dir = output_dir or self.args.output_dir
