@@ -129,6 +129,28 @@ def test_the_default_schedule_waits_longer_after_a_search_in_vain(tmp_path):
     assert [search["accepted"] > 1 for search in callback.history] == [0, 1, 0, 1, 1, 1, 0, 0, 1]
 
 
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"schedule": 4}, "`schedule` is a list of steps"),
+        ({"schedule": "2,4"}, "`schedule` is a list of steps"),
+        ({"schedule": []}, "`schedule` is a list of steps"),
+        ({"schedule": [0, 2]}, "`schedule` is a list of steps"),
+        ({"parameters": "(("}, "no regular expression"),
+        ({"scales": 3}, "`scales` are ascending"),
+    ],
+)
+def test_options_are_checked_before_training(tmp_path, options, words):
+    with pytest.raises(ValueError, match=words):
+        EffOPDCallback(make_quadratic(tmp_path, 1), lambda model: 0.0, greater_is_better=False, **options)
+
+
+def test_a_schedule_that_stops_growing_has_ended(tmp_path):
+    trainer = make_quadratic(tmp_path, 1)
+    callback = EffOPDCallback(trainer, lambda m: 0.0, greater_is_better=False, schedule=lambda i: min(2**i, 4))
+    assert [step for step in range(1, 20) if callback._is_due(step)] == [1, 2, 4]
+
+
 def test_schedules():
     assert [powers_of_two(i) for i in range(6)] == [1, 2, 4, 8, 16, 32]
 

@@ -81,7 +81,10 @@ def test_other_fields_conversations_and_instructions(tmp_path):
         (["3"], "line 1 is no JSON object with fields, but '3'"),
         (['{"text": "p", "answer": "1"}'], r"line 1 has none of the fields prompt, problem, .*\['answer', 'text'\]"),
         (['{"prompt": "p"}'], r"line 1 has no 'answer'; its fields are \['prompt'\].*`answer_column`"),
-        (['{"prompt": "p", "answer": "1"}', '{"prompt": null, "answer": "1"}'], "line 2 has no 'prompt'"),
+        (['{"prompt": "p", "answer": "1"}', '{"prompt": null, "answer": "1"}'], "line 2: 'prompt' is a text"),
+        (['{"prompt": 5, "answer": "1"}'], "line 1: 'prompt' is a text or a list of messages, not 5"),
+        (['{"prompt": "p", "answer": ["2"]}'], r"line 1: 'answer' is a text or a number, not \['2'\]"),
+        (['{"prompt": "p", "answer": NaN}'], "line 1: 'answer' is a text or a number, not nan"),
     ],
 )
 def test_what_is_no_benchmark(tmp_path, capsys, lines, words):

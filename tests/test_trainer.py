@@ -326,6 +326,29 @@ def test_adapters_that_the_loss_would_not_see_are_refused(tmp_path, student_dir,
         make_trainer(tmp_path, student_dir, table, peft_config=virtual)
 
 
+def test_a_checkpoint_of_deepspeed_is_not_resumed_without_it(tmp_path, student_dir, table):
+    trainer = make_trainer(tmp_path, student_dir, table, max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.train()
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    (checkpoint / "global_step1").mkdir()
+    again = make_trainer(tmp_path, student_dir, table, max_steps=2)
+    with pytest.raises(ValueError, match="was saved by DeepSpeed"):
+        again.train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    "option, words",
+    [
+        ({"pad_to_multiple_of": -8}, "`pad_to_multiple_of` must be positive"),
+        ({"max_tokens_per_device": 512.5}, "is a number of tokens"),
+        ({"advantage_clip": float("nan")}, "`advantage_clip` must be positive"),
+    ],
+)
+def test_numbers_out_of_range(tmp_path, option, words):
+    with pytest.raises(ValueError, match=words):
+        make_args(tmp_path, **option)
+
+
 # ---- Teachers and cards ----
 
 

@@ -94,12 +94,14 @@ def main(argv: list[str] | None = None) -> int:
         return _run(args.command, jobs[args.command], options)
     if options:
         parser.error(f"unrecognized arguments: {' '.join(options)}")
+    from datasets.exceptions import DatasetsError
+
     run = {"fingerprint": _fingerprint, "stamp": _stamp, "inspect": _inspect, "report": _report}[args.command]
     try:
         # Some libraries greet on the standard output, which is for the answer.
         with contextlib.redirect_stdout(sys.stderr):
             code, answer, show = run(args)
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except (OSError, ValueError, HfHubHTTPError, DatasetsError) as error:
         print(f"trl-lopd: {error}", file=sys.stderr)
         return 2
     if args.json:

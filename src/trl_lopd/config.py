@@ -175,10 +175,13 @@ class OfflineOPDConfig(TrainingArguments):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
-        positive = ("max_completion_length", "max_length", "max_tokens_per_device", "advantage_clip", "ratio_clip")
-        for name in positive:
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        tokens = ("max_completion_length", "max_length", "max_tokens_per_device", "pad_to_multiple_of")
+        for name in (*tokens, "advantage_clip", "ratio_clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` must be positive, got {value}.")
+            if name in tokens and value is not None and not isinstance(value, int):
+                raise ValueError(f"`{name}` is a number of tokens, got {value!r}.")
         if self.teacher_logprob_floor is not None and not -float("inf") < self.teacher_logprob_floor < 0:
             raise ValueError(f"`teacher_logprob_floor` must be negative, got {self.teacher_logprob_floor}.")
         if self.packing and self.max_length is None:

@@ -140,8 +140,8 @@ class EffOPDCallback(TrainerCallback):
         greater_is_better: bool | None = None,
         base_device: str = "cpu",
     ):
-        if not scales or list(scales) != sorted(set(scales)) or scales[0] <= 1:
-            raise ValueError(f"`scales` are ascending and above 1; got {tuple(scales)}.")
+        if isinstance(scales, int | float) or not scales or list(scales) != sorted(set(scales)) or scales[0] <= 1:
+            raise ValueError(f"`scales` are ascending and above 1; got {scales}.")
         if search not in ("first_fail", "best"):
             raise ValueError(f'`search` is "first_fail" or "best", not {search!r}.')
         if min_improvement < 0 or not 0 < significance <= 1 or gate_rows < 2:
@@ -149,6 +149,15 @@ class EffOPDCallback(TrainerCallback):
                 "`min_improvement` is 0 or more, `significance` above 0 and at most 1, `gate_rows` 2 or more; got "
                 f"{min_improvement}, {significance} and {gate_rows}."
             )
+        if not (schedule is None or callable(schedule) or (not isinstance(schedule, str) and _is_steps(schedule))):
+            raise ValueError(
+                f"`schedule` is a list of steps, each 1 or more, or a function to them; got {schedule!r}."
+            )
+        if parameters not in (None, "all"):
+            try:
+                re.compile(parameters)
+            except re.error as error:
+                raise ValueError(f"`parameters={parameters!r}` is no regular expression: {error}.") from None
         self.trainer, self.scales, self.search, self.schedule = trainer, tuple(scales), search, schedule
         self.min_improvement, self.significance, self.base_device = min_improvement, significance, base_device
         self.parameters = parameters
@@ -235,9 +244,12 @@ class EffOPDCallback(TrainerCallback):
             return step == self._next_search()
         if not callable(self.schedule):
             return step in self.schedule
-        i = 0
-        while (due := self.schedule(i)) < step:
-            i += 1
+        i, due = 0, self.schedule(0)
+        while due < step:
+            i, before = i + 1, due
+            due = self.schedule(i)
+            if due <= before:  # it has ended
+                return False
         return due == step
 
     def _next_search(self) -> int:
@@ -528,6 +540,10 @@ class Shards:
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def _is_steps(schedule: Any) -> bool:
+    return isinstance(schedule, Sequence) and len(schedule) > 0 and all(step >= 1 for step in schedule)
 
 
 def _moves(name: str, parameters: str | None, peft: bool) -> bool:

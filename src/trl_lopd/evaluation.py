@@ -84,13 +84,28 @@ def load_benchmark(
                         f"{sorted(row)}: set `prompt_column`."
                     )
             for option, name in (("prompt_column", prompt_column), ("answer_column", answer_column)):
-                if row.get(name) in (None, "", []):
+                if name not in row:
                     raise ValueError(
                         f"{path}, line {number} has no {name!r}; its fields are {sorted(row)}. Add it, or set "
                         f"`{option}`."
                     )
-            answer = str(row[answer_column]).rpartition("####")[2].strip()
-            rows.append({"prompt": _prompt(row[prompt_column], instruction, as_chat), "answer": answer})
+            problem, answer = row[prompt_column], row[answer_column]
+            is_chat = isinstance(problem, list) and problem and all(isinstance(turn, dict) for turn in problem)
+            if not (is_chat or (isinstance(problem, str) and problem)):
+                raise ValueError(
+                    f"{path}, line {number}: {prompt_column!r} is a text or a list of messages, not {problem!r:.80}."
+                )
+            if (
+                isinstance(answer, bool)
+                or not isinstance(answer, str | int | float)
+                or answer == ""
+                or answer != answer
+            ):
+                raise ValueError(
+                    f"{path}, line {number}: {answer_column!r} is a text or a number, not {answer!r:.80}."
+                )
+            answer = str(answer).rpartition("####")[2].strip()
+            rows.append({"prompt": _prompt(problem, instruction, as_chat), "answer": answer})
     if not rows:
         raise ValueError(f"{path} is empty: give JSON lines with a problem and its answer.")
     return Dataset.from_list(rows)

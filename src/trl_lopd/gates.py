@@ -148,7 +148,12 @@ def resolve_gate(trainer: Trainer, gate: Any, rows: Dataset | None, num_rows: in
             f'{type(trainer).__name__} has no default gate. Give one: a key of `evaluate()` such as "eval_loss", a '
             "`RewardGate`, or a function of the model."
         )
-    if not isinstance(rows, Dataset) or "teacher_topk_ids" not in rows.column_names:
+    if rows is not None and not isinstance(rows, Dataset):
+        raise ValueError(
+            f"The default gate reads the first rows of a `Dataset`, not of a `{type(rows).__name__}`: give the "
+            "callback one as `gate_dataset`."
+        )
+    if rows is None or "teacher_topk_ids" not in rows.column_names:
         raise ValueError(
             "The default gate reads held-out rows with the teacher's top-k: give the trainer such an `eval_dataset`, "
             "or the callback a `gate_dataset` (`score_rollouts(..., top_k=8)`). Without top-k, grade answers with a "

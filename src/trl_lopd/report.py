@@ -125,7 +125,7 @@ def write_report(
     evaluations = [*_comparison(run), *_metrics(run)]
     history = _json_of([run], HISTORY) or {}
     searches = history.get("searches") or _json_of(places, f"{DIRECTORY}/history.json") or []
-    if not (card or state or evaluations or searches):
+    if not (card.get("opd_rounds") or state or evaluations or searches):
         raise ValueError(
             f"{run} holds nothing of a run: no card of `OfflineOPDTrainer`, no trainer_state.json, no "
             f"{HISTORY}, no evaluations. Name the `output_dir` of the training."

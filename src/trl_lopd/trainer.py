@@ -166,6 +166,11 @@ class OfflineOPDTrainer(Trainer):
                 "`packing` needs the lengths of all rows, which a stream does not have. Set `padding_free=True` "
                 "instead, or pass a `Dataset`."
             )
+        if args.train_sampling_strategy == "group_by_length" and isinstance(train_dataset, IterableDataset):
+            raise ValueError(
+                "`train_sampling_strategy='group_by_length'` needs the lengths of all rows, which a stream does not "
+                "have. Leave it unset, or pass a `Dataset`."
+            )
         # `accelerate launch` gives it in the environment, which is what a default config reads.
         parallelism = args.parallelism_config or ParallelismConfig()
         if parallelism.cp_enabled or parallelism.sp_enabled:
@@ -433,6 +438,14 @@ class OfflineOPDTrainer(Trainer):
     def _inner_training_loop(self, *args, **kwargs):
         self._check_loss.reset()
         return super()._inner_training_loop(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not self.is_deepspeed_enabled and any(Path(checkpoint).glob("global_step*")):
+            raise ValueError(
+                f"{checkpoint} was saved by DeepSpeed, which alone reads its optimizer: resume under the same engine "
+                "and on as many processes."
+            )
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     # ---- Micro-batches ----
 
