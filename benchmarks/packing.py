@@ -22,8 +22,8 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
-from step_time import make_tokenizer
-from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from step_time import make_config, make_tokenizer
+from transformers import Qwen3ForCausalLM, TrainerCallback
 
 from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer, table_features
 
@@ -80,17 +80,7 @@ def run(name: str, a, table: Dataset, directory: str) -> tuple[float, float]:
         return time.process_time()
 
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=a.vocab,
-        hidden_size=a.hidden,
-        intermediate_size=3 * a.hidden,
-        num_hidden_layers=a.layers,
-        num_attention_heads=a.hidden // 64,
-        num_key_value_heads=max(1, a.hidden // 128),
-        head_dim=64,
-        tie_word_embeddings=True,
-    )
-    model = Qwen3ForCausalLM._from_config(config, attn_implementation=a.attention, dtype=a.dtype)
+    model = Qwen3ForCausalLM._from_config(make_config(a), attn_implementation=a.attention, dtype=a.dtype)
     options = {
         "per_device_train_batch_size": ROWS_A_STEP,
         "num_train_epochs": 1,

@@ -56,20 +56,22 @@ def make_rows(a) -> Dataset:
     )
 
 
+def make_config(a) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=a.vocab,
+        hidden_size=a.hidden,
+        intermediate_size=3 * a.hidden,
+        num_hidden_layers=a.layers,
+        num_attention_heads=a.hidden // 64,
+        num_key_value_heads=max(1, a.hidden // 128),
+        head_dim=64,
+        tie_word_embeddings=True,
+    )
+
+
 def make_trainer(name: str, a, output_dir: str):
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=a.vocab,
-            hidden_size=a.hidden,
-            intermediate_size=3 * a.hidden,
-            num_hidden_layers=a.layers,
-            num_attention_heads=a.hidden // 64,
-            num_key_value_heads=max(1, a.hidden // 128),
-            head_dim=64,
-            tie_word_embeddings=True,
-        )
-    ).to(a.dtype)
+    model = Qwen3ForCausalLM(make_config(a)).to(a.dtype)
     rows = make_rows(a)
     common = dict(
         output_dir=output_dir,

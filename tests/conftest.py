@@ -79,11 +79,9 @@ def teacher_dir(tmp_path_factory, tokenizer):
     return path
 
 
-@pytest.fixture(scope="session")
-def student_dir(tmp_path_factory, tokenizer, teacher_dir):
+def save_student(path, model, tokenizer, teacher_dir):
     """An SFT student whose card names the teacher."""
-    path = tmp_path_factory.mktemp("models") / "student"
-    make_model(seed=2).save_pretrained(path)
+    model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     stamp_model_card(
         path,
@@ -92,6 +90,11 @@ def student_dir(tmp_path_factory, tokenizer, teacher_dir):
         checkpoint=fingerprint_teacher(path),
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def student_dir(tmp_path_factory, tokenizer, teacher_dir):
+    return save_student(tmp_path_factory.mktemp("models") / "student", make_model(seed=2), tokenizer, teacher_dir)
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,13 @@ import sys
 import pytest
 import torch
 from accelerate import ParallelismConfig
-from conftest import make_model
+from conftest import make_model, save_student
 from hub import Hub
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from test_trainer import make_args, make_trainer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from trl_lopd import OfflineOPDTrainer, fingerprint_teacher, read_model_card, stamp_model_card
+from trl_lopd import OfflineOPDTrainer, read_model_card
 
 IDS = torch.tensor([[5, 9, 14, 3, 22, 7], [6, 30, 12, 2, 11, 8]])
 
@@ -115,15 +115,7 @@ def quantized(bits):
 def wide_student(tmp_path_factory, tokenizer, teacher_dir):
     """On a CPU, bitsandbytes packs rows of 4-bit weights by 32."""
     path = tmp_path_factory.mktemp("models") / "wide"
-    make_model(seed=2, hidden=64).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    stamp_model_card(
-        path,
-        sft_teachers=[fingerprint_teacher(teacher_dir)],
-        evidence="verified",
-        checkpoint=fingerprint_teacher(path),
-    )
-    return path
+    return save_student(path, make_model(seed=2, hidden=64), tokenizer, teacher_dir)
 
 
 @pytest.mark.parametrize(("bits", "options"), [(4, {}), (4, {"use_dora": True}), (8, {})])

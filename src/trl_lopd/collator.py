@@ -17,6 +17,11 @@ from .teachers import batches_of_like_length
 Row = dict[str, Any]
 
 
+def padded_length(length: int, multiple: int | None) -> int:
+    """What a row of `length` tokens is padded to if it is the longest of its batch."""
+    return -(-length // (multiple or 1)) * (multiple or 1)
+
+
 def completion_room(prompt_length: int, max_completion_length: int | None, max_length: int | None) -> int | None:
     """Completion tokens that fit behind a prompt under both limits; `None` if there is no limit."""
     rooms = [max_completion_length, None if max_length is None else max_length - prompt_length]
@@ -91,14 +96,11 @@ class OfflineOPDCollator:
         tokens = len(row["completion_ids"])
         return slice(start, start + (tokens if room is None else min(tokens, room)))
 
-    def _width(self, length: int) -> int:
-        """What a row of `length` tokens is padded to if it is the longest of its batch."""
-        multiple = self.pad_to_multiple_of or 1
-        return -(-length // multiple) * multiple
-
     def _parts(self, spans: list[slice]) -> list[np.ndarray]:
         """The sequences of each micro-batch."""
-        widths = np.array([span.stop if self.padding_free else self._width(span.stop) for span in spans])
+        widths = np.array(
+            [span.stop if self.padding_free else padded_length(span.stop, self.pad_to_multiple_of) for span in spans]
+        )
         if widths.max() > self.max_tokens:
             raise TableError(too_long(int(widths.max()), self.max_tokens))
         if self.padding_free:
@@ -111,7 +113,7 @@ class OfflineOPDCollator:
         if self.padding_free:
             starts, shape = np.cumsum(ends) - ends, (1, int(ends.sum()))
         else:
-            width = self._width(int(ends.max()))
+            width = padded_length(int(ends.max()), self.pad_to_multiple_of)
             starts, shape = np.arange(len(rows)) * width, (len(rows), width)
 
         input_ids = np.full(shape[0] * shape[1], self.pad_token_id, dtype=np.int64)

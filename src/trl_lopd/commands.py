@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Dataset, load_dataset
 from trl.data_utils import maybe_convert_to_chatml
@@ -20,9 +20,6 @@ from .metrics import flatten
 from .processes import processes
 from .rollouts import ENGINES, WRITTEN_COLUMNS, collect_rollouts, generate_sft_data
 from .scoring import score_rollouts
-
-if TYPE_CHECKING:
-    pass
 
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
 

@@ -39,6 +39,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from .gates import paired_p_value, resolve_gate
+from .shards import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -149,7 +150,8 @@ class EffOPDCallback(TrainerCallback):
                 "`min_improvement` is 0 or more, `significance` above 0 and at most 1, `gate_rows` 2 or more; got "
                 f"{min_improvement}, {significance} and {gate_rows}."
             )
-        if not (schedule is None or callable(schedule) or (not isinstance(schedule, str) and _is_steps(schedule))):
+        is_list = isinstance(schedule, Sequence) and not isinstance(schedule, str)
+        if not (schedule is None or callable(schedule) or (is_list and schedule and min(schedule) >= 1)):
             raise ValueError(
                 f"`schedule` is a list of steps, each 1 or more, or a function to them; got {schedule!r}."
             )
@@ -542,10 +544,6 @@ class Shards:
                 module.reshard()
 
 
-def _is_steps(schedule: Any) -> bool:
-    return isinstance(schedule, Sequence) and len(schedule) > 0 and all(step >= 1 for step in schedule)
-
-
 def _moves(name: str, parameters: str | None, peft: bool) -> bool:
     if parameters == "all":
         return True
@@ -558,6 +556,5 @@ def _moves(name: str, parameters: str | None, peft: bool) -> bool:
 
 def _write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=1).encode())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from .models import pinned_kwargs
 from .processes import on_main_process, processes
 from .rollouts import collect_rollouts
 from .scoring import score_rollouts
+from .shards import replacing
 from .table import describe, lengths
 
 if TYPE_CHECKING:
@@ -297,10 +297,8 @@ def _grade(
 
 
 def _write(path: Path, text: str) -> None:
-    """The whole file or nothing of it, wherever a kill falls."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def show(result: dict[str, Any]) -> None:

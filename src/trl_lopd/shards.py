@@ -173,7 +173,7 @@ class ShardStore:
         self._check_schema(shard, table.schema)
         path = self._path(shard)
         with self._explain_full_disk():
-            with _replacing(path, self._hidden) as file:
+            with replacing(path, self._hidden) as file:
                 _write_parquet(table, file)
             receipt = {
                 "rows": table.num_rows,
@@ -385,7 +385,7 @@ class ShardStore:
         return f"{sum(self._receipt(shard).exists() for shard in range(self.num_shards))} of {self.num_shards} shards"
 
     def _write_json(self, path: Path, content: dict[str, Any]) -> None:
-        with _replacing(path, self._hidden) as file:
+        with replacing(path, self._hidden) as file:
             file.write(json.dumps(content, indent=1).encode())
 
     @contextmanager
@@ -433,9 +433,9 @@ def read_pins(directory: str | Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _replacing(path: Path, temporary_directory: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, temporary_directory: Path | None = None) -> Iterator[BinaryIO]:
     """A file to write, which becomes `path` at once and for good when the block ends; nothing is left if it raises."""
-    temporary = temporary_directory / f"{path.name}.tmp"
+    temporary = (temporary_directory or path.parent) / f"{path.name}.tmp"
     try:
         with open(temporary, "wb") as file:
             yield file

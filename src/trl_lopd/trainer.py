@@ -37,7 +37,7 @@ from transformers.utils import find_adapter_config_file
 from trl.trainer.utils import create_model_from_path, generate_model_card, get_config_model_id
 
 from .cards import count_teachers, read_model_card, stamp_model_card
-from .collator import OfflineOPDCollator, too_long
+from .collator import OfflineOPDCollator, padded_length, too_long
 from .config import OfflineOPDConfig
 from .consistency import Verdict, check_teacher_consistency, inherited_teachers
 from .drift import describe_weights, has_left, remedy
@@ -364,9 +364,9 @@ class OfflineOPDTrainer(Trainer):
             )
         _report_truncation(dataset, args, name)
         if check is self._check and args.max_tokens_per_device is not None:
-            row_lengths, multiple = _row_lengths(dataset, args), args.pad_to_multiple_of or 1
+            row_lengths = _row_lengths(dataset, args)
             row = int(row_lengths.argmax())
-            width = -(-int(row_lengths[row]) // multiple) * multiple
+            width = padded_length(int(row_lengths[row]), args.pad_to_multiple_of)
             if width > args.max_tokens_per_device:
                 raise TableError(f"`{name}`, row {row}: {too_long(width, args.max_tokens_per_device)}")
         return columns
@@ -492,11 +492,11 @@ class OfflineOPDTrainer(Trainer):
         return self.accelerator.no_sync(model)
 
     def _count_padding(self, batch) -> None:
-        read = _together(batch)
-        tokens = read["input_ids"].new_tensor(read["input_ids"].numel())
-        padding = tokens - read["attention_mask"].sum() if "attention_mask" in read else torch.zeros_like(tokens)
-        for name, value in (("tokens_read", tokens), ("tokens_padding", padding)):
-            self._window[name] = self._window.get(name, 0) + value.to(self.args.device)
+        for part in _parts(batch):
+            tokens = part["input_ids"].new_tensor(part["input_ids"].numel())
+            padding = tokens - part["attention_mask"].sum() if "attention_mask" in part else torch.zeros_like(tokens)
+            for name, value in (("tokens_read", tokens), ("tokens_padding", padding)):
+                self._window[name] = self._window.get(name, 0) + value.to(self.args.device)
 
     def _try_boundaries(self, model) -> None:
         if self.args.padding_free and not self._boundaries_checked:
@@ -734,7 +734,7 @@ class OfflineOPDTrainer(Trainer):
             hub_model_id=self.hub_model_id or model_name,
             dataset_name=dataset_name,
             tags=list(dict.fromkeys([*tags, *self._tag_names])),
-            wandb_url=_wandb_run() and _wandb_run().url,
+            wandb_url=(run := _wandb_run()) and run.url,
             trackio_url=None,
             trainer_name="Offline OPD",
             trainer_citation=_PAPER["citation"],
@@ -892,13 +892,19 @@ def _choose_best_model_metric(
         )
 
 
-def _report_truncation(dataset: Dataset, args: OfflineOPDConfig, name: str) -> None:
-    prompts, completions = lengths(dataset)
-    room = np.full(len(dataset), np.iinfo(np.int64).max)
+def _room(prompts: np.ndarray, args: OfflineOPDConfig) -> np.ndarray:
+    """Completion tokens that fit behind each prompt: [`collator.completion_room`] of all rows, `(rows,)`."""
+    room = np.full(len(prompts), np.iinfo(np.int64).max)
     if args.max_completion_length is not None:
         room = np.minimum(room, args.max_completion_length)
     if args.max_length is not None:
         room = np.minimum(room, args.max_length - prompts)
+    return room
+
+
+def _report_truncation(dataset: Dataset, args: OfflineOPDConfig, name: str) -> None:
+    prompts, completions = lengths(dataset)
+    room = _room(prompts, args)
     if (room < 1).any():
         row = int((room < 1).argmax())
         raise TableError(
@@ -931,18 +937,16 @@ def _parts(batch: dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]) -> li
 
 def _together(batch: dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """What a batch reads, all of its micro-batches in one row."""
-    parts = _parts(batch)
-    names = [name for name in ("input_ids", "attention_mask") if name in parts[0]]
-    return {name: torch.cat([part[name].flatten() for part in parts]) for name in names}
+    if not isinstance(batch, list):
+        return batch
+    names = [name for name in ("input_ids", "attention_mask") if name in batch[0]]
+    return {name: torch.cat([part[name].flatten() for part in batch]) for name in names}
 
 
 def _row_lengths(dataset: Dataset, args: OfflineOPDConfig) -> np.ndarray:
     """Tokens of each row as it is read, truncated: `(rows,)`."""
     prompts, completions = lengths(dataset)
-    if args.max_completion_length is not None:
-        completions = np.minimum(completions, args.max_completion_length)
-    total = prompts + completions
-    return total if args.max_length is None else np.minimum(total, args.max_length)
+    return prompts + np.minimum(completions, _room(prompts, args))
 
 
 def _combine(name: str, values: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ The functions need no `evaluate`; the folders beside them are its modules, `eval
 """
 
 from .answers import check_math_answers, grade_exact, grade_math
-from .estimates import estimate_reverse_kl, flatten, pass_at_k, summarize_samples
+from .estimates import estimate_reverse_kl, flatten, pass_at_k, summarize_completions, summarize_samples
 
 __all__ = [
     "check_math_answers",
@@ -13,5 +13,6 @@ __all__ = [
     "grade_exact",
     "grade_math",
     "pass_at_k",
+    "summarize_completions",
     "summarize_samples",
 ]

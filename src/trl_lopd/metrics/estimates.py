@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -146,6 +146,34 @@ def summarize_samples(
         column: {"value": float(value), "ci": [float(low), float(high)]}
         for column, value, low, high in zip(columns, table.mean(0), *bounds, strict=True)
     }
+
+
+def summarize_completions(
+    name: str,
+    grade: Callable[[list[str], list[str]], list[str]],
+    predictions: Sequence[str] | Sequence[Sequence[str]],
+    references: Sequence[str],
+    truncated: Sequence | None = None,
+    num_tokens: Sequence | None = None,
+    **options: Any,
+) -> dict[str, float]:
+    """[`summarize_samples`] of completions, one a problem or a list of them, as modules of `evaluate` get and give it.
+
+    Args:
+        grade: From completions and as many answers to outcomes.
+        predictions, truncated, num_tokens: One a problem, or a list a problem.
+        references: The answers, one a problem.
+        options: Of [`summarize_samples`].
+    """
+
+    def nested(values):
+        return values if values is None or isinstance(values[0], list) else [[value] for value in values]
+
+    samples = nested(predictions)
+    answers = [answer for answer, of_problem in zip(references, samples, strict=True) for _ in of_problem]
+    outcomes = iter(grade([text for of_problem in samples for text in of_problem], answers))
+    outcomes = [[next(outcomes) for _ in of_problem] for of_problem in samples]
+    return flatten(summarize_samples(name, outcomes, nested(truncated), nested(num_tokens), **options))
 
 
 def flatten(estimates: Estimates) -> dict[str, float]:

@@ -1,9 +1,11 @@
 """Accuracy of answers that follow a marker, compared as text, with one or several samples a problem."""
 
+import functools
+
 import datasets
 import evaluate
 
-from trl_lopd.metrics import flatten, grade_exact, summarize_samples
+from trl_lopd.metrics import grade_exact, summarize_completions
 
 _DESCRIPTION = """Share of completions in which the text after the last marker is the answer, with one or several
 samples a problem: mean over samples, unbiased pass@k, truncation rate, mean response tokens; intervals by bootstrap
@@ -37,12 +39,6 @@ class ExactAnswer(evaluate.Metric):
             ],
         )
 
-    def _compute(self, predictions, references, answer_after="#", truncated=None, num_tokens=None, **options):
-        def nested(values):
-            return values if values is None or isinstance(values[0], list) else [[value] for value in values]
-
-        samples = nested(predictions)
-        answers = [answer for answer, of_problem in zip(references, samples, strict=True) for _ in of_problem]
-        outcomes = iter(grade_exact([text for of_problem in samples for text in of_problem], answers, answer_after))
-        outcomes = [[next(outcomes) for _ in of_problem] for of_problem in samples]
-        return flatten(summarize_samples("exact_answer", outcomes, nested(truncated), nested(num_tokens), **options))
+    def _compute(self, predictions, references, answer_after="#", **options):
+        grade = functools.partial(grade_exact, answer_after=answer_after)
+        return summarize_completions("exact_answer", grade, predictions, references, **options)

@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from trl_lopd.metrics import flatten, grade_math, summarize_samples
+from trl_lopd.metrics import grade_math, summarize_completions
 
 _DESCRIPTION = """Share of mathematical answers that are right, compared by math-verify, with one or several samples a
 problem: mean over samples, unbiased pass@k, truncation rate, mean response tokens; intervals by bootstrap over
@@ -36,12 +36,5 @@ class MathAccuracy(evaluate.Metric):
             ],
         )
 
-    def _compute(self, predictions, references, truncated=None, num_tokens=None, **options):
-        def nested(values):
-            return values if values is None or isinstance(values[0], list) else [[value] for value in values]
-
-        samples = nested(predictions)
-        answers = [answer for answer, of_problem in zip(references, samples, strict=True) for _ in of_problem]
-        outcomes = iter(grade_math([text for of_problem in samples for text in of_problem], answers))
-        outcomes = [[next(outcomes) for _ in of_problem] for of_problem in samples]
-        return flatten(summarize_samples("math_accuracy", outcomes, nested(truncated), nested(num_tokens), **options))
+    def _compute(self, predictions, references, **options):
+        return summarize_completions("math_accuracy", grade_math, predictions, references, **options)
