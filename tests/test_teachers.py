@@ -82,6 +82,13 @@ class Passes(list):
         self.append(((rows, width), cached, inputs.get("attention_mask") is not None))
 
 
+def tried(model, max_batch_tokens: int | None = None) -> LocalTeacher:
+    """A teacher that has read its trial rows."""
+    teacher = LocalTeacher(model, max_batch_tokens)
+    teacher.score([np.array([2, 3])], [1], 0)
+    return teacher
+
+
 def pack(monkeypatch):
     monkeypatch.setattr(teachers, "_packs", lambda model: True)
 
@@ -137,8 +144,9 @@ def test_scores_are_those_of_one_row_at_a_time(architecture, way, groups, monkey
         pack(monkeypatch)
     for seed, max_batch_tokens in enumerate((64, 16384)):
         sequences, counts = make_rows(GROUPS[groups], seed)
+        teacher = tried(model, max_batch_tokens)
         passes, advanced = Passes(model), []
-        scores = LocalTeacher(model, max_batch_tokens).score(sequences, counts, TOP_K, advanced.append)
+        scores = teacher.score(sequences, counts, TOP_K, advanced.append)
         passes.handle.remove()
         assert sum(advanced) == sum(counts)
         # One row of nothing but tokens, or rows of several sequences with a mask.
@@ -157,8 +165,9 @@ def test_scores_are_those_of_one_row_at_a_time(architecture, way, groups, monkey
 def test_distinct_prompts_are_batched_by_length():
     model = make("Llama")
     sequences, counts = make_rows([1] * 30)
+    teacher = tried(model, 60)
     passes = Passes(model)
-    LocalTeacher(model, 60).score(sequences, counts, 0)
+    teacher.score(sequences, counts, 0)
     lengths, expected = sorted(map(len, sequences), reverse=True), []
     while lengths:
         rows = min(60 // lengths[0], len(lengths))
@@ -171,8 +180,9 @@ def test_packed_batches_are_full(monkeypatch):
     pack(monkeypatch)
     model = make("Llama")
     sequences = list(np.random.default_rng(0).integers(2, VOCAB, (7, 10)))
+    teacher = tried(model, 30)
     passes = Passes(model)
-    scores = LocalTeacher(model, 30).score(sequences, [4] * 7, TOP_K)
+    scores = teacher.score(sequences, [4] * 7, TOP_K)
     assert [shape for shape, _, _ in passes] == [(1, 30), (1, 30), (1, 10)]
     passes.handle.remove()
     assert_scores(model, sequences, [4] * 7, scores)
@@ -181,14 +191,14 @@ def test_packed_batches_are_full(monkeypatch):
 def test_a_shared_prompt_is_read_once_and_counts_in_the_budget():
     model = make("Qwen3")
     sequences, counts = make_rows([8] * 6, longest=6)
+    teacher, small = tried(model, 16384), tried(model, 80)
     passes = Passes(model)
-    teacher = LocalTeacher(model, 16384)
     teacher.score(sequences, counts, 0)
     prompts = {tuple(sequence[:-count]): None for sequence, count in zip(sequences, counts, strict=True)}
     width = max(map(len, prompts))
     assert [shape for shape, _, _ in passes] == [(6, width), (48, max(counts) - 1)]
     passes.clear()
-    LocalTeacher(model, 80).score(sequences, counts, 0)
+    small.score(sequences, counts, 0)
     held = 0
     for (rows, width), cached, _ in passes:
         held = held if cached else rows * width
@@ -201,8 +211,9 @@ def test_sharing_that_saves_little_is_left():
     rng = np.random.default_rng(0)
     prompt = rng.integers(2, VOCAB, 4)
     sequences = [np.concatenate([prompt, rng.integers(2, VOCAB, 40)]) for _ in range(4)]
+    teacher = tried(model)
     passes = Passes(model)
-    LocalTeacher(model).score(sequences, [40] * 4, 0)
+    teacher.score(sequences, [40] * 4, 0)
     assert [(shape, cached) for shape, cached, _ in passes] == [((4, 44), 0)]
 
 
@@ -210,8 +221,9 @@ def test_sharing_that_saves_little_is_left():
 def test_layers_that_read_across_rows_are_neither_packed_nor_given_prompts(architecture, monkeypatch):
     model = make(architecture)
     sequences, counts = make_rows([5, 4])
+    teacher = tried(model)
     passes = Passes(model)
-    scores = LocalTeacher(model).score(sequences, counts, TOP_K)
+    scores = teacher.score(sequences, counts, TOP_K)
     passes.handle.remove()
     assert len(passes) == 1 and passes[0] == ((9, max(map(len, sequences))), 0, True)
     assert_scores(model, sequences, counts, scores)
@@ -241,8 +253,8 @@ def test_when_memory_runs_out_nothing_is_lost(way, monkeypatch, caplog):
         pack(monkeypatch)
     model = make("Gemma2")
     sequences, counts = make_rows({"shared": [4, 6, 5], "mixed": [6, 1, 1, 1, 5]}.get(way, [1] * 12))
+    teacher = tried(model, 400)
     passes, advanced = Passes(model, memory=70), []
-    teacher = LocalTeacher(model, 400)
     scores = teacher.score(sequences, counts, TOP_K, advanced.append)
     assert passes.failed and passes and "Out of memory: from here on" in caplog.text
     assert teacher.max_batch_tokens < 400 and sum(advanced) == sum(counts)
@@ -257,9 +269,10 @@ def test_a_row_that_never_fits_raises(way, monkeypatch):
         pack(monkeypatch)
     model = make("Qwen3")
     sequences, counts = make_rows([6] if way == "shared" else [1] * 6)
+    teacher = tried(model)
     Passes(model, memory=4)
     with pytest.raises(torch.OutOfMemoryError):
-        LocalTeacher(model).score(sequences, counts, 0)
+        teacher.score(sequences, counts, 0)
 
 
 def test_modules_are_left_in_their_modes():

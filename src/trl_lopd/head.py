@@ -12,13 +12,21 @@ import functools
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from .own_logits import TrialRow, difference, not_causal, own_logprobs, reads_ahead, trial_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +81,10 @@ class LogitTransform:
 
     @classmethod
     def of(cls, config) -> LogitTransform:
-        """Read from a model config: Cohere, Gemma 2, Granite, Falcon-H1 and their kin name it differently."""
+        """Read from a model config: Cohere, Gemma 2, Granite, Falcon-H1 and their kin name it differently.
+
+        Names do not settle what a model computes: [`check_head`] and `LocalTeacher` hold it against the model.
+        """
         config = config.get_text_config()
         scale = next(
             (
@@ -86,7 +97,9 @@ class LogitTransform:
         divisor = getattr(config, "logits_scaling", None)
         if scale is None and divisor is not None:
             scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
-        return cls(1.0 if scale is None else scale, getattr(config, "final_logit_softcapping", None))
+        softcaps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+        softcap = next((cap for name in softcaps if (cap := getattr(config, name, None)) is not None), None)
+        return cls(1.0 if scale is None else scale, softcap)
 
     def __call__(self, z: Tensor) -> Tensor:
         z = z * self.scale if self.scale != 1.0 else z
@@ -211,17 +224,35 @@ def score_tokens(
     Returns `logprobs (n,)` float32, `topk_ids (n, top_k)` int64 and `topk_logprobs (n, top_k)` float32, most likely
     first.
     """
-    logprobs = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
+    return _scores(lambda rows: _logits(hidden[rows], weight, bias, transform), ids, top_k, weight.shape[0])
+
+
+@torch.no_grad()
+def score_logits(logits: Tensor, ids: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[`score_tokens`] from `logits (n, vocab)`."""
+    return _scores(lambda rows: logits[rows].float(), ids, top_k, logits.shape[-1])
+
+
+def _scores(
+    logits_of: Callable[[slice], Tensor], ids: Tensor, top_k: int, vocab: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    logprobs = torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
     topk_logprobs = logprobs.new_empty((len(ids), top_k))
-    topk_ids = torch.empty((len(ids), top_k), dtype=torch.long, device=hidden.device)
-    for rows in _chunks(len(ids), weight.shape[0], hidden.device):
-        z = _logits(hidden[rows], weight, bias, transform)
+    topk_ids = torch.empty((len(ids), top_k), dtype=torch.long, device=ids.device)
+    for rows in _chunks(len(ids), vocab, ids.device):
+        z = logits_of(rows)
         log_z = z.logsumexp(-1, keepdim=True)
         logprobs[rows] = (z.gather(-1, ids[rows].unsqueeze(-1)) - log_z).squeeze(-1)
         if top_k:
             top = z.topk(top_k)
             topk_logprobs[rows], topk_ids[rows] = top.values - log_z, top.indices
     return logprobs, topk_ids, topk_logprobs
+
+
+def backbone(model) -> torch.nn.Module:
+    """The part of a causal language model that gives hidden states."""
+    # Where the prefix names something else, `base_model` is the model itself: Llama 4 and Mllama as text models.
+    return model.base_model if model.base_model is not model else getattr(model, "model", model)
 
 
 def add_distillation_head(model) -> None:
@@ -248,7 +279,7 @@ def add_distillation_head(model) -> None:
             return plain_forward(*args, **kwargs)
         kwargs.pop("labels", None)
         kwargs["use_cache"] = False
-        hidden = self.base_model(*args, **kwargs).last_hidden_state.flatten(0, 1)
+        hidden = backbone(self)(*args, **kwargs).last_hidden_state.flatten(0, 1)
         # Looked up at each call: FSDP and PEFT replace the head after it was patched.
         head = self.get_output_embeddings()
         weight, bias = head.weight, head.bias
@@ -261,6 +292,74 @@ def add_distillation_head(model) -> None:
             return TokenOutput(*TokenLoss.apply(hidden, weight, bias, targets, transform, with_grad))
 
     model.forward = types.MethodType(forward, model)
+
+
+@torch.no_grad()
+def check_head(model: torch.nn.Module, config: PreTrainedConfig, device: torch.device) -> None:
+    """
+    Tries whether the log-probabilities that the loss is made of are the model's own.
+
+    Five forward passes of a few tokens, which all processes must make together, so they work on a model that is
+    sharded.
+
+    Args:
+        model ([`~torch.nn.Module`]): The model as it is trained, wrapped by its engine, patched by
+            [`add_distillation_head`].
+        config ([`~transformers.PreTrainedConfig`]): Its config.
+        device ([`torch.device`]): Where its inputs go.
+
+    Raises:
+        ValueError: If they are not, or if the model reads tokens that come later.
+    """
+    rows = trial_rows(config)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        own = [own_logprobs(model, row, device) for row in rows]
+        ahead = reads_ahead(model, rows[0], own[0], device)
+        try:
+            apart = difference(_trained_logprobs(model, rows, device), own)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # architectures fail in their own ways where they lack what the head builds on
+            apart = f"{type(error).__name__}: {error}"
+    finally:
+        for module in training:
+            module.training = True
+    name = type(extract_model_from_parallel(model)).__name__
+    if ahead:
+        raise ValueError(not_causal(name, ahead))
+    if apart:
+        raise ValueError(
+            f"`{name}` cannot be trained here: log-probabilities that are rebuilt from its hidden states and LM head, "
+            f"in a padded batch, are not its own ({apart}). It may change hidden states before its head, or logits "
+            "after it, in a way that is not known here, or read padding."
+        )
+
+
+def _trained_logprobs(model: torch.nn.Module, rows: list[TrialRow], device: torch.device) -> list[np.ndarray]:
+    """Log-probabilities of completion tokens as the loss gets them, in one padded batch: `(completion,)` each."""
+    width = max(len(row.ids) for row in rows)
+    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    positions, counts = [], [row.completion_length for row in rows]
+    for i, row in enumerate(rows):
+        input_ids[i, : len(row.ids)] = torch.from_numpy(row.ids)
+        attention_mask[i, : len(row.ids)] = 1
+        # A token is predicted at the position before it.
+        end = i * width + len(row.ids) - 1
+        positions.append(torch.arange(end - row.completion_length, end))
+    positions = torch.cat(positions)
+    ids = input_ids.flatten()[positions + 1].unsqueeze(-1).to(device)
+    targets = Targets(
+        positions.to(device),
+        ids,
+        torch.ones_like(ids, dtype=torch.bool),
+        torch.ones(len(ids), device=device),
+        lambda logprobs, tail, tokens: logprobs.sum(-1),
+    )
+    out = model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), targets=targets)
+    return [logprobs.squeeze(-1).cpu().numpy() for logprobs in out.support_logprobs.split(counts)]
 
 
 def assert_adapters_are_seen(model) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -18,8 +19,12 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from .own_logits import TrialRow, difference, not_causal, own_logprobs, reads_ahead, trial_rows
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,8 @@ class TransformersSampler:
     A transformers model that answers in batches of prompts of like length, each batch with a seed of its own.
 
     The model's own generation config is set aside: a repetition penalty there would make the samples another policy's.
+    Before the first batch a few tokens are sampled and held against the model's own log-probabilities: prompts of
+    different length are answered apart by models that padding before the prompt would change.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model.
@@ -99,6 +106,7 @@ class TransformersSampler:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64):
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self._pads: bool | None = None
 
     def sample(
         self,
@@ -107,18 +115,59 @@ class TransformersSampler:
         first: int = 0,
         advance: Callable[[int], object] = lambda tokens: None,
     ) -> list[Sample]:
-        """See [`Sampler`]."""
+        """
+        See [`Sampler`].
+
+        Raises:
+            ValueError: if what the model samples has not the log-probabilities that the model gives it.
+        """
         # Prompts of like length together waste the least padding.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         samples: list[Sample | None] = [None] * len(prompts)
         with _set_up(self.model):
-            for start in range(0, len(order), self.batch_size):
+            if self._pads is None:
+                self._pads = self._may_pad(sampling)
+            start = 0
+            while start < len(order):
                 torch.manual_seed(sampling.seed_of(first + start))
                 batch = order[start : start + self.batch_size]
+                if not self._pads:
+                    batch = [i for i in batch if len(prompts[i]) == len(prompts[batch[0]])]
                 for i, sample in zip(batch, self._generate([prompts[i] for i in batch], sampling), strict=True):
                     samples[i] = sample
                     advance(len(sample.ids))
+                start += len(batch)
         return samples
+
+    def _may_pad(self, sampling: Sampling) -> bool:
+        """Whether prompts of different length can be answered together."""
+        device = self.model.get_input_embeddings().weight.device
+        rows = trial_rows(self.model.config)
+        prompts = [row.ids.tolist() for row in rows]
+        short = replace(sampling, max_completion_length=3, eos_token_ids=(), stop=())
+
+        def problem(prompts: list[list[int]]) -> str | None:
+            samples = self._generate(prompts, short)
+            own = [
+                own_logprobs(self.model, TrialRow(np.array([*prompt, *sample.ids]), len(sample.ids)), device)
+                for prompt, sample in zip(prompts, samples, strict=True)
+            ]
+            return difference([np.array(sample.logprobs, np.float32) for sample in samples], own)
+
+        name = type(self.model).__name__
+        if ahead := reads_ahead(self.model, rows[0], own_logprobs(self.model, rows[0], device), device):
+            raise ValueError(not_causal(name, ahead))
+        if not (padded := problem(prompts)):
+            return True
+        if apart := problem(prompts[:1]):
+            raise ValueError(
+                f"`{name}` does not sample from its own distribution: log-probabilities of sampled tokens differ from "
+                f"those of a forward pass over them ({apart}). Does its cache work?"
+            )
+        logger.warning(
+            f"Prompts of different length are answered apart: padding before the prompt changes `{name}` ({padded})."
+        )
+        return False
 
     @torch.inference_mode()
     def _generate(self, prompts: list[list[int]], sampling: Sampling) -> list[Sample]:

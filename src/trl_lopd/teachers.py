@@ -14,7 +14,8 @@ from accelerate.utils import is_peft_model
 from transformers import DynamicCache
 from transformers.utils.generic import is_flash_attention_requested
 
-from .head import LogitTransform, score_tokens
+from .head import LogitTransform, backbone, score_logits, score_tokens
+from .own_logits import difference, not_causal, own_logprobs, reads_ahead, trial_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,7 +70,9 @@ class LocalTeacher:
     A transformers model that scores. Rows of like length are scored together; when memory runs out, fewer of them.
 
     With flash attention, rows are concatenated and nothing is padded. A prompt of several completions is read once
-    where that saves enough of the work, and its keys and values are kept for all of them.
+    where that saves enough of the work, and its keys and values are kept for all of them. Before the first row, each
+    of these ways is tried on a few short ones: one that does not give the model's own log-probabilities is not used,
+    and a warning says so.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model, on whatever devices, quantized or not.
@@ -80,6 +83,7 @@ class LocalTeacher:
 
     def __init__(self, model: PreTrainedModel, max_batch_tokens: int | None = None):
         self.model, self.max_batch_tokens = model, max_batch_tokens
+        self._reading: _Reading | None = None
 
     def find_budget(self) -> int:
         """`max_batch_tokens`, measured if it was not given."""
@@ -98,7 +102,7 @@ class LocalTeacher:
 
         Raises:
             RowError: for a sequence with ids outside the vocabulary, or that the model answers with NaN.
-            ValueError: if `top_k` is more than the vocabulary.
+            ValueError: if `top_k` is more than the vocabulary, or if the model is not causal.
             OutOfMemoryError: if a single row does not fit.
         """
         vocab = self.model.config.get_text_config().vocab_size
@@ -118,6 +122,7 @@ class LocalTeacher:
         self.model.eval()
         try:
             self.find_budget()
+            self._reading = self._reading or _find_reading(self.model)
             todo = self._plan(np.arange(len(sequences)), sequences, completion_lengths)
             while todo:
                 rows, shared = todo.pop()
@@ -151,9 +156,11 @@ class LocalTeacher:
     def _plan(self, rows: np.ndarray, sequences: list[np.ndarray], counts: list[int]) -> list[tuple[np.ndarray, bool]]:
         """Rows to score together, and whether they share prompts; the last of the list is to go first."""
         row_lengths = np.array([len(sequences[row]) for row in rows])
+        if not self._reading.together:
+            return [(rows[[row]], False) for row in range(len(rows))][::-1]
         prompt_lengths = row_lengths - np.array([counts[row] for row in rows])
         shared, plan = np.zeros(len(rows), dtype=bool), []
-        if only_attends(_unwrapped(self.model)):
+        if self._reading.shares_prompts:
             first, group, size = _groups(
                 [sequences[row][:prompt] for row, prompt in zip(rows, prompt_lengths, strict=True)]
             )
@@ -169,8 +176,10 @@ class LocalTeacher:
                 shared |= members
                 plan.append((rows[members], True))
         stretched = row_lengths >= _stretches_from(_unwrapped(self.model))
-        others, packed = np.flatnonzero(~shared & ~stretched), _packs(_unwrapped(self.model))
-        batches = batches_of_like_length(row_lengths[others], self.max_batch_tokens, packed)
+        others, budget = np.flatnonzero(~shared & ~stretched), self.max_batch_tokens
+        if not self._reading.from_hidden:
+            budget = min(budget, _MOST_LOGITS // self.model.config.get_text_config().vocab_size)
+        batches = batches_of_like_length(row_lengths[others], budget, _packs(_unwrapped(self.model)))
         plan += [(rows[others[batch]], False) for batch in batches]
         # Shortest first, after the others: a stretch stays until a longer row comes, or one that needs none.
         plan += [(rows[[row]], False) for row in np.argsort(row_lengths, kind="stable") if stretched[row]]
@@ -182,7 +191,7 @@ class LocalTeacher:
         """Rows as they are scored, and their scores, a forward pass at a time."""
         sequences, counts = [sequences[row] for row in rows], [counts[row] for row in rows]
         if not shared:
-            yield rows, _score_batch(self.model, sequences, counts, top_k)
+            yield rows, _score_batch(self.model, sequences, counts, top_k, self._reading.from_hidden)
             return
         prompts = [sequence[: len(sequence) - count] for sequence, count in zip(sequences, counts, strict=True)]
         first, group, _ = _groups(prompts)
@@ -279,6 +288,74 @@ def _packs(model: PreTrainedModel) -> bool:
     return is_flash_attention_requested(model.config) and only_attends(model)
 
 
+class _Reading(NamedTuple):
+    """
+    How to read a model so that what comes out are its own log-probabilities.
+
+    Attributes:
+        from_hidden (`bool`): From hidden states and the LM head; otherwise from the model's own logits.
+        together (`bool`): Several rows in one forward pass.
+        shares_prompts (`bool`): A prompt once for all its completions.
+    """
+
+    from_hidden: bool
+    together: bool
+    shares_prompts: bool
+
+
+# Of the model's own logits that exist together: 1 GiB in float32.
+_MOST_LOGITS = 2**28
+
+
+def _find_reading(model: PreTrainedModel) -> _Reading:
+    """The fastest way to read a model that was right on a few short rows."""
+    rows = trial_rows(model.config)
+    device = model.get_input_embeddings().weight.device
+    own = [own_logprobs(model, row, device) for row in rows]
+    name = type(_unwrapped(model)).__name__
+    if ahead := reads_ahead(model, rows[0], own[0], device):
+        raise ValueError(not_causal(name, ahead))
+    sequences, counts = [row.ids for row in rows], [row.completion_length for row in rows]
+
+    def problem(score: Callable[[], list[Scores]]) -> str | None:
+        try:
+            return difference([scores.logprobs for scores in score()], own)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # architectures fail in their own ways where they lack what we build on
+            return f"{type(error).__name__}: {error}"
+
+    def alone(from_hidden: bool) -> list[Scores]:
+        return [
+            _score_batch(model, [sequence], [count], 0, from_hidden)[0]
+            for sequence, count in zip(sequences, counts, strict=True)
+        ]
+
+    def shared() -> list[Scores]:
+        prompts = [sequence[:-count] for sequence, count in zip(sequences, counts, strict=True)]
+        first, group, _ = _groups(prompts)
+        prefix = _read_prompts(model, [prompts[row] for row in first])
+        completions = [sequence[-count:] for sequence, count in zip(sequences, counts, strict=True)]
+        return _score_completions(model, prefix, group, completions, 0)
+
+    from_hidden, why = True, problem(lambda: _score_batch(model, sequences, counts, 0))
+    if why and (of_head := problem(lambda: alone(True))):
+        logger.warning(
+            f"`{name}` is scored from its own logits, which takes more time and memory: log-probabilities rebuilt "
+            f"from its hidden states are not its own ({of_head})."
+        )
+        from_hidden, why = False, problem(lambda: _score_batch(model, sequences, counts, 0, from_hidden=False))
+    if why:
+        if not from_hidden and (still := problem(lambda: alone(False))):
+            raise ValueError(f"The log-probabilities of `{name}` depend on more than the row it reads: {still}.")
+        logger.warning(f"`{name}` is scored a row at a time: other rows in a batch change its scores ({why}).")
+    shares = not why and from_hidden and only_attends(_unwrapped(model))
+    if shares and (apart := problem(shared)):
+        logger.warning(f"Prompts of several completions are read anew for each: `{name}` changes otherwise ({apart}).")
+        shares = False
+    return _Reading(from_hidden, not why, shares)
+
+
 # ---- How many tokens fit ----
 
 DEFAULT_BUDGET = 16384  # tokens of a forward pass, where free memory cannot be asked for
@@ -307,7 +384,7 @@ def _measured_budget(model: PreTrainedModel) -> int:
     input_ids = torch.zeros(1, tokens, dtype=torch.long, device=model.get_input_embeddings().weight.device)
     try:
         # With the cache that sharing prompts needs.
-        model.base_model(input_ids=input_ids, use_cache=only_attends(model))
+        backbone(model)(input_ids=input_ids, use_cache=only_attends(model))
     except torch.OutOfMemoryError:
         return max(1, tokens // 2)
     budgets = []
@@ -323,15 +400,22 @@ def _measured_budget(model: PreTrainedModel) -> int:
 
 
 @torch.inference_mode()
-def _score_batch(model: PreTrainedModel, sequences: list[np.ndarray], counts: list[int], top_k: int) -> list[Scores]:
+def _score_batch(
+    model: PreTrainedModel, sequences: list[np.ndarray], counts: list[int], top_k: int, from_hidden: bool = True
+) -> list[Scores]:
     """Scores of the last tokens of each sequence, all read in one forward pass."""
-    model = _unwrapped(model)
-    inputs, ends = _inputs(model, sequences)
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+    inputs, ends = _inputs(_unwrapped(model), sequences)
     # A token is predicted at the position before it.
     places = np.concatenate([np.arange(end - count, end) - 1 for end, count in zip(ends, counts, strict=True)])
     completions = [sequence[len(sequence) - count :] for sequence, count in zip(sequences, counts, strict=True)]
-    return _scores_at(model, hidden.flatten(0, 1)[_to(hidden.device, places)], completions, top_k)
+    if from_hidden:
+        model = _unwrapped(model)
+        hidden = backbone(model)(**inputs, use_cache=False).last_hidden_state
+        return _scores_at(model, hidden.flatten(0, 1)[_to(hidden.device, places)], completions, top_k)
+    # Prompt tuning puts virtual tokens before the rows.
+    logits = model(**inputs).logits[:, -inputs["input_ids"].shape[1] :].flatten(0, 1)
+    ids = _to(logits.device, np.concatenate(completions))
+    return _split(score_logits(logits[_to(logits.device, places)], ids, top_k), completions)
 
 
 def _inputs(model: PreTrainedModel, sequences: list[np.ndarray]) -> tuple[dict[str, Any], np.ndarray]:
@@ -374,7 +458,7 @@ def _read_prompts(model: PreTrainedModel, prompts: list[np.ndarray]) -> _Prefix:
     model = _unwrapped(model)
     device = model.get_input_embeddings().weight.device
     input_ids, attention_mask = _padded(prompts, left=True)
-    output = model.base_model(
+    output = backbone(model)(
         input_ids=_to(device, input_ids),
         attention_mask=_to(device, attention_mask),
         position_ids=_to(device, np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)),
@@ -401,7 +485,7 @@ def _score_completions(
         cache.layers = [copy.copy(layer) for layer in cache.layers]
         cache.batch_select_indices(torch.from_numpy(prompt_of))
         prompt_mask = prefix.attention_mask[prompt_of]
-        read = model.base_model(
+        read = backbone(model)(
             input_ids=_to(device, input_ids),
             attention_mask=_to(device, np.concatenate([prompt_mask, attention_mask], axis=1)),
             position_ids=_to(device, prompt_mask.sum(1, keepdims=True) + np.arange(width)),
@@ -419,7 +503,7 @@ def _scores_at(
 ) -> list[Scores]:
     """Scores of completions whose tokens are predicted from `hidden (tokens, hidden)`, that of scored tokens only."""
     head = model.get_output_embeddings()
-    logprobs, topk_ids, topk_logprobs = score_tokens(
+    scores = score_tokens(
         hidden.to(head.weight.device),
         head.weight,
         head.bias,
@@ -427,6 +511,12 @@ def _scores_at(
         top_k,
         LogitTransform.of(model.config),
     )
+    return _split(scores, completions)
+
+
+def _split(scores: tuple[torch.Tensor, torch.Tensor, torch.Tensor], completions: list[np.ndarray]) -> list[Scores]:
+    """The scores of each completion, of those of all their tokens."""
+    logprobs, topk_ids, topk_logprobs = scores
     arrays = [values.cpu().numpy() for values in (logprobs, topk_ids.int(), topk_logprobs.half())]
     splits = [np.split(values, np.cumsum([len(c) for c in completions])[:-1]) for values in arrays]
     return [Scores(*row) for row in zip(*splits, strict=True)]

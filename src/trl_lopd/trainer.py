@@ -44,7 +44,7 @@ from .drift import describe_weights, has_left, remedy
 from .effopd import EffOPDCallback
 from .failures import LossCheck, SaveOnSigterm, out_of_memory_advice
 from .fingerprint import TeacherFingerprint
-from .head import Targets, TokenOutput, add_distillation_head, assert_adapters_are_seen
+from .head import Targets, TokenOutput, add_distillation_head, assert_adapters_are_seen, check_head
 from .models import load_tokenizer
 from .objective import (
     mean_loss,
@@ -308,7 +308,7 @@ class OfflineOPDTrainer(Trainer):
                 "GPU visible with `CUDA_VISIBLE_DEVICES`."
             )
         self._window: dict[str, torch.Tensor] = {}
-        self._boundaries_checked = False
+        self._tried = False
         self._check_loss = LossCheck(self)
         self._last_shape: tuple[int, int] | None = None
         self._save_on_sigterm: SaveOnSigterm | None = None
@@ -456,8 +456,7 @@ class OfflineOPDTrainer(Trainer):
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._count_padding(inputs)
-        # Not before: ZeRO-3 takes the first forward for the order of its modules.
-        self._try_boundaries(model)
+        self._try_once(model)
         return loss
 
     def _train_on_parts(self, model, parts, num_items_in_batch):
@@ -498,12 +497,16 @@ class OfflineOPDTrainer(Trainer):
             for name, value in (("tokens_read", tokens), ("tokens_padding", padding)):
                 self._window[name] = self._window.get(name, 0) + value.to(self.args.device)
 
-    def _try_boundaries(self, model) -> None:
-        if self.args.padding_free and not self._boundaries_checked:
-            vocab_size = self.model.config.get_text_config().vocab_size
-            with self.compute_loss_context_manager():
-                check_boundaries(model, vocab_size, self.args.device)
-            self._boundaries_checked = True
+    def _try_once(self, model) -> None:
+        """Holds what the loss is computed from against the model itself, on a few tokens."""
+        if self._tried:
+            return
+        config = self.model.config
+        with self.compute_loss_context_manager():
+            check_head(model, config, self.args.device)
+            if self.args.padding_free:
+                check_boundaries(model, config.get_text_config().vocab_size, self.args.device)
+        self._tried = True
 
     def floating_point_ops(self, inputs):
         return super().floating_point_ops(_together(inputs))
@@ -534,6 +537,8 @@ class OfflineOPDTrainer(Trainer):
         self, model, inputs: dict[str, torch.Tensor], num_items: torch.Tensor | int
     ) -> tuple[TokenOutput, dict[str, torch.Tensor]]:
         """The batch's share of a loss over `num_items`, and the totals behind every metric; see `objective`."""
+        if not self.is_deepspeed_enabled:  # ZeRO-3 takes the first forward for the order of its modules
+            self._try_once(model)
         self._last_shape = tuple(inputs["input_ids"].shape)
         labels, teacher, ref = inputs["labels"], inputs["teacher_logprobs"], inputs.get("ref_logprobs")
         sequences, num_sequences = inputs["sequences"], len(inputs["truncated"])
@@ -597,7 +602,7 @@ class OfflineOPDTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             _, totals = self._forward(model, inputs, self._num_items(inputs))
-        self._try_boundaries(model)
+        self._try_once(model)
         # Gathered a sequence at a time, so that rows repeated to fill the last batch are dropped.
         names, num_sequences = sorted(totals), len(totals["truncated"])
         columns = [totals[name].float().reshape(num_sequences, -1) for name in names]

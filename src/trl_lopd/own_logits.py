@@ -1,0 +1,120 @@
+"""A model's own logits on a few short rows: what log-probabilities that are computed in another way are held against.
+
+Scoring and training rebuild logits from hidden states, read rows in padded batches, share prompts and leave wrappers
+out. Each of that is right for most architectures and wrong for some. So it is tried once, on the model at hand, before
+it is relied on.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig
+
+# Prompt and completion tokens of the trial rows. The first two share their prompt.
+_LENGTHS = ((6, 5), (6, 4), (1, 3))
+
+
+class TrialRow(NamedTuple):
+    """A row to try a model on.
+
+    Attributes:
+        ids (`(prompt + completion,)` int64): Token ids.
+        completion_length (`int`): How many tokens at the end are scored.
+    """
+
+    ids: np.ndarray
+    completion_length: int
+
+
+def trial_rows(config: PreTrainedConfig) -> list[TrialRow]:
+    """Rows of different lengths, always the same, whose tokens are spread over the vocabulary of a model."""
+    rng = np.random.default_rng(0)
+    vocab_size, pad = config.get_text_config().vocab_size, getattr(config, "pad_token_id", None)
+
+    def draw(size: int) -> np.ndarray:
+        ids = rng.integers(vocab_size, size=size)
+        # Some models count positions by the tokens that are not padding.
+        return np.where(ids == pad, (ids + 1) % vocab_size, ids)
+
+    prompts = {length: draw(length) for length, _ in _LENGTHS}
+    return [TrialRow(np.concatenate([prompts[prompt], draw(size)]), size) for prompt, size in _LENGTHS]
+
+
+class OwnLogprobs(NamedTuple):
+    """
+    What a model itself gives to the completion tokens of a row that it reads alone.
+
+    Attributes:
+        logprobs (`(completion,)` float32): At temperature 1 over the full vocabulary, in nats.
+        rounding (`float`): What the rounding of one logit may change in them, in nats.
+    """
+
+    logprobs: np.ndarray
+    rounding: float
+
+
+@torch.no_grad()
+def own_logprobs(model: nn.Module, row: TrialRow, device: torch.device) -> OwnLogprobs:
+    """`log_softmax(model(row).logits)` in float32, of the model as it is: wrappers and adapters included."""
+    logits = model(input_ids=torch.from_numpy(row.ids)[None].to(device)).logits
+    # Prompt tuning puts virtual tokens before the row.
+    logits = logits[0, -len(row.ids) :][-row.completion_length - 1 : -1].float()
+    ids = torch.from_numpy(row.ids[-row.completion_length :, None]).to(logits.device)
+    logprobs = logits.log_softmax(-1).gather(-1, ids).squeeze(-1)
+    # A masked token has the lowest logit that there is, which nothing is relative to.
+    largest = logits[logits > -1e4].abs().max().item() if (logits > -1e4).any() else 0.0
+    return OwnLogprobs(logprobs.cpu().numpy(), _rounding(model, device) * max(1.0, largest))
+
+
+def _rounding(model: nn.Module, device: torch.device) -> float:
+    """Relative rounding of a model's computations: that of its coarsest dtype."""
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if torch.is_autocast_enabled(device.type):
+        dtypes.add(torch.get_autocast_dtype(device.type))
+    # Quantized weights are computed with in bfloat16 or float16.
+    dtypes = {dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.bfloat16 for dtype in dtypes}
+    # A sum of thousands of float32 products is rounded more often than once.
+    return max([3e-6, *(torch.finfo(dtype).eps for dtype in dtypes)])
+
+
+def difference(found: list[np.ndarray], own: list[OwnLogprobs]) -> str | None:
+    """
+    How log-probabilities of the same completions differ from the model's own, in words; `None` where rounding may be
+    all that sets them apart.
+
+    Args:
+        found (`list` of `(completion,)` arrays): What was computed in another way.
+        own (`list[OwnLogprobs]`): The model's own.
+    """
+    found, expected = np.concatenate(found), np.concatenate([row.logprobs for row in own])
+    with np.errstate(invalid="ignore"):
+        # Two infinities are not apart. A model that answers with NaN is found out by its rows.
+        apart = np.where((found == expected) | np.isnan(expected), 0.0, np.abs(found - expected))
+    rounding = max(row.rounding for row in own)
+    if apart.max() <= 8 * rounding and apart.mean() <= 2 * rounding:
+        return None
+    return f"{apart.mean():.3g} nats a token on average, {apart.max():.3g} at most"
+
+
+def reads_ahead(model: nn.Module, row: TrialRow, own: OwnLogprobs, device: torch.device) -> str | None:
+    """
+    How the model's log-probabilities of the first completion tokens differ if the last ones are not there; `None` if
+    they do not, as in a causal model.
+    """
+    dropped = row.completion_length // 2
+    shorter = own_logprobs(model, TrialRow(row.ids[:-dropped], row.completion_length - dropped), device)
+    return difference([shorter.logprobs], [own._replace(logprobs=own.logprobs[:-dropped])])
+
+
+def not_causal(name: str, difference: str) -> str:
+    """What is wrong with a model that [`reads_ahead`]."""
+    return (
+        f"`{name}` is not causal: its log-probabilities of the first tokens of a row change with the tokens that come "
+        f"after them ({difference}). Load it as a decoder (`is_decoder=True` in its config), or use a causal model."
+    )
