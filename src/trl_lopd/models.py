@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, find_adapter_config_file
 from trl.trainer.utils import create_model_from_path
 
+from .own_logits import difference, own_logprobs, trial_rows
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+logger = logging.getLogger(__name__)
+
 
 def load_model(model: str | PreTrainedModel, init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
-    """A model from a local directory or Hub id, in its own dtype; an adapter is merged into its base model.
+    """A model from a local directory or Hub id, in its own dtype.
+
+    An adapter is merged into its base model, unless that would change what it computes: then it stays a `PeftModel`.
 
     A loaded model is returned as it is.
     """
@@ -18,13 +28,27 @@ def load_model(model: str | PreTrainedModel, init_kwargs: dict[str, Any] | None 
         return model
     init_kwargs = {"dtype": "auto", **(init_kwargs or {})}
     if find_adapter_config_file(model, revision=init_kwargs.get("revision")) is not None:
-        from peft import AutoPeftModelForCausalLM
-
-        return AutoPeftModelForCausalLM.from_pretrained(model, **init_kwargs).merge_and_unload()
+        return _load_adapter(model, init_kwargs)
     try:
         return create_model_from_path(model, **init_kwargs)
     except TypeError as error:
         raise ValueError(f"{model} cannot be loaded with `model_init_kwargs={init_kwargs}`: {error}") from error
+
+
+def _load_adapter(adapter: str, init_kwargs: dict[str, Any]) -> PreTrainedModel | PeftModel:
+    from peft import AutoPeftModelForCausalLM, PromptLearningConfig
+
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter, **init_kwargs).eval()
+    if any(isinstance(config, PromptLearningConfig) for config in model.peft_config.values()):
+        return model
+    rows, device = trial_rows(model.config), model.get_input_embeddings().weight.device
+    own = [own_logprobs(model, row, device) for row in rows]
+    model = model.merge_and_unload()
+    apart = difference([own_logprobs(model, row, device).logprobs for row in rows], own)
+    if apart is None:
+        return model
+    logger.warning(f"{adapter} is not merged into its base model, which would change what it computes ({apart}).")
+    return AutoPeftModelForCausalLM.from_pretrained(adapter, **init_kwargs).eval()
 
 
 def hub_kwargs(init_kwargs: dict[str, Any] | None) -> dict[str, Any]:

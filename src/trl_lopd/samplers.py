@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from accelerate.utils import is_peft_model
 from transformers import (
     ContinuousBatchingConfig,
     GenerationConfig,
@@ -236,6 +237,11 @@ class ContinuousBatchingSampler:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        if is_peft_model(model) and any(config.is_prompt_learning for config in model.peft_config.values()):
+            raise ValueError(
+                "Continuous batching does not see the virtual tokens of prompt tuning, prefix tuning and P-tuning. "
+                'Use `engine="transformers"`.'
+            )
         self.model, self.tokenizer = model, tokenizer
 
     def sample(
