@@ -41,7 +41,9 @@ class Case:
         self.teacher = -5 - torch.rand(n, generator=g).to(device)
         topk_ids = torch.rand(n, 4 * a.top_k, generator=g).argsort(-1)[:, : a.top_k].to(device)
         topk_logprobs = -4 - torch.rand(n, a.top_k, generator=g).to(device)
-        self.ids, self.support, self.distinct = teacher_support(topk_ids, topk_logprobs, self.labels, self.teacher)
+        self.ids, self.support, self.distinct = teacher_support(
+            topk_ids, topk_logprobs, self.labels, self.teacher, a.vocab
+        )
         self.weights = torch.full((n,), 1 / n, device=device)
 
     def logprobs(self):

@@ -135,8 +135,12 @@ def test_rows_whose_teacher_is_not_known(value):
 def test_a_card_only_declares_unless_it_was_written_for_these_weights():
     bound = card(A, model={"id": fid("student", weights=7)})
     assert judge(bound, [A], own=fid("renamed", weights=7)).evidence == "verified"
-    # The tokenizer and the template of a checkpoint may be edited: its SFT data stays what it was.
-    assert judge(bound, [A], own=fid("student", weights=7, tokenizer=8, template=8)).evidence == "verified"
+    # The template of a checkpoint may be edited: its SFT data stays what it was.
+    assert judge(bound, [A], own=fid("student", weights=7, template=8)).evidence == "verified"
+    verdict = judge(bound, [A], own=fid("student", weights=7, tokenizer=8))
+    assert verdict.evidence == "declared" and "nothing tells whether both mean the same" in verdict.reason
+    verdict = judge(bound, [A], own="")
+    assert verdict.evidence == "declared" and "nothing says which these are" in verdict.reason
     assert judge(bound, [A]).evidence == "verified"
     verdict = judge(bound, [A], own=fid("student", weights=8))
     assert verdict.consistent and verdict.evidence == "declared"

@@ -59,7 +59,7 @@ def make_targets(inputs, trained, teacher, k, loss_type="topk"):
     labels, teacher = inputs["input_ids"][trained], teacher[trained]
     top = teacher.topk(k, -1)
     sampled = teacher.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    ids, support, distinct = teacher_support(top.indices, top.values, labels, sampled)
+    ids, support, distinct = teacher_support(top.indices, top.values, labels, sampled, VOCAB)
 
     def loss(logprobs, tail, rows):
         if loss_type == "topk":

@@ -54,7 +54,7 @@ def at(logprobs, ids):
 def support_of(logits, teacher, sampled, k):
     """Student and teacher on the teacher's top-k, the sampled token and the tail, from full logits."""
     top = teacher.topk(k, -1)
-    ids, teacher_logprobs, distinct = teacher_support(top.indices, top.values, sampled, at(teacher, sampled))
+    ids, teacher_logprobs, distinct = teacher_support(top.indices, top.values, sampled, at(teacher, sampled), VOCAB)
     student = log_softmax(logits, -1)
     tail = student.scatter(-1, ids, -math.inf).logsumexp(-1)
     return student.gather(-1, ids), tail, teacher_logprobs, distinct, ids
@@ -181,10 +181,31 @@ def test_a_sampled_token_among_the_topk_counts_once():
         torch.tensor([[[-0.1, -3.0], [-0.1, -3.0]]]),
         torch.tensor([[3, 7]]),
         torch.tensor([[-3.0, -9.0]]),
+        vocab_size=8,
     )
     assert ids.tolist() == [[[5, 3, 3], [5, 3, 7]]]
     assert distinct.tolist() == [[[True, True, False], [True, True, True]]]
     assert logprobs.dtype == torch.float32
+
+
+def test_teacher_tokens_that_the_student_lacks_are_part_of_the_tail(case):
+    logits, _, sampled, mask = case
+    g = torch.Generator().manual_seed(1)
+    teacher = log_softmax(3 * torch.randn(BATCH, TIME, VOCAB + 3, generator=g), -1)
+    top = teacher.topk(5, -1)
+    assert (top.indices >= VOCAB).any() and (top.indices[..., 0] >= VOCAB).any()
+    ids, teacher_logprobs, distinct = teacher_support(
+        top.indices, top.values, sampled, at(teacher, sampled), vocab_size=VOCAB
+    )
+    student = log_softmax(logits, -1)
+    tail = student.scatter(-1, ids, -math.inf).logsumexp(-1)
+    kl = reverse_kl_topk(student.gather(-1, ids), tail, teacher_logprobs, distinct)
+    for b, t in mask.nonzero().tolist():
+        support = sorted({*top.indices[b, t].tolist(), int(sampled[b, t])} & set(range(VOCAB)))
+        p, q = student[b, t].double().exp(), teacher[b, t].double().exp()
+        p = torch.cat([p[support], 1 - p[support].sum().reshape(1)])
+        q = torch.cat([q[support], 1 - q[support].sum().reshape(1)])
+        torch.testing.assert_close(kl[b, t].double(), (p * (p / q).log()).sum(), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])

@@ -378,9 +378,6 @@ def fake_config(size: int) -> SimpleNamespace:
         ("prompt_ids", None, 30, 30),
         ("completion_ids", 20, 30, 20),
         ("completion_ids", 30, 20, 20),
-        ("teacher_topk_ids", 20, None, 20),
-        ("teacher_topk_ids", 20, 30, 30),
-        ("teacher_topk_ids", None, 30, 30),
     ],
 )
 def test_id_out_of_vocabulary(name, tokenizer_size, model_size, limit):
@@ -393,6 +390,19 @@ def test_id_out_of_vocabulary(name, tokenizer_size, model_size, limit):
     message = refusal(make_table(rows), tokenizer, model_config)
     assert message.startswith(f"Row 5, column `{name}`, token 1: {limit}, but token ids are 0 to {limit - 1}.")
     assert "Make the table with the tokenizer and model you train" in message
+
+
+@pytest.mark.parametrize(("tokenizer_size", "model_size", "limit"), [(20, None, 20), (20, 30, 30), (None, 30, 30)])
+def test_top_k_tokens_that_the_student_lacks_are_counted(tokenizer_size, model_size, limit):
+    tokenizer = tokenizer_size and fake_tokenizer(tokenizer_size)
+    model_config = model_size and fake_config(model_size)
+    rows = make_rows()
+    put(rows, 5, "teacher_topk_ids", 1, limit - 1)
+    assert validate_table(make_table(rows), tokenizer, model_config).foreign_topk == 0
+    put(rows, 5, "teacher_topk_ids", 1, limit)
+    put(rows, 2, "teacher_topk_ids", 0, limit + 7)
+    assert validate_table(make_table(rows), tokenizer, model_config, batch_rows=2).foreign_topk == 2
+    assert validate_table(make_table(rows)).foreign_topk == 0
 
 
 def test_vocab_limits():

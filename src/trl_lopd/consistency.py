@@ -23,10 +23,12 @@ from .fingerprint import (
     evidence_of,
     is_id,
     same_teacher,
+    tokenizer_part,
 )
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +97,7 @@ def check_teacher_consistency(
     mode: str = "strict",
     student: str = "the student",
     table_name: str = "the table",
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Verdict:
     """
     Decide whether the teachers that scored a table are the teachers behind a student's SFT data.
@@ -107,11 +110,14 @@ def check_teacher_consistency(
         sampled_by (`Iterable[str]`, *optional*): The distinct values of its `student_fingerprint` column, if `table`
             is not the table itself.
         student_fingerprint ([`TeacherFingerprint`] or `str`, *optional*): The student's own, or its id. Without it
-            nothing is said of whether the card was written for this student, and whether it sampled the rollouts.
+            nothing is said of whether the card was written for this student, and whether it sampled the rollouts. An
+            empty one says that the student has none, so that what its card says counts as declared.
         mode (`str`): `"strict"` raises unless the pair is consistent and verified or probed; `"declared_ok"` also
             accepts SFT teachers that a person declared; `"warn"` warns instead of raising; `"off"` is silent.
         student (`str`): What messages call the student.
         table_name (`str`): What messages call the table.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The student's. Where the teacher's differs,
+            and the table's record does not say that both mean the same by the ids in the rows, the two are compared.
 
     Raises:
         `TeacherConsistencyError`: as `mode` says.
@@ -120,10 +126,11 @@ def check_teacher_consistency(
     if mode not in MODES:
         raise ValueError(f"Unknown mode {mode!r} for the teacher consistency check; it is one of {', '.join(MODES)}.")
     own_id = student_fingerprint.id if isinstance(student_fingerprint, TeacherFingerprint) else student_fingerprint
-    rows, altered, claimed = "unverified", (), []
+    rows, altered, claimed, dataset = "unverified", (), [], None
     if hasattr(table, "column_names"):
         from .table import column_counts
 
+        dataset = table
         columns = [column_counts(table, name) for name in ("teacher_fingerprint", "student_fingerprint")]
         rows, altered = check_rows(table, table_name)
         claimed = record_of(table).get("teachers") or []
@@ -133,6 +140,10 @@ def check_teacher_consistency(
             rows, altered = "unverified", ()
     teachers = [table] if isinstance(table, str) else list(table)
     verdict = _judge_teachers(student_card, teachers, own_id, student, table_name, claimed, rows)
+    if verdict.consistent:
+        entries = [*claimed, *(student_card.get("sft_teachers") or [])]
+        readers = [own_id] if own_id else [id for id in sampled_by if id and is_id(id)]
+        verdict = _judge_tokens(verdict, teachers, readers, entries, tokenizer, dataset, student, table_name)
     if verdict.consistent:
         problem, warnings, off_policy = _judge_student(sampled_by, own_id, student, table_name)
         warnings = (*altered, *warnings, *_earlier_overrides(student_card, student))
@@ -210,13 +221,14 @@ def _judge_teachers(
             f"teacher, or {_OVERRIDE}."
         )
 
-    if own_id and not written_for(card, own_id):
+    if own_id is not None and not written_for(card, own_id):
         bound_to = (card.get("model") or {}).get("id")
         whose = f"was written for {bound_to}" if bound_to else "does not say for which weights it was written"
+        these = f"these are {own_id}" if own_id else "nothing says which these are"
         return Verdict(
             True,
             "declared",
-            f"The card of {student} {whose}, and these are {own_id}: what it says of SFT teachers is no more than "
+            f"The card of {student} {whose}, and {these}: what it says of SFT teachers is no more than "
             "declared. (A card copied or written by hand, or weights merged, cast or trained on since.) If it holds "
             f'for these weights, declare it, {stamp} --replace`, and train with teacher_consistency="declared_ok"; '
             f"otherwise {_OVERRIDE}.",
@@ -234,6 +246,47 @@ def _judge_teachers(
         )
     weakest = _weakest(evidence.values())
     return Verdict(True, weakest, f"Teachers agree ({weakest}): {wrote}, and {scored}.")
+
+
+def _judge_tokens(
+    verdict: Verdict,
+    teachers: list[str],
+    readers: list[str],
+    entries: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    table: Dataset | None,
+    student: str,
+    table_name: str,
+) -> Verdict:
+    """The verdict, less where a teacher's tokenizer is another than that of those who read the ids."""
+    for teacher in teachers:
+        about = [entry for entry in entries if same_teacher(teacher, entry["id"])]
+        same = {tokenizer_part(teacher), *(part for entry in about for part in entry.get("same_tokens_as") or ())}
+        if all(tokenizer_part(reader) in same for reader in readers):
+            continue
+        unlike = f"{teacher} has another tokenizer than {student} ({', '.join(readers)})"
+        differences = None
+        if tokenizer is not None and table is not None:
+            from .vocabulary import different_tokens, distinct_ids, say, tokenizer_of
+
+            if found := next((found for entry in about if (found := tokenizer_of(entry))), None):
+                differences = different_tokens(tokenizer, found[0], distinct_ids(table))
+        if differences:
+            return Verdict(
+                False,
+                None,
+                f"{unlike}, and scored other text than {student} is trained on: "
+                f"{say(differences, 'the student', 'the teacher')}. Score {table_name} with the teacher that shares "
+                f"the student's tokenizer, or {_OVERRIDE}.",
+            )
+        if differences is None:
+            reason = (
+                f"{unlike}, and nothing tells whether both mean the same by the ids in {table_name}: scoring compares "
+                "them where it finds the student's tokenizer or the text of the rows, and notes it in the table's "
+                f'record. If they do, teacher_consistency="declared_ok" accepts that; otherwise {_OVERRIDE}.'
+            )
+            verdict = replace(verdict, evidence="declared", reason=reason)
+    return verdict
 
 
 def _weakest(evidence: Iterable[str]) -> str:
@@ -255,7 +308,7 @@ def _judge_student(
 ) -> tuple[str, list[str], bool]:
     """What forbids training on rollouts of these students, what is to be known of them, and whether they differ."""
     warnings, off_policy = [], []
-    for sampler in samplers if own_id is not None else ():
+    for sampler in samplers if own_id else ():
         if not (sampler and is_id(sampler)):
             continue  # not known
         differences = diff_ids(own_id, sampler)

@@ -188,6 +188,11 @@ def content_id(fingerprint_id: str) -> str:
     return content.partition("#")[0] if at else ""
 
 
+def tokenizer_part(fingerprint_id: str) -> str:
+    """The part of an id that names the tokenizer; empty if it is no id."""
+    return content_id(fingerprint_id).split("-")[2] if is_id(fingerprint_id) else ""
+
+
 def evidence_of(fingerprint_id: str) -> str:
     """
     How an id is known, one of [`EVIDENCE`]: `"verified"` if it carries no suffix.
@@ -313,7 +318,7 @@ def fingerprint_teacher(
         )
     return TeacherFingerprint(
         weights=weights.digest,
-        tokenizer=_tokenizer_digest(tokenizer),
+        tokenizer=tokenizer_digest(tokenizer),
         chat_template=_chat_template_digest(tokenizer.chat_template),
         adapter=adapter,
         model_id=name or origin.model_id,
@@ -455,7 +460,7 @@ def _chat_template_digest(chat_template: str | dict[str, str] | None) -> str:
     return blake3((chat_template or "").encode()).hexdigest()
 
 
-def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     Digest of what decides token ids. Truncation, padding (the choice of a pad token included: training scripts set it
     freely), post-processing and decoding are left out.

@@ -217,24 +217,34 @@ class TokenLoss(torch.autograd.Function):
 
 @torch.no_grad()
 def score_tokens(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, top_k: int, transform: LogitTransform
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    top_k: int,
+    transform: LogitTransform,
+    num_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of `ids (n,)` and of the `top_k` most likely tokens, for scoring.
+    """Log-probabilities of `ids (n,)` and of the `top_k` most likely of the first `num_tokens` ids, for scoring.
 
     Returns `logprobs (n,)` float32, `topk_ids (n, top_k)` int64 and `topk_logprobs (n, top_k)` float32, most likely
     first.
     """
-    return _scores(lambda rows: _logits(hidden[rows], weight, bias, transform), ids, top_k, weight.shape[0])
+    return _scores(
+        lambda rows: _logits(hidden[rows], weight, bias, transform), ids, top_k, weight.shape[0], num_tokens
+    )
 
 
 @torch.no_grad()
-def score_logits(logits: Tensor, ids: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+def score_logits(
+    logits: Tensor, ids: Tensor, top_k: int, num_tokens: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """[`score_tokens`] from `logits (n, vocab)`."""
-    return _scores(lambda rows: logits[rows].float(), ids, top_k, logits.shape[-1])
+    return _scores(lambda rows: logits[rows].float(), ids, top_k, logits.shape[-1], num_tokens)
 
 
 def _scores(
-    logits_of: Callable[[slice], Tensor], ids: Tensor, top_k: int, vocab: int
+    logits_of: Callable[[slice], Tensor], ids: Tensor, top_k: int, vocab: int, num_tokens: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     logprobs = torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
     topk_logprobs = logprobs.new_empty((len(ids), top_k))
@@ -244,7 +254,7 @@ def _scores(
         log_z = z.logsumexp(-1, keepdim=True)
         logprobs[rows] = (z.gather(-1, ids[rows].unsqueeze(-1)) - log_z).squeeze(-1)
         if top_k:
-            top = z.topk(top_k)
+            top = z[:, :num_tokens].topk(top_k)
             topk_logprobs[rows], topk_ids[rows] = top.values - log_z, top.indices
     return logprobs, topk_ids, topk_logprobs
 

@@ -76,22 +76,24 @@ def sampled_loss(
 
 
 def teacher_support(
-    topk_ids: Tensor, topk_logprobs: Tensor, sampled_ids: Tensor, sampled_logprobs: Tensor
+    topk_ids: Tensor, topk_logprobs: Tensor, sampled_ids: Tensor, sampled_logprobs: Tensor, vocab_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens on which the two distributions are compared: the teacher's top-k and the sampled token.
 
     Args:
         topk_ids, topk_logprobs: `(n, k)`.
         sampled_ids, sampled_logprobs: `(n,)`.
+        vocab_size: of the student. What it lacks of the top-k is left out, and so is part of the teacher's tail.
 
     Returns:
         `ids`, `logprobs` (float32) and `distinct` (bool), each `(n, k + 1)`. `distinct` is false on the last
-        entry where the sampled token is already among the top-k.
+        entry where the sampled token is already among the top-k, and where an id was left out.
     """
-    ids = torch.cat([topk_ids, sampled_ids.unsqueeze(-1)], dim=-1)
+    sampled_ids = sampled_ids.unsqueeze(-1)
+    known = topk_ids < vocab_size
+    ids = torch.cat([torch.where(known, topk_ids, sampled_ids), sampled_ids], dim=-1)
     logprobs = torch.cat([topk_logprobs.float(), sampled_logprobs.float().unsqueeze(-1)], dim=-1)
-    distinct = torch.ones_like(ids, dtype=torch.bool)
-    distinct[..., -1] = (topk_ids != sampled_ids.unsqueeze(-1)).all(-1)
+    distinct = torch.cat([known, (topk_ids != sampled_ids).all(-1, keepdim=True)], dim=-1)
     return ids, logprobs, distinct
 
 

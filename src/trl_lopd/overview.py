@@ -6,6 +6,7 @@ in batches: what is kept of each row is its length and two hashes, and of each t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,7 +106,7 @@ def inspect(
             for split, about in result["table"]["splits"].items()
             if not about["scored"]
         ]
-        result["verdict"] = _verdict(result, splits, mode)
+        result["verdict"] = _verdict(result, splits, mode, revision)
     return result
 
 
@@ -179,7 +180,7 @@ def about_rows(rows: Dataset, worst: int = 3, tokenizer: PreTrainedTokenizerBase
     return about | {"problems": [*invalid, *problems, *contradicted], "statistics": found, "worst_rows": shown}
 
 
-def _verdict(result: dict[str, Any], splits: dict[str, Dataset], mode: str) -> dict[str, Any]:
+def _verdict(result: dict[str, Any], splits: dict[str, Dataset], mode: str, revision: str | None) -> dict[str, Any]:
     own = result["model"]["fingerprint"]
     verdicts = {
         split: check_teacher_consistency(
@@ -189,6 +190,7 @@ def _verdict(result: dict[str, Any], splits: dict[str, Dataset], mode: str) -> d
             mode="off",
             student=result["model"]["name"],
             table_name=f"the table ({split})",
+            tokenizer=find_tokenizer(None, result["model"]["name"], revision, {}, "")[0],
         )
         for split, rows in splits.items()
     }
@@ -493,29 +495,18 @@ def find_tokenizer(
     Raises:
         OSError, ValueError: There is no tokenizer at `name`.
     """
-    from .fingerprint import _tokenizer_digest
     from .models import load_tokenizer
+    from .vocabulary import tokenizer_of
 
     if name is not None:
         return load_tokenizer(name, trust_remote_code=False), name
-    candidates = [(model, revision, None)] if model is not None else []
-    for entry in [*(record.get("students") or []), *(record.get("teachers") or [])]:
-        # What an id of the Hub looks like: a bare name would be looked up among strangers' models.
-        if (known := str(entry.get("model_id") or "")) and (digest := entry.get("tokenizer")):
-            beside = Path(table).parent / known
-            local = next((str(path) for path in (Path(known), beside) if path.is_dir()), None)
-            if local or known.count("/") == 1:
-                of = None if local or not entry.get("revision") else str(entry["revision"])
-                candidates.append((local or known, of, str(digest)))
-    for candidate, of, digest in dict.fromkeys(candidates):
+    if model is not None:
         # Whatever a damaged or unreachable model raises: a table is readable without its text.
-        try:
-            tokenizer = load_tokenizer(candidate, revision=of, trust_remote_code=False)
-            if digest is None or _tokenizer_digest(tokenizer) == digest:
-                return tokenizer, candidate
-        except Exception:
-            continue
-    return None, None
+        with contextlib.suppress(Exception):
+            return load_tokenizer(model, revision=revision, trust_remote_code=False), model
+    entries = [*(record.get("students") or []), *(record.get("teachers") or [])]
+    found = (tokenizer_of(entry, table) for entry in entries)
+    return next((tokenizer for tokenizer in found if tokenizer is not None), (None, None))
 
 
 # ---- For a person ----

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 
 from .cards import attach_record, entry, read_dataset_card, record_of, write_record
-from .fingerprint import fingerprint_teacher, with_evidence
+from .fingerprint import fingerprint_teacher, is_id, tokenizer_digest, tokenizer_part, with_evidence
 from .models import hub_kwargs, load_model, load_tokenizer, pinned_kwargs
 from .probes import probe_model, probed_entries
 from .processes import on_main_process, own_device, processes
@@ -24,6 +24,7 @@ from .table import (
     TOPK_COLUMNS,
     TableError,
     TableRows,
+    column_counts,
     describe,
     digest_columns,
     lengths,
@@ -31,8 +32,10 @@ from .table import (
     rows_digest,
     table_features,
     validate_table,
+    vocab_limits,
 )
 from .teachers import DEFAULT_BUDGET, LocalTeacher, RowError, Scores, Teacher
+from .vocabulary import contradicting_text, different_tokens, distinct_ids, say, tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,7 +79,8 @@ def score_rollouts(
         output_dir (`str` or `Path`, *optional*):
             Where to write the table, shard by shard. Without it all is in memory, and lost if the process dies.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The teacher's, for its fingerprint and probes. Loaded from the teacher's path if not given.
+            The teacher's, for its fingerprint and probes. Loaded from the teacher's path if not given. Where it is not
+            the one that the rows were sampled with, the ids in the rows have to mean the same to both.
         top_k (`int`, *optional*, defaults to `8`):
             Also store the teacher's most likely tokens at each position. `0` stores none; the trainer then has only
             the sampled-token objective.
@@ -105,7 +109,7 @@ def score_rollouts(
 
     Raises:
         TableError: Rows that cannot be scored: columns missing or there already, empty prompts or completions, ids
-            outside the teacher's vocabulary, or a teacher that answers with NaN.
+            outside the teacher's vocabulary or with another meaning there, or a teacher that answers with NaN.
         ShardError: `output_dir` holds something else, another run's table, or is being written to.
         ServerError: A served teacher that cannot be used.
         ValueError: An option out of range, several processes without `output_dir`, or a served teacher that nothing
@@ -131,10 +135,15 @@ def score_rollouts(
         fingerprint = fingerprint or on_main_process(state, lambda: fingerprint_teacher(teacher, tokenizer, **found))
         about = entry(fingerprint)
     teacher_id = with_evidence(about["id"], about["evidence"])
+    read_by = tokenizer or getattr(teacher, "tokenizer", None)
+    if same := on_main_process(state, lambda: _same_tokens_as(dataset, teacher_id, read_by, ref_model, found)):
+        about["same_tokens_as"] = same
 
     @functools.cache  # once, and not at all if everything is scored already
     def load(model: str | PreTrainedModel) -> LocalTeacher:
-        return LocalTeacher(load_model(model, own_device(state, model_init_kwargs)), max_batch_tokens)
+        # A vocabulary that is padded has ids that are no token; the student's may be padded less.
+        tokens = vocab_limits(tokenizer)[0]
+        return LocalTeacher(load_model(model, own_device(state, model_init_kwargs)), max_batch_tokens, tokens)
 
     if max_batch_tokens is None and not is_served:
         # Batches decide the last bits of scores: a run that continues takes the size of the run before.
@@ -259,6 +268,60 @@ def _about_served(
             "`fingerprint`."
         )
     return entry(fingerprint, "declared")
+
+
+def _same_tokens_as(
+    dataset: Dataset,
+    teacher_id: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    ref_model: str | PreTrainedModel | None,
+    found: dict[str, Any],
+) -> list[str]:
+    """
+    The tokenizers, other than the teacher's own, that the rows were sampled with and that mean the same by every id
+    in them: the parts of their fingerprints. The student's tokenizer settles it where it can be found, else the text
+    of the rows.
+
+    Raises:
+        TableError: if an id means something else.
+    """
+    samplers = [id for id in column_counts(dataset, "student_fingerprint") if id and is_id(id)]
+    others = {tokenizer_part(id) for id in samplers} - {tokenizer_part(teacher_id)}
+    if not others:
+        return []
+    students = record_of(dataset).get("students") or []
+    known = {tokenizer_part(entry["id"]): of_entry[0] for entry in students if (of_entry := tokenizer_of(entry))}
+    if ref_model is not None:
+        of_ref = load_tokenizer(ref_model, **found)
+        known[tokenizer_digest(of_ref)[:8]] = of_ref
+    refusal = (
+        "Score with the teacher that shares the student's tokenizer. (Added tokens that no row holds, special roles "
+        "and a padded vocabulary may differ.)"
+    )
+    settled, ids = set(), None
+    for part in others & known.keys() if tokenizer is not None else ():
+        ids = distinct_ids(dataset) if ids is None else ids
+        if differences := different_tokens(known[part], tokenizer, ids):
+            raise TableError(
+                "The rows were sampled with another tokenizer than the teacher's: "
+                f"{say(differences, 'the student', 'the teacher')}. {refusal}"
+            )
+        settled.add(part)
+    left = others - settled
+    if left and tokenizer is not None and "completion" in dataset.column_names:
+        if contradiction := contradicting_text(dataset, tokenizer):
+            raise TableError(
+                f"The rows were sampled with another tokenizer than the teacher's: {contradiction}. {refusal}"
+            )
+        settled, left = others, set()
+    if left:
+        logger.warning(
+            f"The rows were sampled with another tokenizer ({', '.join(sorted(left))}) than that of the teacher "
+            f"{teacher_id}, and nothing tells whether their ids mean the same: neither the student's tokenizer nor "
+            "the text of the rows is there. Training counts that as declared. Pass the student as `ref_model`, or "
+            "keep the column `completion`."
+        )
+    return sorted(settled)
 
 
 def _probes(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:

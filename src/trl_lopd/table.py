@@ -75,6 +75,8 @@ class TableSummary:
         top_k (`int`): Teacher tokens stored a position, 0 without the top-k columns.
         floored (`int`): Entries of `teacher_logprobs` and `teacher_topk_logprobs` that are -inf.
         teacher_fingerprints (`dict[str, int]`): Rows of each teacher.
+        foreign_topk (`int`): Entries of `teacher_topk_ids` that the student's vocabulary does not have. Training
+            counts the teacher's probability of them with that of all other tokens.
     """
 
     rows: int
@@ -83,6 +85,7 @@ class TableSummary:
     top_k: int
     floored: int
     teacher_fingerprints: dict[str, int]
+    foreign_topk: int = 0
 
     def __add__(self, other: TableSummary) -> TableSummary:
         """Summary of two parts of one table together."""
@@ -93,6 +96,7 @@ class TableSummary:
             top_k=self.top_k or other.top_k,
             floored=self.floored + other.floored,
             teacher_fingerprints=dict(Counter(self.teacher_fingerprints) + Counter(other.teacher_fingerprints)),
+            foreign_topk=self.foreign_topk + other.foreign_topk,
         )
 
 
@@ -270,7 +274,8 @@ def vocab_limits(
     """Exclusive upper limits of token ids in prompts and completions, and of top-k ids; `None` where nothing limits.
 
     A model's vocabulary is often padded beyond its tokenizer's. The teacher may give a padding id some probability,
-    so top-k ids are held against the model alone; a sampled token has to mean something to both.
+    so top-k ids are held against the model alone; a sampled token has to mean something to both. A teacher may also
+    have tokens that the student lacks: those beyond the limit are counted.
     """
     # A vocabulary may have gaps, so its length is not its limit.
     tokenizer_size = None if tokenizer is None else max(tokenizer.get_vocab().values()) + 1
@@ -342,7 +347,7 @@ def validate_rows(
         pa_table (`pyarrow.Table`): The rows.
         first_row (`int`, *optional*, defaults to `0`): Number that messages give the first row.
         vocab_size (`int`, *optional*): Exclusive upper limit of prompt and completion ids, see [`vocab_limits`].
-        topk_vocab_size (`int`, *optional*): Exclusive upper limit of top-k ids, see [`vocab_limits`].
+        topk_vocab_size (`int`, *optional*): From where on top-k ids are counted as foreign, see [`vocab_limits`].
         top_k (`int`, *optional*, defaults to `0`): `TableSummary.top_k` of the rows before; 0 if there were none.
         teacher_logprob_floor (`float`, *optional*): As in [`validate_table`].
 
@@ -371,8 +376,11 @@ def validate_rows(
 
     columns["prompt_ids"].check_ids(vocab_size)
     completion.check_ids(vocab_size)
+    foreign_topk = 0
     if top_k:
-        columns["teacher_topk_ids"].check_ids(topk_vocab_size)
+        columns["teacher_topk_ids"].check_ids(None)
+        if topk_vocab_size is not None:
+            foreign_topk = int((columns["teacher_topk_ids"].values >= topk_vocab_size).sum())
     floored = sum(columns[name].check_logprobs(teacher_logprob_floor) for name in LOGPROB_COLUMNS if name in columns)
     trainable_tokens = len(completion.values)
     if "completion_mask" in columns:
@@ -387,6 +395,7 @@ def validate_rows(
         top_k=top_k,
         floored=floored,
         teacher_fingerprints=columns["teacher_fingerprint"].check_fingerprints(),
+        foreign_topk=foreign_topk,
     )
 
 

@@ -79,10 +79,12 @@ class LocalTeacher:
         max_batch_tokens (`int`, *optional*): Tokens of a forward pass, padding and cached prompts included. A longer
             row is scored alone. Not given, it is as many as fit on CUDA devices, measured at the first call, and
             16,384 elsewhere.
+        num_tokens (`int`, *optional*): Ids that are tokens, the first ones of a padded vocabulary: the most likely
+            tokens are among them. All of the vocabulary if not given.
     """
 
-    def __init__(self, model: PreTrainedModel, max_batch_tokens: int | None = None):
-        self.model, self.max_batch_tokens = model, max_batch_tokens
+    def __init__(self, model: PreTrainedModel, max_batch_tokens: int | None = None, num_tokens: int | None = None):
+        self.model, self.max_batch_tokens, self.num_tokens = model, max_batch_tokens, num_tokens
         self._reading: _Reading | None = None
 
     def find_budget(self) -> int:
@@ -106,8 +108,8 @@ class LocalTeacher:
             OutOfMemoryError: if a single row does not fit.
         """
         vocab = self.model.config.get_text_config().vocab_size
-        if top_k > vocab:
-            raise ValueError(f"`top_k={top_k}` is more than the teacher's vocabulary of {vocab} tokens.")
+        if top_k > (tokens := min(vocab, self.num_tokens or vocab)):
+            raise ValueError(f"`top_k={top_k}` is more than the teacher's vocabulary of {tokens} tokens.")
         for row, sequence in enumerate(sequences):
             if sequence.min() < 0 or sequence.max() >= vocab:
                 bad = sequence.min() if sequence.min() < 0 else sequence.max()
@@ -191,7 +193,7 @@ class LocalTeacher:
         """Rows as they are scored, and their scores, a forward pass at a time."""
         sequences, counts = [sequences[row] for row in rows], [counts[row] for row in rows]
         if not shared:
-            yield rows, _score_batch(self.model, sequences, counts, top_k, self._reading.from_hidden)
+            yield rows, _score_batch(self.model, sequences, counts, top_k, self._reading.from_hidden, self.num_tokens)
             return
         prompts = [sequence[: len(sequence) - count] for sequence, count in zip(sequences, counts, strict=True)]
         first, group, _ = _groups(prompts)
@@ -200,7 +202,10 @@ class LocalTeacher:
         room = self.max_batch_tokens - width * len(first)
         for batch in batches_of_like_length(width + np.array(counts), room):
             completions = [sequences[row][len(prompts[row]) :] for row in batch]
-            yield rows[batch], _score_completions(self.model, prefix, group[batch], completions, top_k)
+            yield (
+                rows[batch],
+                _score_completions(self.model, prefix, group[batch], completions, top_k, self.num_tokens),
+            )
 
 
 class RowError(ValueError):
@@ -401,7 +406,12 @@ def _measured_budget(model: PreTrainedModel) -> int:
 
 @torch.inference_mode()
 def _score_batch(
-    model: PreTrainedModel, sequences: list[np.ndarray], counts: list[int], top_k: int, from_hidden: bool = True
+    model: PreTrainedModel,
+    sequences: list[np.ndarray],
+    counts: list[int],
+    top_k: int,
+    from_hidden: bool = True,
+    num_tokens: int | None = None,
 ) -> list[Scores]:
     """Scores of the last tokens of each sequence, all read in one forward pass."""
     inputs, ends = _inputs(_unwrapped(model), sequences)
@@ -411,11 +421,11 @@ def _score_batch(
     if from_hidden:
         model = _unwrapped(model)
         hidden = backbone(model)(**inputs, use_cache=False).last_hidden_state
-        return _scores_at(model, hidden.flatten(0, 1)[_to(hidden.device, places)], completions, top_k)
+        return _scores_at(model, hidden.flatten(0, 1)[_to(hidden.device, places)], completions, top_k, num_tokens)
     # Prompt tuning puts virtual tokens before the rows.
     logits = model(**inputs).logits[:, -inputs["input_ids"].shape[1] :].flatten(0, 1)
     ids = _to(logits.device, np.concatenate(completions))
-    return _split(score_logits(logits[_to(logits.device, places)], ids, top_k), completions)
+    return _split(score_logits(logits[_to(logits.device, places)], ids, top_k, num_tokens), completions)
 
 
 def _inputs(model: PreTrainedModel, sequences: list[np.ndarray]) -> tuple[dict[str, Any], np.ndarray]:
@@ -471,7 +481,12 @@ def _read_prompts(model: PreTrainedModel, prompts: list[np.ndarray]) -> _Prefix:
 
 @torch.inference_mode()
 def _score_completions(
-    model: PreTrainedModel, prefix: _Prefix, prompt_of: np.ndarray, completions: list[np.ndarray], top_k: int
+    model: PreTrainedModel,
+    prefix: _Prefix,
+    prompt_of: np.ndarray,
+    completions: list[np.ndarray],
+    top_k: int,
+    num_tokens: int | None = None,
 ) -> list[Scores]:
     """Scores of completions, each of the prompt `prompt_of` it, in one forward pass."""
     model = _unwrapped(model)
@@ -495,11 +510,15 @@ def _score_completions(
         hidden = torch.cat([hidden.to(read.device), read], dim=1)
     starts = np.arange(len(completions)) * (width + 1)
     places = np.concatenate([start + np.arange(len(c)) for start, c in zip(starts, completions, strict=True)])
-    return _scores_at(model, hidden.flatten(0, 1)[_to(hidden.device, places)], completions, top_k)
+    return _scores_at(model, hidden.flatten(0, 1)[_to(hidden.device, places)], completions, top_k, num_tokens)
 
 
 def _scores_at(
-    model: PreTrainedModel, hidden: torch.Tensor, completions: list[np.ndarray], top_k: int
+    model: PreTrainedModel,
+    hidden: torch.Tensor,
+    completions: list[np.ndarray],
+    top_k: int,
+    num_tokens: int | None = None,
 ) -> list[Scores]:
     """Scores of completions whose tokens are predicted from `hidden (tokens, hidden)`, that of scored tokens only."""
     head = model.get_output_embeddings()
@@ -510,6 +529,7 @@ def _scores_at(
         _to(head.weight.device, np.concatenate(completions)),
         top_k,
         LogitTransform.of(model.config),
+        num_tokens,
     )
     return _split(scores, completions)
 

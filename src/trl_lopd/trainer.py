@@ -230,6 +230,7 @@ class OfflineOPDTrainer(Trainer):
             "mode": args.teacher_consistency,
             "floor": args.teacher_logprob_floor,
             "vocab": vocab_limits(processing_class, config),
+            "tokenizer": processing_class,
         }
         # Two, so that the card names the teachers that trained the model and not those that only evaluated it.
         self._check, self._eval_check = _TableCheck(**check_args), _TableCheck(**check_args)
@@ -361,6 +362,11 @@ class OfflineOPDTrainer(Trainer):
             logger.warning(
                 f"`{name}`: {summary.floored} teacher log-probabilities are -inf and will be replaced by "
                 f"{args.teacher_logprob_floor}."
+            )
+        if summary.foreign_topk:
+            logger.warning(
+                f"`{name}`: {summary.foreign_topk} of the teacher's top-k tokens are none that the student has. Their "
+                "probability counts with that of all other tokens."
             )
         _report_truncation(dataset, args, name)
         if check is self._check and args.max_tokens_per_device is not None:
@@ -545,7 +551,8 @@ class OfflineOPDTrainer(Trainer):
         topk_ids, topk_logprobs = inputs.get("teacher_topk_ids"), inputs.get("teacher_topk_logprobs")
         if topk_ids is None:
             topk_ids, topk_logprobs = labels.new_empty((len(labels), 0)), teacher.new_empty((len(labels), 0))
-        ids, support, distinct = teacher_support(topk_ids, topk_logprobs, labels, teacher)
+        vocab_size = self.model.config.get_text_config().vocab_size
+        ids, support, distinct = teacher_support(topk_ids, topk_logprobs, labels, teacher, vocab_size)
 
         def loss(logprobs: torch.Tensor, tail: torch.Tensor, rows: slice) -> torch.Tensor:
             if self.loss_type == "topk":
@@ -807,6 +814,7 @@ class _TableCheck:
     mode: str
     floor: float | None
     vocab: tuple[int | None, int | None]
+    tokenizer: PreTrainedTokenizerBase
     seen: Counter[str] = field(default_factory=Counter)
     samplers: set[str | None] = field(default_factory=set)
     verdict: Verdict | None = None
@@ -825,6 +833,7 @@ class _TableCheck:
             mode=self.mode,
             student=self.student,
             table_name=name,
+            tokenizer=self.tokenizer,
         )
 
     def judge_row(self, row: dict[str, Any]) -> Verdict:
