@@ -292,9 +292,12 @@ def test_lora_trains_and_saves_the_adapter_alone(tmp_path, student_dir, table):
     assert record["opd_rounds"] and record["model"]["id"] == fingerprint_teacher(tmp_path / "adapter").id
     base = AutoModelForCausalLM.from_pretrained(student_dir)
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
-    # An adapter's directory has its own card and weights, so a second round can start from it.
-    for model in (loaded, str(tmp_path / "adapter")):
-        again = OfflineOPDTrainer(model, make_args(tmp_path), table, table)
+    # An adapter's directory has its own card and weights, so a second round can start from it; of a loaded one that
+    # has learnt something, only the base's card is known, which says nothing of that.
+    with pytest.raises(TeacherConsistencyError, match="pass the adapter's directory as `model`"):
+        OfflineOPDTrainer(loaded, make_args(tmp_path), table, table)
+    for model, mode in ((loaded, "declared_ok"), (str(tmp_path / "adapter"), "strict")):
+        again = OfflineOPDTrainer(model, make_args(tmp_path, teacher_consistency=mode), table, table)
         assert again.evaluate()["eval_loss"] == pytest.approx(after, rel=1e-5)
     again.train()
     again.save_model(str(tmp_path / "second"))

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -328,6 +328,29 @@ def fingerprint_teacher(
         architecture=weights.architecture,
         library=f"transformers {transformers.__version__}",
     )
+
+
+def fingerprint_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> TeacherFingerprint:
+    """
+    Fingerprint of a loaded model as the checkpoint that it was loaded from, where it still holds what is in there,
+    cast to another dtype or not; otherwise as [`fingerprint_teacher`] gives it, by what is in memory.
+
+    An adapter that has learnt nothing yet counts as none. A collective if the model is sharded.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The loaded model.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): As in [`fingerprint_teacher`].
+
+    Raises:
+        `FileNotFoundError`, `ValueError`, `TypeError`: as [`fingerprint_teacher`].
+    """
+    module, peft_model = _unwrap(model)
+    tensors = _loaded_tensors(module, is_peft_base=peft_model is not None)
+    if peft_model is None or _has_learnt_nothing(peft_model):
+        for directory in _checkpoints_of(module):
+            if _holds(module, tensors, directory):
+                return fingerprint_teacher(directory, tokenizer)
+    return fingerprint_teacher(model, tokenizer)
 
 
 class _Origin(NamedTuple):
@@ -760,6 +783,16 @@ class _FileCache:
 def _loaded_weights(model: PreTrainedModel, is_peft_base: bool) -> _Weights:
     from transformers.core_model_loading import revert_weight_conversion
 
+    tensors = _loaded_tensors(model, is_peft_base)
+    ignored = set(model._keys_to_ignore_on_save or ())
+    saved = {name: tensor for name, tensor in tensors.items() if name not in ignored}
+    entries = _tensor_entries(saved, lambda group: revert_weight_conversion(model, group))
+    # FSDP2 puts its own class over the model's.
+    return _summarize(entries, model, tensors, type(model).__name__.removeprefix("FSDP"))
+
+
+def _loaded_tensors(model: PreTrainedModel, is_peft_base: bool) -> dict[str, torch.Tensor]:
+    """The tensors of a loaded model by their names in it, if they are those of a checkpoint."""
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
             "The model carries an unmerged adapter that transformers attached. Load it with "
@@ -777,12 +810,52 @@ def _loaded_weights(model: PreTrainedModel, is_peft_base: bool) -> _Weights:
     # The parameters themselves, not copies of their data: DeepSpeed marks the ones it partitions.
     tensors = _base_tensors(model) if is_peft_base else model.state_dict(keep_vars=True)
     # torch.compile of a part of the model leaves this component in its names.
-    tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
+
+
+def _checkpoints_of(model: PreTrainedModel) -> list[Path]:
+    """Where a model may have been loaded from: a directory, or the revisions of its repository in the Hub's cache,
+    that of `main` first. A loaded model does not say which revision it is."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    name = model.config._name_or_path
+    if not name or Path(name).is_dir():
+        return [Path(name)] if name else []
+    cache = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))
+    main = cache / "refs" / "main"
+    main = main.read_text().strip() if main.is_file() else ""
+    return sorted(cache.glob("snapshots/*"), key=lambda path: path.name != main)
+
+
+def _holds(model: PreTrainedModel, tensors: dict[str, torch.Tensor], directory: Path) -> bool:
+    """Whether a model's tensors are those of a checkpoint, cast to the dtypes that they have in the model."""
+    import torch
+    from safetensors import safe_open
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        files = _safetensors_files(directory)
+    except FileNotFoundError:
+        return False
+    tied = {
+        next(iter(revert_weight_conversion(model, {name: tensors[name]})))
+        for name in model.all_tied_weights_keys
+        if name in tensors
+    }
     ignored = set(model._keys_to_ignore_on_save or ())
     saved = {name: tensor for name, tensor in tensors.items() if name not in ignored}
-    entries = _tensor_entries(saved, lambda group: revert_weight_conversion(model, group))
-    # FSDP2 puts its own class over the model's.
-    return _summarize(entries, model, tensors, type(model).__name__.removeprefix("FSDP"))
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        stored = {name: file for file in opened for name in file.keys()}
+        for group in _saved_groups(saved, lambda group: revert_weight_conversion(model, group)):
+            for name, tensor in group.items():
+                if name not in stored:
+                    if name not in tied:
+                        return False
+                elif not torch.equal(stored[name].get_tensor(name).to(tensor.dtype), tensor.detach().cpu()):
+                    return False
+    return True
 
 
 def _base_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -811,18 +884,25 @@ def _tensor_entries(
     Entries of a model's tensors as they are saved, a layer at a time: what is sharded over processes is gathered, and
     what `convert` copies is made, for no more than that. A collective if anything is sharded.
     """
+    entries = {}
+    for group in _saved_groups(tensors, convert):
+        entries |= {name: _tensor_entry(tensor) for name, tensor in group.items()}
+        del group  # or this layer would live on while the next one is gathered
+    return entries
+
+
+def _saved_groups(
+    tensors: dict[str, torch.Tensor], convert: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors as they are saved, whole, a layer at a time."""
     groups: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         layer = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name)
         # Tensors that transformers merges or splits lie in one layer.
         groups.setdefault(layer[0] if layer else name.rpartition(".")[0], {})[name] = tensor
-    entries = {}
     for group in groups.values():
         with _gathered(group.values()):
-            saved = convert({name: _whole(tensor) for name, tensor in group.items()})
-            entries |= {name: _tensor_entry(tensor) for name, tensor in saved.items()}
-            del saved  # or this layer would live on while the next one is gathered
-    return entries
+            yield convert({name: _whole(tensor) for name, tensor in group.items()})
 
 
 def _gathered(tensors: Iterable[torch.Tensor]) -> contextlib.AbstractContextManager:
@@ -834,6 +914,13 @@ def _gathered(tensors: Iterable[torch.Tensor]) -> contextlib.AbstractContextMana
     return contextlib.nullcontext()
 
 
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether processes hold parts of a model's parameters, by DeepSpeed ZeRO-3 or `fully_shard`."""
+    from torch.distributed.tensor import DTensor
+
+    return any(hasattr(p, "ds_id") or isinstance(p, DTensor) for p in model.parameters())
+
+
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import DTensor
 
@@ -842,6 +929,20 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     # FSDP2 may keep its shards on the CPU, where the process group need not communicate.
     return tensor.to(tensor.device_mesh.device_type).full_tensor()
+
+
+def _has_learnt_nothing(model: Any) -> bool:
+    """Whether all adapters of a `PeftModel` are LoRA as it is initialised: with second factors of 0."""
+    second = [parameter for name, parameter in model.named_parameters() if re.search(r"\blora_(embedding_)?B\b", name)]
+    is_lora = all(
+        str(getattr(config.peft_type, "value", config.peft_type)) == "LORA" for config in model.peft_config.values()
+    )
+    return is_lora and bool(second) and not any(_is_nonzero(parameter) for parameter in second)
+
+
+def _is_nonzero(parameter: torch.Tensor) -> bool:
+    with _gathered([parameter]):
+        return bool(_whole(parameter).any())
 
 
 def _active_adapter(model: Any) -> str:

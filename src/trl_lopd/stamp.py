@@ -15,11 +15,11 @@ from trl.trainer.utils import get_config_model_id
 
 from .cards import count_teachers, read_model_card, record_of, stamp_model_card
 from .consistency import inherited_teachers
-from .fingerprint import TeacherFingerprint, fingerprint_teacher, is_id, with_evidence
+from .fingerprint import TeacherFingerprint, fingerprint_loaded, fingerprint_teacher, is_id, with_evidence
 from .table import column_counts
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import PreTrainedModel, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -149,18 +149,20 @@ def checkpoint_fingerprint(directory: str) -> TeacherFingerprint | None:
 
 
 def fingerprint_or_none(
-    model: str | Path, consequence: str, level: int = logging.WARNING, **kwargs: Any
+    model: str | Path | PreTrainedModel, consequence: str, level: int = logging.WARNING, **kwargs: Any
 ) -> TeacherFingerprint | None:
     """
-    `fingerprint_teacher(model, **kwargs)`, or `None` for what has no fingerprint or is out of reach.
+    `fingerprint_teacher(model, **kwargs)`, or of a loaded model `fingerprint_loaded`; `None` for what has no
+    fingerprint or is out of reach.
 
     Args:
-        model (`str` or `Path`): Local directory or Hub id.
+        model (`str`, `Path` or [`~transformers.PreTrainedModel`]): Local directory, Hub id or loaded model.
         consequence (`str`): What follows if there is none; logged with the reason.
         level (`int`, *optional*): At which level.
     """
+    fingerprint = fingerprint_teacher if isinstance(model, str | Path) else fingerprint_loaded
     try:
-        return fingerprint_teacher(model, **kwargs)
-    except (OSError, ValueError) as error:
+        return fingerprint(model, **kwargs)
+    except (OSError, TypeError, ValueError) as error:
         logger.log(level, f"{consequence}: {error}")
         return None

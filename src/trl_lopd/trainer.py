@@ -39,11 +39,11 @@ from trl.trainer.utils import create_model_from_path, generate_model_card, get_c
 from .cards import count_teachers, read_model_card, stamp_model_card
 from .collator import OfflineOPDCollator, padded_length, too_long
 from .config import OfflineOPDConfig
-from .consistency import Verdict, check_teacher_consistency, inherited_teachers
+from .consistency import Verdict, check_teacher_consistency, inherited_teachers, written_for
 from .drift import describe_weights, has_left, remedy
 from .effopd import EffOPDCallback
 from .failures import LossCheck, SaveOnSigterm, out_of_memory_advice
-from .fingerprint import TeacherFingerprint
+from .fingerprint import TeacherFingerprint, is_sharded
 from .head import Targets, TokenOutput, add_distillation_head, assert_adapters_are_seen, check_head
 from .models import load_tokenizer
 from .objective import (
@@ -191,7 +191,9 @@ class OfflineOPDTrainer(Trainer):
 
         init_kwargs = dict(args.model_init_kwargs or {})
         init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-        hub_kwargs = {"revision": init_kwargs.get("revision"), "trust_remote_code": init_kwargs["trust_remote_code"]}
+        is_loaded = not isinstance(model, str)
+        revision = None if is_loaded else init_kwargs.get("revision")
+        hub_kwargs = {"revision": revision, "trust_remote_code": init_kwargs["trust_remote_code"]}
         adapter, student = None, model_id or "the student"
         if isinstance(model, str) and find_adapter_config_file(model, revision=hub_kwargs["revision"]) is not None:
             from peft import PeftConfig
@@ -213,16 +215,22 @@ class OfflineOPDTrainer(Trainer):
         # Everything that can be wrong with the data is found before a weight is loaded.
         self._student_card = read_model_card(model_id, hub_kwargs["revision"]) if model_id else {}
         own_id = None
-        if model_id and args.teacher_consistency != "off":
+        if args.teacher_consistency != "off":
             consequence = (
-                "The student cannot be fingerprinted, so neither is its card compared with its weights, nor are they "
-                "with those that sampled the rollouts"
+                "The student cannot be fingerprinted, so what its card says counts as declared, and nothing tells "
+                "whether it sampled the rollouts"
             )
-            own = on_main_process(
-                args.distributed_state,
-                lambda: fingerprint_or_none(model_id, consequence, tokenizer=processing_class, **hub_kwargs),
-            )
-            own_id = own and own.id
+
+            def fingerprint() -> TeacherFingerprint | None:
+                found = {} if is_loaded else hub_kwargs
+                return fingerprint_or_none(model, consequence, tokenizer=processing_class, **found)
+
+            together = is_loaded and is_sharded(model)
+            own = fingerprint() if together else on_main_process(args.distributed_state, fingerprint)
+            own_id = own.id if own else ""
+            if is_loaded and own and own.revision and not written_for(self._student_card, own_id):
+                # It was loaded from another revision than `main`, which has a card of its own.
+                self._student_card = read_model_card(model_id, own.revision)
         check_args = {
             "card": self._student_card,
             "student": student,
