@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .models import Positions
 from .packing import best_fit_decreasing
 from .table import TOPK_COLUMNS, TableError
 from .teachers import batches_of_like_length
 
+logger = logging.getLogger(__name__)
+
 Row = dict[str, Any]
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def padded_length(length: int, multiple: int | None) -> int:
@@ -56,13 +66,14 @@ class OfflineOPDCollator:
         pad_to_multiple_of: the padded length is a multiple of this.
         teacher_logprob_floor: stands in for teacher log-probabilities of `-inf`.
         padding_free: flattens the batch instead of padding it.
+        positions: how long a row the model reads.
         max_tokens: splits the batch into micro-batches of at most this many tokens, padding included, as few as
             best-fit decreasing finds, and returns their list.
         validate: called with each batch's rows before anything else; for rows nobody has validated yet.
 
     Raises:
         TableError: a prompt that leaves no room for a completion, a completion whose trainable tokens were all cut, or
-            a row longer than `max_tokens`.
+            a row longer than `max_tokens`, or than a model with absolute positions reads.
     """
 
     pad_token_id: int
@@ -71,6 +82,7 @@ class OfflineOPDCollator:
     pad_to_multiple_of: int | None = None
     teacher_logprob_floor: float | None = None
     padding_free: bool = False
+    positions: Positions = Positions(None, False)
     max_tokens: int | None = None
     validate: Callable[[list[Row]], None] | None = None
 
@@ -94,7 +106,20 @@ class OfflineOPDCollator:
                 f"`max_length={self.max_length}`. Raise `max_length`, or filter such rows out of the table."
             )
         tokens = len(row["completion_ids"])
-        return slice(start, start + (tokens if room is None else min(tokens, room)))
+        end = start + (tokens if room is None else min(tokens, room))
+        if self.positions.limit is not None and end > self.positions.limit:
+            if self.positions.fails:
+                raise TableError(
+                    f"A row has {end} tokens, more than the {self.positions.limit} positions of the student. Set "
+                    f"`max_length={self.positions.limit}`, which truncates completions, or filter such rows out of "
+                    "the table."
+                )
+            if self.validate is not None:  # of a table, all rows were looked at before
+                _warn_once(
+                    f"Rows are longer than the {self.positions.limit} positions of the student. It reads them with "
+                    "rotations that it was not trained on. `max_length` truncates completions."
+                )
+        return slice(start, end)
 
     def _parts(self, spans: list[slice]) -> list[np.ndarray]:
         """The sequences of each micro-batch."""

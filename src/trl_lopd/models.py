@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+import re
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file, find_adapter_config_file
 from trl.trainer.utils import create_model_from_path
 
 from .own_logits import difference, own_logprobs, trial_rows
+from .table import TableError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -49,6 +61,74 @@ def _load_adapter(adapter: str, init_kwargs: dict[str, Any]) -> PreTrainedModel 
         return model
     logger.warning(f"{adapter} is not merged into its base model, which would change what it computes ({apart}).")
     return AutoPeftModelForCausalLM.from_pretrained(adapter, **init_kwargs).eval()
+
+
+class Positions(NamedTuple):
+    """
+    Attributes:
+        limit (`int`, *optional*): Tokens of the longest row that a model is made for; `None` if its config names none.
+        fails (`bool`): Whether it fails on longer ones, because it has an embedding for each position.
+    """
+
+    limit: int | None
+    fails: bool
+
+
+def positions_of(model: str | PreTrainedModel | PreTrainedConfig, **hub_kwargs: Any) -> Positions:
+    """How long a row a model reads. Neither needs its weights nor loads them."""
+    config = model if isinstance(model, PreTrainedConfig) else _config_of(model, hub_kwargs)
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return Positions(None, False)
+    if getattr(text, "rope_parameters", None):
+        return Positions(limit, False)
+    with torch.device("meta"):
+        trust_remote_code = hub_kwargs.get("trust_remote_code", False)
+        plain = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    # Some architectures have a few rows more than positions, for padding.
+    tables = (
+        tensor
+        for name, tensor in [*plain.named_parameters(), *plain.named_buffers()]
+        if re.search("pos|wpe", name) and tensor.dim() > 1 and any(limit <= n <= limit + 8 for n in tensor.shape)
+    )
+    return Positions(limit, next(tables, None) is not None)
+
+
+def _config_of(model: str | PreTrainedModel, hub_kwargs: dict[str, Any]) -> PreTrainedConfig:
+    if not isinstance(model, str):
+        return model.config
+    if find_adapter_config_file(model, revision=hub_kwargs.get("revision")) is not None:
+        from peft import PeftConfig
+
+        adapter = PeftConfig.from_pretrained(model, revision=hub_kwargs.get("revision"))
+        model, hub_kwargs = adapter.base_model_name_or_path, {**hub_kwargs, "revision": adapter.revision}
+    return AutoConfig.from_pretrained(model, **hub_kwargs)
+
+
+def check_positions(tokens: np.ndarray, positions: Positions, model: str, what: str = "Row") -> None:
+    """
+    Holds the lengths of rows against what a model reads; a warning where it reads longer ones than it is made for.
+
+    Args:
+        tokens (`(rows,)` int): Tokens of each row.
+        positions ([`Positions`]): Of the model.
+        model (`str`): What messages call it.
+        what (`str`, *optional*): What messages call a row.
+
+    Raises:
+        TableError: If the model fails on a row.
+    """
+    if positions.limit is None or not (tokens > positions.limit).any():
+        return
+    row, count = int((tokens > positions.limit).argmax()), int((tokens > positions.limit).sum())
+    longest = f"{what} {row} has {tokens[row]} tokens, more than the {positions.limit} positions of {model}"
+    if positions.fails:
+        raise TableError(f"{longest} ({count} such rows). Drop or shorten them.")
+    logger.warning(
+        f"{longest} ({count} such rows). It reads them with rotations that it was not trained on; whether that is "
+        "right, its documentation says (`rope_parameters` in its config)."
+    )
 
 
 def hub_kwargs(init_kwargs: dict[str, Any] | None) -> dict[str, Any]:

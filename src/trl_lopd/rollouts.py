@@ -14,7 +14,15 @@ from trl.data_utils import is_conversational
 
 from .cards import attach_record, entry, read_dataset_card, read_model_card, write_record
 from .fingerprint import fingerprint_teacher, with_evidence
-from .models import eos_token_ids, hub_kwargs, load_model, load_tokenizer, pinned_kwargs
+from .models import (
+    check_positions,
+    eos_token_ids,
+    hub_kwargs,
+    load_model,
+    load_tokenizer,
+    pinned_kwargs,
+    positions_of,
+)
 from .probes import probe_model
 from .processes import on_main_process, own_device, processes
 from .runs import ShardedRun
@@ -326,6 +334,12 @@ def _collect(
             return VLLMEngine(model, **kwargs)
         return engine
 
+    positions = positions_of(model, **found)
+    if positions.fails:
+        # It would fail in the middle of a batch.
+        prompt_ids = (encode_prompt(p, tokenizer, **(chat_template_kwargs or {})) for p in prompts["prompt"])
+        needed = np.array([len(ids) for ids in prompt_ids]) + max_completion_length
+        check_positions(needed, positions, "the model", "With `max_completion_length`, prompt")
     sizes = np.full(len(prompts), num_generations)
     with ShardedRun("Sampling", "answer", sizes, rows_per_shard, output_dir, pins) as run:
         for shard, span in run.pending():
@@ -357,6 +371,7 @@ def _collect(
             about["probes"] = known[0]["probes"] if known else probe_model(load(), tokenizer)
         rollouts = run.dataset()
         counts = run.counts()
+        check_positions(np.add(*lengths(rollouts)), positions, "the model")
     if len(rollouts) == 0:
         raise ValueError(
             f"All {counts['answers']} answers were cut at {max_completion_length} tokens and dropped. Raise "

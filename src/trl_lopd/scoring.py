@@ -15,7 +15,7 @@ from datasets import Dataset, concatenate_datasets
 
 from .cards import attach_record, entry, read_dataset_card, record_of, write_record
 from .fingerprint import fingerprint_teacher, is_id, tokenizer_digest, tokenizer_part, with_evidence
-from .models import hub_kwargs, load_model, load_tokenizer, pinned_kwargs
+from .models import check_positions, hub_kwargs, load_model, load_tokenizer, pinned_kwargs, positions_of
 from .probes import probe_model, probed_entries
 from .processes import on_main_process, own_device, processes
 from .runs import ShardedRun
@@ -138,6 +138,11 @@ def score_rollouts(
     read_by = tokenizer or getattr(teacher, "tokenizer", None)
     if same := on_main_process(state, lambda: _same_tokens_as(dataset, teacher_id, read_by, ref_model, found)):
         about["same_tokens_as"] = same
+
+    total = np.add(*lengths(dataset))
+    for model, role in ((teacher, "the teacher"), (ref_model, "the reference model")):
+        if model is not None and not hasattr(model, "score"):
+            check_positions(total, positions_of(model, **found), role)
 
     @functools.cache  # once, and not at all if everything is scored already
     def load(model: str | PreTrainedModel) -> LocalTeacher:

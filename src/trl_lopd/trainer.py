@@ -45,7 +45,7 @@ from .effopd import EffOPDCallback
 from .failures import LossCheck, SaveOnSigterm, out_of_memory_advice
 from .fingerprint import TeacherFingerprint, is_sharded
 from .head import Targets, TokenOutput, add_distillation_head, assert_adapters_are_seen, check_head
-from .models import load_tokenizer
+from .models import check_positions, load_tokenizer, positions_of
 from .objective import (
     mean_loss,
     reverse_kl_topk,
@@ -243,6 +243,7 @@ class OfflineOPDTrainer(Trainer):
         # Two, so that the card names the teachers that trained the model and not those that only evaluated it.
         self._check, self._eval_check = _TableCheck(**check_args), _TableCheck(**check_args)
         self._off_policy = self._left = False
+        self._positions = positions_of(config, trust_remote_code=init_kwargs["trust_remote_code"])
         self._table_args = {"tokenizer": processing_class, "model_config": config}
         self.loss_type: str | None = None  # the training columns decide it
         self._prepare(train_dataset, args, "train_dataset", self._check)
@@ -296,6 +297,7 @@ class OfflineOPDTrainer(Trainer):
             pad_to_multiple_of=args.pad_to_multiple_of,
             teacher_logprob_floor=args.teacher_logprob_floor,
             padding_free=args.padding_free,
+            positions=self._positions,
         )
         # Batches of different lengths cannot be concatenated and dispatched from one process.
         args.accelerator_config.dispatch_batches = False
@@ -377,6 +379,12 @@ class OfflineOPDTrainer(Trainer):
                 "probability counts with that of all other tokens."
             )
         _report_truncation(dataset, args, name)
+        check_positions(
+            _row_lengths(dataset, args),
+            self._positions,
+            "the student (`max_length` truncates completions)",
+            f"`{name}`: row",
+        )
         if check is self._check and args.max_tokens_per_device is not None:
             row_lengths = _row_lengths(dataset, args)
             row = int(row_lengths.argmax())
