@@ -8,11 +8,12 @@ Of the KINDS of `effopd_script` and the CASES here. What the tests compare is wr
 
 from __future__ import annotations
 
+import functools
 import sys
 
 from effopd_script import make_trainer, run, save_weights
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import LlamaForCausalLM, TrainerCallback
 
 
 def trained(kind, student, rows, out, resume=None, **options):
@@ -88,6 +89,26 @@ def best(kind, student, rows, out):
     return trainer.evaluate()["eval_reverse_kl_topk"], trainer.state.best_metric
 
 
+def other_logits(kind, student, rows, out):
+    """A model that does something to its logits that its config does not say; what training says of it, and when."""
+    plain = LlamaForCausalLM.forward
+
+    @functools.wraps(plain)
+    def halved(self, *args, **kwargs):
+        output = plain(self, *args, **kwargs)
+        output.logits = output.logits / 2
+        return output
+
+    LlamaForCausalLM.forward = halved
+    try:
+        trainer = make_trainer(kind, student, rows, out)
+        trainer.train()
+    except ValueError as error:
+        return str(error), trainer.state.global_step
+    finally:
+        LlamaForCausalLM.forward = plain
+
+
 if __name__ == "__main__":
-    cases = [topk_token, sampled_sequence, sampled_token, padding_free, bf16, lora, whole, resumed, resumed_alone]
+    cases = [other_logits, topk_token, sampled_sequence, sampled_token, padding_free, bf16, lora, whole, resumed, resumed_alone]
     run({case.__name__: case for case in [*cases, best]}, *sys.argv[1:])

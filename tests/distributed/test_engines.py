@@ -17,10 +17,11 @@ from trl_lopd import score_rollouts
 SCRIPT = Path(__file__).parent / "engines_script.py"
 
 ALL = ["whole", "sampled_token", "topk_token", "sampled_sequence", "padding_free", "lora", "bf16", "best"]
+ALL += ["other_logits"]
 TORCH = {"ddp": ALL, "fsdp2": ALL}
 ZERO = {
     "zero1": ["whole", "sampled_token", "bf16"],
-    "zero2": ["whole", "sampled_token", "padding_free", "lora", "bf16", "best"],
+    "zero2": ["whole", "sampled_token", "padding_free", "lora", "bf16", "best", "other_logits"],
     # Every parameter of a tiny model is below the size at which ZeRO-3 begins to shard by default.
     "zero3": ALL,
     "zero3-persistent": ["whole"],
@@ -104,6 +105,12 @@ def test_bf16_stays_near_float32(launch, kind, case):
     """
     for a, b in zip(steps(launch(kind, case)), steps(launch("single", "whole")), strict=False):
         assert a["loss"] == pytest.approx(b["loss"], abs=2**-7)
+
+
+@pytest.mark.parametrize("kind, case", [("single", "other_logits"), *having("other_logits")])
+def test_a_model_whose_logits_cannot_be_rebuilt_is_refused(launch, kind, case):
+    message, step = launch(kind, case)
+    assert "`LlamaForCausalLM` cannot be trained here" in message.replace("FSDP", "") and step == 0
 
 
 @pytest.mark.parametrize("kind", [*TORCH, *ZERO])
