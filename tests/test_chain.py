@@ -269,14 +269,3 @@ def test_off_policy_rollouts_are_a_warning_with_the_measured_weights(
     caplog.clear()
     OfflineOPDTrainer(str(other), make_args(tmp_path), table.remove_columns("ref_logprobs"))
     assert "Without a `ref_logprobs` column" in caplog.text
-
-
-def test_the_error_of_the_main_process_is_everybodys_and_is_heard_once():
-    """What other processes raise can be caught as the same error, and ends a process silently if it is not."""
-    code = "from trl_lopd.processes import RefusedElsewhere; raise RefusedElsewhere('mismatch')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and "mismatch" not in done.stderr
-    from trl_lopd.processes import RefusedElsewhere
-
-    with pytest.raises(TeacherConsistencyError, match="mismatch"):
-        raise RefusedElsewhere("mismatch")

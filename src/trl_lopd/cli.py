@@ -116,8 +116,8 @@ def _run(job: str, does: str, options: list[str]) -> int:
     from trl import TrlParser
 
     from . import commands
-    from .processes import RefusedElsewhere
-    from .served import ServerError
+    from .errors import OfflineOPDError
+    from .processes import is_repeated
 
     arguments = {
         "rollout": commands.RolloutArguments,
@@ -133,14 +133,12 @@ def _run(job: str, does: str, options: list[str]) -> int:
     try:
         (args,) = parser.parse_args_and_config(options)
         getattr(commands, job)(args)
-    except RefusedElsewhere:
-        return 1  # the main process has said why
     except KeyboardInterrupt:
         print("trl-lopd: stopped. The same command goes on after the last shard.", file=sys.stderr)
         return 130
-    except (OSError, TypeError, ValueError, ImportError, ServerError, HfHubHTTPError, DatasetsError) as error:
-        if isinstance(error, TypeError) and "`" not in str(error):
-            raise  # not one of ours
+    except (OSError, TypeError, ValueError, ImportError, OfflineOPDError, HfHubHTTPError, DatasetsError) as error:
+        if is_repeated(error) or (isinstance(error, TypeError) and "`" not in str(error)):
+            raise  # printed by the main process, or not one of ours
         print(f"trl-lopd: {error}", file=sys.stderr)
         return 2
     return 0

@@ -16,7 +16,7 @@ from .cards import attach_record, entry, read_dataset_card, read_model_card, wri
 from .fingerprint import fingerprint_teacher, with_evidence
 from .models import eos_token_ids, hub_kwargs, load_model, load_tokenizer, pinned_kwargs
 from .probes import probe_model
-from .processes import on_main_process, own_device, processes
+from .processes import on_main_process, own_device, processes, wait_for_everyone
 from .runs import ShardedRun
 from .samplers import ContinuousBatchingSampler, Sample, Sampler, Sampling, TransformersSampler
 from .table import describe, lengths, refuse_no_dataset
@@ -378,7 +378,7 @@ def _collect(
     attach_record(rollouts, record)
     if output_dir is not None and state.is_main_process:
         write_record(output_dir, record)
-    state.wait_for_everyone()
+    wait_for_everyone(state)
     return rollouts
 
 

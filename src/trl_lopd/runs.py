@@ -15,7 +15,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
-from .processes import on_main_process, processes
+from .processes import on_main_process, processes, wait_for_everyone
 from .shards import ShardStore
 
 
@@ -80,7 +80,7 @@ class ShardedRun:
                 # The main process first: it checks the directory, and makes it a store.
                 on_main_process(self.state, lambda: stack.enter_context(self.store) and None)
                 self.before = self.store.counts() if self.state.is_main_process else {}
-                self.state.wait_for_everyone()
+                wait_for_everyone(self.state)
                 if not self.state.is_main_process:
                     stack.enter_context(self.store)
             share = range(
@@ -144,7 +144,7 @@ class ShardedRun:
 
     def dataset(self) -> Dataset:
         """All rows, in the order of the input, when all processes are done."""
-        self.state.wait_for_everyone()
+        wait_for_everyone(self.state)
         if self.store is None:
             return concatenate_datasets(self.parts)
         self.bar.close()

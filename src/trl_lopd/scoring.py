@@ -17,7 +17,7 @@ from .cards import attach_record, entry, read_dataset_card, record_of, write_rec
 from .fingerprint import fingerprint_teacher, with_evidence
 from .models import hub_kwargs, load_model, load_tokenizer, pinned_kwargs
 from .probes import probe_model, probed_entries
-from .processes import on_main_process, own_device, processes
+from .processes import on_main_process, own_device, processes, wait_for_everyone
 from .runs import ShardedRun
 from .shards import read_pins
 from .table import (
@@ -203,7 +203,7 @@ def score_rollouts(
     attach_record(table, record)
     if output_dir is not None and state.is_main_process:
         write_record(output_dir, record)
-    state.wait_for_everyone()
+    wait_for_everyone(state)
     return table
 
 

@@ -32,6 +32,8 @@ import pyarrow.compute as pc
 from blake3 import blake3
 from datasets import Dataset, Features, IterableDataset, List, Value
 
+from .errors import OfflineOPDError
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -60,7 +62,7 @@ _TYPES = {
 _RESCORE = "Score the row again with `score_rollouts`, or drop it."
 
 
-class TableError(ValueError):
+class TableError(OfflineOPDError, ValueError):
     """A table that cannot be trained on; the message names the row, the column, the value and the remedy."""
 
 

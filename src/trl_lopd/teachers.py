@@ -14,6 +14,7 @@ from accelerate.utils import is_peft_model
 from transformers import DynamicCache
 from transformers.utils.generic import is_flash_attention_requested
 
+from .errors import OfflineOPDError
 from .head import LogitTransform, score_tokens
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ class LocalTeacher:
             yield rows[batch], _score_completions(self.model, prefix, group[batch], completions, top_k)
 
 
-class RowError(ValueError):
+class RowError(OfflineOPDError, ValueError):
     """
     A sequence that cannot be scored.
 
