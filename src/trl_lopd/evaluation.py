@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +19,13 @@ from .metrics import check_math_answers, estimate_reverse_kl, grade_exact, grade
 from .models import pinned_kwargs
 from .processes import on_main_process, processes
 from .rollouts import collect_rollouts
+from .runs import check_whole_numbers
 from .scoring import score_rollouts
 from .shards import replacing
 from .table import describe, lengths
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .samplers import Sampler
 
@@ -131,14 +133,17 @@ def evaluate_model(
     teacher: str | PreTrainedModel | None = None,
     output_dir: str | Path | None = None,
     engine: str | Sampler = "transformers",
+    tokenizer: PreTrainedTokenizerBase | None = None,
     num_samples: int = 1,
     temperature: float = 0.6,
     top_p: float = 0.95,
     max_completion_length: int = 4096,
+    stop: str | Sequence[str] = (),
+    batch_size: int = 64,
     rows_per_shard: int | None = None,
     seed: int = 0,
+    chat_template_kwargs: dict[str, Any] | None = None,
     model_init_kwargs: dict[str, Any] | None = None,
-    **sampling: Any,
 ) -> dict[str, Any]:
     """
     Samples answers to a benchmark's problems and grades them; with a teacher, also estimates the reverse KL divergence
@@ -162,7 +167,7 @@ def evaluate_model(
             A local directory or Hub id, or a loaded model, to measure the divergence from.
         output_dir (`str` or `Path`, *optional*):
             Where to keep the answers and write `outcomes.jsonl` and `metrics.json`.
-        engine, max_completion_length, seed, model_init_kwargs:
+        engine, tokenizer, max_completion_length, stop, batch_size, seed, chat_template_kwargs, model_init_kwargs:
             As in [`collect_rollouts`]; the teacher is loaded with the same `model_init_kwargs`.
         num_samples (`int`, *optional*, defaults to `1`):
             Answers a problem.
@@ -170,8 +175,6 @@ def evaluate_model(
             Of the graded answers. Temperature 0 decodes greedily.
         rows_per_shard (`int`, *optional*):
             Problems whose answers are sampled, and written, together; by default those of about 1,024 answers.
-        **sampling:
-            Further arguments of [`collect_rollouts`]: `tokenizer`, `stop`, `batch_size`, `chat_template_kwargs`.
 
     Returns:
         `dict`: What `metrics.json` holds: `benchmark`, `model`, `fingerprint`, `settings`, `metrics` and `versions`.
@@ -184,8 +187,7 @@ def evaluate_model(
     """
     if metric not in METRICS:
         raise ValueError(f"`metric` is one of {', '.join(METRICS)}, not {metric!r}.")
-    if num_samples < 1:
-        raise ValueError(f"`num_samples` is 1 or more, not {num_samples}.")
+    check_whole_numbers(1, num_samples=num_samples)
     if temperature == 0 and num_samples > 1:
         raise ValueError(
             f"At temperature 0 all {num_samples} answers to a problem are the same: set `num_samples` to 1, or a "
@@ -199,10 +201,13 @@ def evaluate_model(
         on_main_process(state, lambda: check_math_answers(benchmark["answer"]))
     shared = {
         "engine": engine,
+        "tokenizer": tokenizer,
         "max_completion_length": max_completion_length,
+        "stop": stop,
+        "batch_size": batch_size,
         "seed": seed,
+        "chat_template_kwargs": chat_template_kwargs,
         "model_init_kwargs": model_init_kwargs,
-        **sampling,
     }
 
     def place(part: str) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from .fingerprint import fingerprint_teacher, with_evidence
 from .models import eos_token_ids, hub_kwargs, load_model, load_tokenizer, pinned_kwargs
 from .probes import probe_model
 from .processes import on_main_process, own_device, processes, wait_for_everyone
-from .runs import ShardedRun
+from .runs import ShardedRun, check_whole_numbers
 from .samplers import ContinuousBatchingSampler, Sample, Sampler, Sampling, TransformersSampler
 from .table import describe, lengths, refuse_no_dataset
 from .teachers import LocalTeacher
@@ -245,18 +246,18 @@ def _collect(
     fingerprint: TeacherFingerprint | None,
 ) -> Dataset:
     """Answers of a model in its role, `"student"` or `"teacher"`; `about` goes into its entry in the record."""
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"`temperature` is 0 or more, `top_p` above 0 and at most 1; got {temperature} and {top_p}.")
-    if min(num_generations, max_completion_length, batch_size, rows_per_shard) < 1:
-        raise ValueError(
-            "`num_generations`, `max_completion_length`, `batch_size` and `rows_per_shard` are 1 or more; got "
-            f"{num_generations}, {max_completion_length}, {batch_size} and {rows_per_shard}."
-        )
+    # All options are checked before anything is loaded.
+    sampling = Sampling(
+        temperature=temperature,
+        top_p=top_p,
+        max_completion_length=max_completion_length,
+        eos_token_ids=(),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        seed=seed,
+    )
+    check_whole_numbers(1, num_generations=num_generations, batch_size=batch_size, rows_per_shard=rows_per_shard)
     if truncated not in ("keep", "drop"):
         raise ValueError(f'`truncated` is "keep" or "drop", not {truncated!r}.')
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "" in stop:
-        raise ValueError("An empty text in `stop` would end every answer at its first token.")
     if isinstance(engine, str) and engine.startswith(("http://", "https://")):
         from .served import VLLMServer
 
@@ -279,14 +280,7 @@ def _collect(
         if hasattr(engine, "self_test"):
             engine.tokenizer = engine.tokenizer or tokenizer
             on_main_process(state, engine.self_test)
-    sampling = Sampling(
-        temperature=temperature,
-        top_p=top_p,
-        max_completion_length=max_completion_length,
-        eos_token_ids=eos_token_ids(model, tokenizer, found["revision"]),
-        stop=stop,
-        seed=seed,
-    )
+    sampling = replace(sampling, eos_token_ids=eos_token_ids(model, tokenizer, **found))
     options = {
         "engine": engine if isinstance(engine, str) else type(engine).__name__,
         "num_generations": num_generations,

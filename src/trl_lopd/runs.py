@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,16 @@ from tqdm.auto import tqdm
 
 from .processes import on_main_process, processes, wait_for_everyone
 from .shards import ShardStore
+
+
+def check_whole_numbers(least: int, **options: Any) -> None:
+    """
+    Raises:
+        ValueError: If an option, given by its name, is no whole number of at least `least`.
+    """
+    for name, value in options.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise ValueError(f"`{name}` is a whole number, {least} or more, not {value!r}.")
 
 
 class ShardedRun:

@@ -18,7 +18,7 @@ from .fingerprint import fingerprint_teacher, with_evidence
 from .models import hub_kwargs, load_model, load_tokenizer, pinned_kwargs
 from .probes import probe_model, probed_entries
 from .processes import on_main_process, own_device, processes, wait_for_everyone
-from .runs import ShardedRun
+from .runs import ShardedRun, check_whole_numbers
 from .shards import read_pins
 from .table import (
     TOPK_COLUMNS,
@@ -111,11 +111,10 @@ def score_rollouts(
         ValueError: An option out of range, several processes without `output_dir`, or a served teacher that nothing
             names.
     """
-    if top_k < 0 or (max_batch_tokens is not None and max_batch_tokens < 1) or rows_per_shard < 1:
-        raise ValueError(
-            "`top_k` is 0 or more, `max_batch_tokens` and `rows_per_shard` are positive; got "
-            f"{top_k}, {max_batch_tokens} and {rows_per_shard}."
-        )
+    check_whole_numbers(0, top_k=top_k)
+    check_whole_numbers(1, rows_per_shard=rows_per_shard)
+    if max_batch_tokens is not None:
+        check_whole_numbers(1, max_batch_tokens=max_batch_tokens)
     state = processes()
     added = ["teacher_logprobs", "teacher_fingerprint", *(TOPK_COLUMNS if top_k else ())]
     added += ["ref_logprobs"] if ref_model is not None else []
