@@ -16,7 +16,7 @@ from trl.data_utils import is_conversational
 from .cards import attach_record, entry, read_dataset_card, read_model_card, write_record
 from .fingerprint import fingerprint_teacher, with_evidence
 from .models import eos_token_ids, hub_kwargs, load_model, load_tokenizer, pinned_kwargs
-from .probes import probe_model
+from .probes import probes_of_run
 from .processes import on_main_process, own_device, processes, wait_for_everyone
 from .runs import ShardedRun, check_whole_numbers
 from .samplers import ContinuousBatchingSampler, Sample, Sampler, Sampling, TransformersSampler
@@ -347,8 +347,8 @@ def _collect(
                 completion_tokens=sum(len(samples[i].ids) for i in kept),
             )
         if role == "teacher" and state.is_main_process and engine in ENGINES and engine != "vllm":
-            known = read_dataset_card(output_dir).get("sft_teachers") if output_dir is not None else None
-            about["probes"] = known[0]["probes"] if known else probe_model(load(), tokenizer)
+            card = read_dataset_card(output_dir) if output_dir is not None else {}
+            about["probes"] = probes_of_run(card, load, tokenizer)
         rollouts = run.dataset()
         counts = run.counts()
     if len(rollouts) == 0:

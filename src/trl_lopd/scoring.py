@@ -16,7 +16,7 @@ from datasets import Dataset, concatenate_datasets
 from .cards import attach_record, entry, read_dataset_card, record_of, write_record
 from .fingerprint import fingerprint_teacher, with_evidence
 from .models import hub_kwargs, load_model, load_tokenizer, pinned_kwargs
-from .probes import probe_model, probed_entries
+from .probes import probes_of_run
 from .processes import on_main_process, own_device, processes, wait_for_everyone
 from .runs import ShardedRun, check_whole_numbers
 from .shards import read_pins
@@ -123,7 +123,7 @@ def score_rollouts(
     found = hub_kwargs(model_init_kwargs)
     is_served = hasattr(teacher, "score")
     if is_served:
-        about = on_main_process(state, lambda: _about_served(teacher, dataset[0], fingerprint, teacher_card))
+        about = on_main_process(state, lambda: _about_served(teacher, dataset, fingerprint, teacher_card))
     else:
         tokenizer = tokenizer or load_tokenizer(teacher, **found)
         # Gigabytes are read once, not by every process.
@@ -173,8 +173,7 @@ def score_rollouts(
         if not is_served and state.is_main_process:
             # A table that was finished before has a card that holds them.
             card = read_dataset_card(output_dir) if output_dir is not None else {}
-            known = probed_entries(card)
-            if probes := known[0]["probes"] if known else _probes(load(teacher).model, tokenizer):
+            if probes := probes_of_run(card, lambda: load(teacher).model, tokenizer):
                 about["probes"] = probes
         table = run.dataset()
 
@@ -243,12 +242,16 @@ def _with_scores(
 
 
 def _about_served(
-    teacher: Teacher, row: dict[str, Any], fingerprint: TeacherFingerprint | None, card: dict[str, Any] | None
+    teacher: Teacher, dataset: Dataset, fingerprint: TeacherFingerprint | None, card: dict[str, Any] | None
 ) -> dict[str, Any]:
     """The entry of a served teacher: the one whose probes it answers, or what it is declared to be."""
     probed = None
     if hasattr(teacher, "self_test"):
-        probed = teacher.self_test(card, [*row["prompt_ids"], *row["completion_ids"]][:64])
+        # The longest row, which it has to score in any case.
+        row = dataset[int(np.add(*lengths(dataset)).argmax())]
+        ids = [*row["prompt_ids"], *row["completion_ids"]][:64]
+        # The test takes four tokens or more; every row has two.
+        probed = teacher.self_test(card, ids if len(ids) >= 4 else ids * 2)
     if probed is not None:
         return entry(probed)
     if fingerprint is None:
@@ -258,14 +261,6 @@ def _about_served(
             "`fingerprint`."
         )
     return entry(fingerprint, "declared")
-
-
-def _probes(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
-    try:
-        return probe_model(teacher, tokenizer)
-    except ValueError as error:
-        logger.warning(f"A served copy of this teacher will have no probes to be held against: {error}")
-        return None
 
 
 def _check_rollouts(dataset: Dataset, added: list[str]) -> None:
