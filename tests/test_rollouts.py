@@ -323,7 +323,7 @@ def test_killed_twenty_times_it_ends_in_the_same_rollouts(tmp_path, student_dir,
 
 
 def test_sft_data_on_disk_names_the_teacher(tmp_path, teacher_dir):
-    options = dict(max_completion_length=6, rows_per_shard=3)
+    options = dict(max_completion_length=6, rows_per_shard=3, truncated="keep")
     in_memory = generate_sft_data(PROMPTS, str(teacher_dir), **options)
     data = generate_sft_data(PROMPTS, str(teacher_dir), output_dir=tmp_path / "sft", **options)
     assert data.to_dict() == in_memory.to_dict() and record_of(data) == record_of(in_memory)

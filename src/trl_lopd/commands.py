@@ -18,7 +18,7 @@ from .evaluation import evaluate_model, load_benchmark, show
 from .fingerprint import fingerprint_teacher
 from .metrics import flatten
 from .processes import processes
-from .rollouts import ENGINES, WRITTEN_COLUMNS, collect_rollouts, generate_sft_data
+from .rollouts import ENGINES, SFT_COLUMNS, WRITTEN_COLUMNS, collect_rollouts, generate_sft_data
 from .scoring import score_rollouts
 
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
@@ -99,7 +99,13 @@ class RolloutArguments(TableArguments):
     top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling."})
     max_completion_length: int = field(default=4096, metadata={"help": "Tokens an answer may have."})
     stop: list[str] = field(default_factory=list, metadata={"help": "Texts that end an answer."})
-    truncated: str = field(default="keep", metadata={"help": 'Whether to "keep" or "drop" answers that were cut.'})
+    truncated: str | None = field(
+        default=None,
+        metadata={
+            "help": 'Whether to "keep" or "drop" answers that were cut. By default those of a student are kept, those '
+            "of a teacher dropped."
+        },
+    )
     ref_logprobs: bool = field(default=True, metadata={"help": "Whether to store a student's own log-probabilities."})
     batch_size: int = field(default=64, metadata={"help": "Answers that the transformers engine generates together."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling, and of the draw of prompts."})
@@ -289,8 +295,12 @@ def load_prompts(args: RolloutArguments) -> Dataset:
     else:
         prompts = load_table(args.dataset_name, args.dataset_config, split=args.dataset_split)
     columns = list(dict.fromkeys([args.prompt_column, *args.keep_columns]))
-    if written := [name for name in args.keep_columns if name in WRITTEN_COLUMNS]:
-        raise ValueError(f"`keep_columns` names {written}, which sampling writes: rename the column in the prompts.")
+    replaced = (*WRITTEN_COLUMNS, *(SFT_COLUMNS if args.role == "teacher" else ()))
+    if written := [name for name in args.keep_columns if name in replaced]:
+        raise ValueError(
+            f"`keep_columns` names {written}, which sampling writes or fine-tuning would read in the place of the "
+            "answers: rename the column in the prompts."
+        )
     for option, names in (("prompt_column", [args.prompt_column]), ("keep_columns", args.keep_columns)):
         if missing := [name for name in names if name not in prompts.column_names]:
             raise ValueError(

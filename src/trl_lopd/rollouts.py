@@ -33,10 +33,13 @@ logger = logging.getLogger(__name__)
 Prompt = str | list[dict[str, Any]]
 
 ENGINES = ("transformers", "continuous_batching", "vllm")
+# Columns of the prompts that sampling puts its own in the place of.
 WRITTEN_COLUMNS = (
     *("prompt_ids", "completion_ids", "completion", "finish_reason", "ref_logprobs"),
     *("student_fingerprint", "teacher_fingerprint"),
 )
+# Columns that TRL's `SFTTrainer` would read in the place of `prompt` and `completion`.
+SFT_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks", "messages", "text")
 
 
 def collect_rollouts(
@@ -169,7 +172,7 @@ def generate_sft_data(
     top_p: float = 1.0,
     max_completion_length: int = 4096,
     stop: str | Sequence[str] = (),
-    truncated: str = "keep",
+    truncated: str = "drop",
     batch_size: int = 64,
     rows_per_shard: int = 1024,
     seed: int = 0,
@@ -183,15 +186,22 @@ def generate_sft_data(
 
     Args:
         prompts, engine, output_dir, tokenizer, num_generations, temperature, top_p, max_completion_length, stop,
-        truncated, batch_size, rows_per_shard, seed, chat_template_kwargs, model_init_kwargs, fingerprint:
+        batch_size, rows_per_shard, seed, chat_template_kwargs, model_init_kwargs, fingerprint:
             As in [`collect_rollouts`], with the teacher in the student's place and the temperature 1 by default.
         teacher (`str` or [`~transformers.PreTrainedModel`]):
             A local directory or Hub id, or a loaded model.
+        truncated (`str`, *optional*, defaults to `"drop"`):
+            Whether to `"drop"` answers that were cut, or to `"keep"` them. `SFTTrainer` ends every text with an
+            end-of-sequence token, and of an answer that was cut the student would learn to stop in the middle. Kept
+            rows therefore have the tokens too, which `SFTTrainer` takes as they are.
 
     Returns:
         [`~datasets.Dataset`]: One row an answer: the columns of `prompts`, `completion` (text; a list with one
         assistant message where the prompt is a list of messages), `prompt_ids` and `completion_ids` (`list<int32>`, an
-        end-of-sequence token kept), `finish_reason`, and `teacher_fingerprint`. It carries a record of the teacher,
+        end-of-sequence token kept), `finish_reason`, and `teacher_fingerprint`. With `truncated="keep"` also
+        `input_ids`, prompt and answer, which end with an end-of-sequence token if and only if the answer was not cut,
+        and `completion_mask`, false on the prompt. Columns of `prompts` that `SFTTrainer` would take for these or for
+        the texts (`input_ids`, `labels`, `messages`, `text`, ...) are left out. It carries a record of the teacher,
         the sampling, and, with the transformers engines, the teacher's answers to the probes: see `cards` and
         `probes`.
 
@@ -270,6 +280,8 @@ def _collect(
     fingerprint = fingerprint or on_main_process(state, lambda: fingerprint_teacher(model, tokenizer, **found))
     tokenizer = tokenizer or load_tokenizer(model, **found)
     prompts = _as_dataset(prompts, tokenizer, chat_template_kwargs or {})
+    replaced = (*WRITTEN_COLUMNS, *(SFT_COLUMNS if role == "teacher" else ()))
+    prompts = prompts.remove_columns([name for name in prompts.column_names if name in replaced])
     as_messages = role == "teacher" and is_conversational({"prompt": prompts[0]["prompt"]})
     if engine in ENGINES:
         signature = fingerprint.id
@@ -335,6 +347,8 @@ def _collect(
             part = _with_answers(
                 rows, prompt_ids, samples, tokenizer, f"{role}_fingerprint", signature, as_messages, ref_logprobs
             )
+            if role == "teacher" and truncated == "keep":
+                part = _with_input_ids(part, sampling.eos_token_ids, tokenizer.eos_token_id)
             cut = [sample.finish_reason == "length" for sample in samples]
             kept = [i for i, is_cut in enumerate(cut) if truncated == "keep" or not is_cut]
             run.write(
@@ -482,8 +496,21 @@ def _with_answers(
     )
     if not ref_logprobs:
         del columns["ref_logprobs"], features["ref_logprobs"]
-    kept = rows.remove_columns([name for name in rows.column_names if name in WRITTEN_COLUMNS])
-    return concatenate_datasets([kept, Dataset.from_dict(columns, features=features)], axis=1)
+    return concatenate_datasets([rows, Dataset.from_dict(columns, features=features)], axis=1)
+
+
+def _with_input_ids(rows: Dataset, eos_token_ids: tuple[int, ...], eos_token_id: int | None) -> Dataset:
+    """The answers with the two columns that `SFTTrainer` takes as they are."""
+    input_ids, masks = [], []
+    for row in rows.select_columns(["prompt_ids", "completion_ids", "finish_reason"]):
+        completion = row["completion_ids"]
+        if row["finish_reason"] == "stop" and completion[-1] not in eos_token_ids and eos_token_id is not None:
+            completion = [*completion, eos_token_id]  # a stop text ended it
+        input_ids.append([*row["prompt_ids"], *completion])
+        masks.append([False] * len(row["prompt_ids"]) + [True] * len(completion))
+    features = Features({"input_ids": List(Value("int32")), "completion_mask": List(Value("bool"))})
+    columns = Dataset.from_dict({"input_ids": input_ids, "completion_mask": masks}, features=features)
+    return concatenate_datasets([rows, columns], axis=1)
 
 
 def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **chat_template_kwargs: Any) -> list[int]:
