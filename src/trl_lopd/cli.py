@@ -131,6 +131,10 @@ def _run(job: str, does: str, options: list[str]) -> int:
         "with the same options, it continues; the last line it prints is JSON.",
     )
     try:
+        if "--config" in options:
+            if options[-1] == "--config":
+                parser.error("argument --config: expected one argument")
+            commands.check_config(options[options.index("--config") + 1], arguments)
         (args,) = parser.parse_args_and_config(options)
         getattr(commands, job)(args)
     except KeyboardInterrupt:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
+import yaml
 from datasets import Dataset, load_dataset
 from trl.data_utils import maybe_convert_to_chatml
 
@@ -115,6 +117,8 @@ class RolloutArguments(TableArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.keep_columns, str):
+            self.keep_columns = [self.keep_columns]
         if self.role not in ("student", "teacher"):
             raise ValueError(f'`role` is "student" or "teacher", not {self.role!r}.')
         _check_engine_options(self)
@@ -342,6 +346,41 @@ def load_prompts(args: RolloutArguments) -> Dataset:
     return questions
 
 
+def check_config(path: str, arguments: type) -> None:
+    """
+    Checks a YAML file of options before TRL's parser reads it, which takes values of any type.
+
+    Args:
+        path (`str`): The file.
+        arguments (`type`): The dataclass of the options.
+
+    Raises:
+        ValueError: If it is no YAML mapping, or has an unknown option or a value of another type.
+        OSError: If it cannot be read.
+    """
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is no YAML mapping, such as `temperature: 0.8` on a line, but {config!r:.80}.")
+    types = get_type_hints(arguments)
+    for name, value in config.items():
+        if name == "env":  # variables that TRL's parser sets
+            continue
+        if name not in types:
+            near = difflib.get_close_matches(str(name), types, n=1)
+            raise ValueError(
+                f"{path} has the unknown option `{name}`. "
+                + (f"Is `{near[0]}` meant?" if near else f"The options are {', '.join(types)}.")
+            )
+        taken = tuple(get_origin(kind) or kind for kind in get_args(types[name]) or [types[name]])
+        taken += (str,) + ((int,) if float in taken else ())  # texts are parsed as flags are
+        if not isinstance(value, taken) or (isinstance(value, bool) and bool not in taken):
+            names = " or ".join(dict.fromkeys(kind.__name__ for kind in taken if kind is not type(None)))
+            raise ValueError(f"{path}: `{name}` is of type {names}, not {value!r:.80}.")
+
+
 def _check_engine_options(args: RolloutArguments | EvaluateArguments) -> None:
     if args.server_kwargs and not args.engine.startswith("http"):
         raise ValueError(f"`server_kwargs` are for a server; `engine` is {args.engine!r}.")
@@ -387,8 +426,6 @@ def _pushed(table: Dataset, args: TableArguments) -> Dataset:
 
 def _dict(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
     if isinstance(value, str):
-        import yaml
-
         value = yaml.safe_load(value)  # JSON too
         if not isinstance(value, dict):
             raise ValueError(f"`{name}` is a dictionary such as '{{dtype: bfloat16}}', not {value!r}.")

@@ -16,13 +16,13 @@ from rich.table import Table
 from . import __version__
 from .cards import record_of
 from .metrics import check_math_answers, estimate_reverse_kl, grade_exact, grade_math, summarize_samples
-from .models import pinned_kwargs
+from .models import as_name, pinned_kwargs
 from .processes import on_main_process, processes
 from .rollouts import collect_rollouts
 from .runs import check_whole_numbers
 from .scoring import score_rollouts
 from .shards import replacing
-from .table import describe, lengths
+from .table import describe, lengths, refuse_no_dataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -124,13 +124,13 @@ def _prompt(problem: Any, instruction: str | None, as_chat: bool) -> str | list[
 
 
 def evaluate_model(
-    model: str | PreTrainedModel,
+    model: str | Path | PreTrainedModel,
     benchmark: Dataset,
     *,
     metric: str = "math_accuracy",
     name: str = "benchmark",
     answer_after: str = "#",
-    teacher: str | PreTrainedModel | None = None,
+    teacher: str | Path | PreTrainedModel | None = None,
     output_dir: str | Path | None = None,
     engine: str | Sampler = "transformers",
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -153,7 +153,7 @@ def evaluate_model(
     the same files: see [`collect_rollouts`]. Under `accelerate launch`, every process takes its share.
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`]):
+        model (`str`, `Path` or [`~transformers.PreTrainedModel`]):
             A local directory or Hub id, or a loaded model.
         benchmark ([`~datasets.Dataset`]):
             `prompt` and `answer`, as [`load_benchmark`] gives them.
@@ -163,7 +163,7 @@ def evaluate_model(
             What the result calls the benchmark.
         answer_after (`str`, *optional*, defaults to `"#"`):
             Marker of `"exact_answer"`.
-        teacher (`str` or [`~transformers.PreTrainedModel`], *optional*):
+        teacher (`str`, `Path` or [`~transformers.PreTrainedModel`], *optional*):
             A local directory or Hub id, or a loaded model, to measure the divergence from.
         output_dir (`str` or `Path`, *optional*):
             Where to keep the answers and write `outcomes.jsonl` and `metrics.json`.
@@ -185,6 +185,8 @@ def evaluate_model(
         ImportError: If `"math_accuracy"` is asked for and math-verify is not installed.
         ShardError, ServerError: As [`collect_rollouts`].
     """
+    model, teacher = as_name(model), as_name(teacher)
+    refuse_no_dataset(benchmark, "benchmark")
     if metric not in METRICS:
         raise ValueError(f"`metric` is one of {', '.join(METRICS)}, not {metric!r}.")
     check_whole_numbers(1, num_samples=num_samples)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, find_adapter_config_file
 from trl.trainer.utils import create_model_from_path
+
+
+def as_name(model: Any) -> Any:
+    """A path as the text that the libraries below take; anything else, such as a loaded model, as it is."""
+    return os.fspath(model) if isinstance(model, os.PathLike) else model
 
 
 def load_model(model: str | PreTrainedModel, init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:

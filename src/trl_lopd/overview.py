@@ -241,10 +241,11 @@ def statistics(rows: Dataset) -> dict[str, Any] | None:
 
 def _statistics(rows: Dataset, worst: int) -> tuple[dict[str, Any], list[tuple[int, float]]] | None:
     """[`statistics`], and the index and mean score of the `worst` rows of lowest advantage, or teacher score."""
-    from .table import OPTIONAL_COLUMNS, REQUIRED_COLUMNS, column_counts, validate_rows
+    from .table import OPTIONAL_COLUMNS, REQUIRED_COLUMNS, column_counts, holds_ids, validate_rows
 
     scored = "teacher_logprobs" in rows.column_names
-    if not scored and not all(_holds_ids(rows, name) for name in ("prompt_ids", "completion_ids")):
+    ids = ("prompt_ids", "completion_ids")
+    if not scored and not all(name in rows.column_names and holds_ids(rows, name) for name in ids):
         return None
     names = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS) if scored else ("prompt_ids", "completion_ids")
     ours = rows.select_columns([name for name in names if name in rows.column_names]).with_format("arrow")
@@ -360,13 +361,6 @@ def _about_lengths(lengths: np.ndarray) -> dict[str, Any] | None:
         counts.pop(), edges.pop()
     about = {"min": low, "median": median, "mean": float(lengths.mean()), "p90": p90, "p99": p99, "max": high}
     return about | {"histogram": {"edges": edges, "counts": counts}}
-
-
-def _holds_ids(rows: Dataset, name: str) -> bool:
-    import pyarrow as pa
-
-    column = rows.data.schema.field(name).type if name in rows.column_names else None
-    return pa.types.is_integer(getattr(column, "value_type", pa.null()))
 
 
 def _flat(name: str, batch: pa.Table) -> tuple[np.ndarray, np.ndarray]:

@@ -31,7 +31,7 @@ from .cards import load_table, read_model_card, record_of
 from .consistency import written_for
 from .effopd import DIRECTORY, HISTORY
 from .fingerprint import fingerprint_teacher, same_teacher
-from .models import load_model
+from .models import as_name, load_model
 from .overview import ADVANTAGE_CLIP, find_tokenizer, visible
 from .stamp import fingerprint_or_none
 from .table import TOPK_COLUMNS, TableError, TableRows, column_counts, validate_table
@@ -83,8 +83,8 @@ _NOT_SHOWN = (
 def write_report(
     run: str | Path,
     *,
-    table: str | None = None,
-    student: str | None = None,
+    table: str | Path | None = None,
+    student: str | Path | None = None,
     rows: int = 100,
     output: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -94,10 +94,10 @@ def write_report(
     Args:
         run (`str` or `Path`): Directory that an [`OfflineOPDTrainer`] wrote. What is missing in it is taken from its
             last checkpoint.
-        table (`str`, *optional*): Directory, parquet file or Hub id of the run's table, for the rollouts: of its
-            held-out split, if it has one. The run's model scores them again.
-        student (`str`, *optional*): Directory or Hub id of the student as it was before training, which scores them
-            too. Without it `ref_logprobs` stand for it: the policy that sampled the rollouts.
+        table (`str` or `Path`, *optional*): Directory, parquet file or Hub id of the run's table, for the rollouts: of
+            its held-out split, if it has one. The run's model scores them again.
+        student (`str` or `Path`, *optional*): Directory or Hub id of the student as it was before training, which
+            scores them too. Without it `ref_logprobs` stand for it: the policy that sampled the rollouts.
         rows (`int`, *optional*, defaults to `100`): Rollouts, drawn at random if there are more: the worst rows alone
             would look better after any training.
         output (`str` or `Path`, *optional*): The file. Defaults to `report.html` in `run`.
@@ -110,7 +110,7 @@ def write_report(
         TableError: If rows are not valid, have no teacher's scores, or do not fit the model.
         ValueError: If the directory holds nothing of a run, or the rollouts can be coloured neither before nor after.
     """
-    run = Path(run)
+    run, table, student = Path(run), as_name(table), as_name(student)
     if not run.is_dir():
         raise FileNotFoundError(f"{run} is not there: a report is made of the directory that a training run wrote.")
     if rows < 1:

@@ -15,7 +15,7 @@ from trl.data_utils import is_conversational
 
 from .cards import attach_record, entry, read_dataset_card, read_model_card, write_record
 from .fingerprint import fingerprint_teacher, with_evidence
-from .models import eos_token_ids, hub_kwargs, load_model, load_tokenizer, pinned_kwargs
+from .models import as_name, eos_token_ids, hub_kwargs, load_model, load_tokenizer, pinned_kwargs
 from .probes import probes_of_run
 from .processes import on_main_process, own_device, processes, wait_for_everyone
 from .runs import ShardedRun, check_whole_numbers
@@ -44,7 +44,7 @@ SFT_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks", "mes
 
 def collect_rollouts(
     prompts: Dataset | Sequence[Prompt],
-    student: str | PreTrainedModel,
+    student: str | Path | PreTrainedModel,
     *,
     engine: str | Sampler = "transformers",
     output_dir: str | Path | None = None,
@@ -75,7 +75,7 @@ def collect_rollouts(
         prompts ([`~datasets.Dataset`] or sequence):
             Plain texts or lists of chat messages; or a dataset with such a `prompt` column, whose other columns are
             kept. Messages go through the tokenizer's chat template.
-        student (`str` or [`~transformers.PreTrainedModel`]):
+        student (`str`, `Path` or [`~transformers.PreTrainedModel`]):
             A local directory or Hub id (of an adapter too), or a loaded model. Its own generation config is set aside,
             but for its end-of-sequence tokens: a repetition penalty there would make the samples another policy's.
         engine (`str` or [`Sampler`], *optional*, defaults to `"transformers"`):
@@ -133,6 +133,7 @@ def collect_rollouts(
         ShardError: `output_dir` holds something else, another run's rollouts, or is being written to.
         ServerError: A server that cannot be used.
     """
+    student = as_name(student)
     revision = (model_init_kwargs or {}).get("revision")
     name = student if isinstance(student, str) else student.config._name_or_path
     sft_teachers = (read_model_card(name, revision) if name else {}).get("sft_teachers") or []
@@ -162,7 +163,7 @@ def collect_rollouts(
 
 def generate_sft_data(
     prompts: Dataset | Sequence[Prompt],
-    teacher: str | PreTrainedModel,
+    teacher: str | Path | PreTrainedModel,
     *,
     engine: str | Sampler = "transformers",
     output_dir: str | Path | None = None,
@@ -188,7 +189,7 @@ def generate_sft_data(
         prompts, engine, output_dir, tokenizer, num_generations, temperature, top_p, max_completion_length, stop,
         batch_size, rows_per_shard, seed, chat_template_kwargs, model_init_kwargs, fingerprint:
             As in [`collect_rollouts`], with the teacher in the student's place and the temperature 1 by default.
-        teacher (`str` or [`~transformers.PreTrainedModel`]):
+        teacher (`str`, `Path` or [`~transformers.PreTrainedModel`]):
             A local directory or Hub id, or a loaded model.
         truncated (`str`, *optional*, defaults to `"drop"`):
             Whether to `"drop"` answers that were cut, or to `"keep"` them. `SFTTrainer` ends every text with an
@@ -210,7 +211,7 @@ def generate_sft_data(
     """
     return _collect(
         prompts,
-        teacher,
+        as_name(teacher),
         role="teacher",
         about={"share": 1.0},
         engine=engine,
@@ -282,6 +283,8 @@ def _collect(
     prompts = _as_dataset(prompts, tokenizer, chat_template_kwargs or {})
     replaced = (*WRITTEN_COLUMNS, *(SFT_COLUMNS if role == "teacher" else ()))
     prompts = prompts.remove_columns([name for name in prompts.column_names if name in replaced])
+    if state.is_main_process and isinstance(prompts[0]["prompt"], str) and tokenizer.chat_template is not None:
+        _warn_of_texts(tokenizer.name_or_path or "The tokenizer")
     as_messages = role == "teacher" and is_conversational({"prompt": prompts[0]["prompt"]})
     if engine in ENGINES:
         signature = fingerprint.id
@@ -390,11 +393,27 @@ def _collect(
     return rollouts
 
 
+@functools.cache  # once for each model
+def _warn_of_texts(name: str) -> None:
+    logger.warning(
+        f"{name} has a chat template, and the prompts are texts, which are not put through it: the model gets them as "
+        'they stand. If it is a chat model, give each prompt as messages, `[{"role": "user", "content": text}]`; '
+        "`--as_chat` does that on the command line, and `as_chat=True` in `load_benchmark`."
+    )
+
+
 def _as_dataset(
     prompts: Dataset | Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]
 ) -> Dataset:
     """The prompts, each of them something that can be answered: what is wrong shows before hours are spent."""
-    refuse_no_dataset(prompts, "prompts")
+    if not isinstance(prompts, list | tuple):
+        refuse_no_dataset(prompts, "prompts")
+    elif prompts and isinstance(prompts[0], dict):
+        raise TypeError(
+            "`prompts` is one conversation: give a list of such lists."
+            if "role" in prompts[0]
+            else "`prompts` is a list of rows: give a `Dataset`, such as `Dataset.from_list(prompts)`."
+        )
     if isinstance(prompts, Dataset):
         if "prompt" not in prompts.column_names:
             raise ValueError(

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, concatenate_datasets
 
 from .cards import attach_record, entry, read_dataset_card, record_of, write_record
 from .fingerprint import fingerprint_teacher, with_evidence
-from .models import hub_kwargs, load_model, load_tokenizer, pinned_kwargs
+from .models import as_name, hub_kwargs, load_model, load_tokenizer, pinned_kwargs
 from .probes import probes_of_run
 from .processes import on_main_process, own_device, processes, wait_for_everyone
 from .runs import ShardedRun, check_whole_numbers
@@ -26,6 +27,7 @@ from .table import (
     TableRows,
     describe,
     digest_columns,
+    holds_ids,
     lengths,
     refuse_no_dataset,
     rows_digest,
@@ -44,12 +46,12 @@ logger = logging.getLogger(__name__)
 
 def score_rollouts(
     dataset: Dataset,
-    teacher: str | PreTrainedModel | Teacher,
+    teacher: str | Path | PreTrainedModel | Teacher,
     *,
     output_dir: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     top_k: int = 8,
-    ref_model: str | PreTrainedModel | None = None,
+    ref_model: str | Path | PreTrainedModel | None = None,
     max_batch_tokens: int | None = None,
     rows_per_shard: int = 4096,
     fingerprint: TeacherFingerprint | None = None,
@@ -70,7 +72,7 @@ def score_rollouts(
     Args:
         dataset ([`~datasets.Dataset`]):
             Rollouts with `prompt_ids` and `completion_ids`, as `collect_rollouts` makes. Other columns are kept.
-        teacher (`str`, [`~transformers.PreTrainedModel`] or [`Teacher`]):
+        teacher (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`Teacher`]):
             A local directory or Hub id, loaded in its own dtype; a loaded model; or a served one, see `VLLMServer`
             and `SGLangServer`.
         output_dir (`str` or `Path`, *optional*):
@@ -80,7 +82,7 @@ def score_rollouts(
         top_k (`int`, *optional*, defaults to `8`):
             Also store the teacher's most likely tokens at each position. `0` stores none; the trainer then has only
             the sampled-token objective.
-        ref_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+        ref_model (`str`, `Path` or [`~transformers.PreTrainedModel`], *optional*):
             The student that sampled the rollouts, or an adapter, for rollouts without `ref_logprobs`: it scores them
             the same way, in memory beside a local teacher.
         max_batch_tokens (`int`, *optional*):
@@ -111,6 +113,7 @@ def score_rollouts(
         ValueError: An option out of range, several processes without `output_dir`, or a served teacher that nothing
             names.
     """
+    teacher, ref_model = as_name(teacher), as_name(ref_model)
     check_whole_numbers(0, top_k=top_k)
     check_whole_numbers(1, rows_per_shard=rows_per_shard)
     if max_batch_tokens is not None:
@@ -280,9 +283,25 @@ def _check_rollouts(dataset: Dataset, added: list[str]) -> None:
         )
     if len(dataset) == 0:
         raise TableError("There are no rollouts to score.")
-    for name, of_row in zip(("prompt_ids", "completion_ids"), lengths(dataset), strict=True):
-        if (of_row == 0).any():
-            raise TableError(f"Row {int((of_row == 0).argmax())}, column {name!r} is empty. Drop the row.")
+    for name in ("prompt_ids", "completion_ids"):
+        if not holds_ids(dataset, name):
+            raise TableError(
+                f"Column {name!r} holds {dataset.data.schema.field(name).type}, where lists of token ids are needed. "
+                "`collect_rollouts` makes them from prompts."
+            )
+        first = 0
+        for batch in dataset.select_columns([name]).with_format("arrow").iter(1000):
+            column = batch[name].combine_chunks()
+            sizes = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+            if (sizes == 0).any():
+                row = int((sizes == 0).argmax())
+                what = "empty" if column[row].is_valid else "null"
+                raise TableError(f"Row {first + row}, column {name!r} is {what}. Drop the row.")
+            if (ids := column.flatten()).null_count:
+                at = ids.is_null().to_numpy(zero_copy_only=False).argmax()
+                row = int(np.searchsorted(sizes.cumsum(), at, side="right"))
+                raise TableError(f"Row {first + row}, column {name!r} has a null among its token ids. Drop the row.")
+            first += len(sizes)
 
 
 def _lists(offsets: np.ndarray, values: pa.Array) -> pa.ListArray:

@@ -21,6 +21,7 @@ are accepted.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -126,6 +127,11 @@ def lengths(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(parts["prompt_ids"]), np.concatenate(parts["completion_ids"])
 
 
+def holds_ids(dataset: Dataset, column: str) -> bool:
+    """Whether the values of a column are lists of integers."""
+    return pa.types.is_integer(getattr(dataset.data.schema.field(column).type, "value_type", pa.null()))
+
+
 def column_counts(dataset: Dataset, column: str) -> Counter[str | None]:
     """How many rows have each value of a string column; missing values count as `None`. Empty without the column."""
     counts: Counter[str | None] = Counter()
@@ -193,14 +199,24 @@ def describe(dataset: Dataset) -> str:
 def refuse_no_dataset(value: object, name: str) -> None:
     """
     Raises:
-        TypeError: If a value is what is easily given in the place of a `Dataset`.
+        TypeError: If a value is anything else than a `Dataset`.
     """
+    if isinstance(value, Dataset):
+        return
     if isinstance(value, dict):
         splits = list(value)
-        raise TypeError(f"`{name}` is a dict of splits, {splits}: give one of them, such as `{name}[{splits[0]!r}]`.")
-    if isinstance(value, str | IterableDataset):
-        kind = "one text" if isinstance(value, str) else "a stream, which cannot be resumed"
-        raise TypeError(f"`{name}` is {kind}: give a `Dataset`.")
+        what = f"a dict of splits, {splits}: give one of them" + (f", such as `{name}[{splits[0]!r}]`" * bool(splits))
+    elif isinstance(value, list | tuple):
+        what = f"a list of rows: give a `Dataset`, such as `Dataset.from_list({name})`"
+    elif isinstance(value, os.PathLike):
+        what = "a path: load it, with `load_table` or `datasets.load_dataset`, and give the `Dataset`"
+    elif isinstance(value, str):
+        what = "one text: give a `Dataset`"
+    elif isinstance(value, IterableDataset):
+        what = "a stream, which cannot be resumed: give a `Dataset`"
+    else:
+        what = f"{value!r:.80}: give a `Dataset`"
+    raise TypeError(f"`{name}` is {what}.")
 
 
 def add_digests(digests: Iterable[str]) -> str:

@@ -45,7 +45,7 @@ from .effopd import EffOPDCallback
 from .failures import LossCheck, SaveOnSigterm, out_of_memory_advice
 from .fingerprint import TeacherFingerprint
 from .head import Targets, TokenOutput, add_distillation_head, assert_adapters_are_seen
-from .models import load_tokenizer
+from .models import as_name, load_tokenizer
 from .objective import (
     mean_loss,
     reverse_kl_topk,
@@ -109,7 +109,7 @@ class OfflineOPDTrainer(Trainer):
     ```
 
     Args:
-        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+        model (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The SFT student: a local directory or Hub id, of a model or of an adapter, which is then trained on; or a
             loaded model.
         args ([`OfflineOPDConfig`], *optional*):
@@ -144,7 +144,7 @@ class OfflineOPDTrainer(Trainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | Path | PreTrainedModel | PeftModel,
         args: OfflineOPDConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
@@ -154,6 +154,7 @@ class OfflineOPDTrainer(Trainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
     ):
+        model = as_name(model)
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         if args is None:
             args = OfflineOPDConfig(f"{Path(model_id).name or 'model'}-OPD")
