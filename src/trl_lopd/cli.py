@@ -70,8 +70,11 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("report", help="write a training run, its rollouts token by token, as one HTML file")
     command.add_argument("run", help="directory that the training wrote")
     command.add_argument(
-        "--table", help="table of the run, for the rollouts: directory, parquet file or Hub id; its held-out split"
+        "--table",
+        help="table of the run, for the rollouts: directory, parquet file or Hub id; of its rows, those that the run "
+        "was not trained on",
     )
+    command.add_argument("--split", help="split of the table to show, all of its rows")
     command.add_argument(
         "--student", help="directory or Hub id of the student before training, if the table has no ref_logprobs"
     )
@@ -212,7 +215,9 @@ def _inspect(args: argparse.Namespace) -> Answer:
 def _report(args: argparse.Namespace) -> Answer:
     from .report import write_report
 
-    written = write_report(args.run, table=args.table, student=args.student, rows=args.rows, output=args.output)
+    written = write_report(
+        args.run, table=args.table, split=args.split, student=args.student, rows=args.rows, output=args.output
+    )
     if args.report_to == "wandb":
         from .reporting import log_report
 

@@ -48,6 +48,9 @@ LOGPROB_COLUMNS = ("teacher_logprobs", "ref_logprobs", "teacher_topk_logprobs")
 # Engines round: the log-probability of a near-certain token can come out a little above 0, a total a little above 1.
 TOLERANCE = 1e-3
 
+# Beside a trained model: the sorted [`row_hashes`] of the rows that it was trained on.
+TRAINED_ROWS = "trained_rows.npy"
+
 # How many lists a leaf is nested in, the leaf's type, and its name in messages.
 _TYPES = {
     "prompt_ids": (1, pa.types.is_integer, "integers"),
@@ -254,6 +257,52 @@ def _row_arrays(name: str, array: pa.Array) -> list[np.ndarray]:
     sizes = _numpy(pc.list_value_length(array))
     ends = np.cumsum(sizes)
     return [values[start:end] for start, end in zip(ends - sizes, ends, strict=True)]
+
+
+def row_hashes(dataset: Dataset) -> np.ndarray:
+    """64 bits for the prompt and the completion of each row of a valid table: `(rows,)` uint64."""
+    hashes = [np.empty(0, np.uint64)]
+    for batch in dataset.select_columns(["prompt_ids", "completion_ids"]).with_format("arrow").iter(1000):
+        hashes.append(hash_rows(flat_values("prompt_ids", batch), flat_values("completion_ids", batch))[1])
+    return np.concatenate(hashes)
+
+
+def hash_rows(
+    prompts: tuple[np.ndarray, np.ndarray], completions: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of the prompts, and of the prompts with their completions, from what [`flat_values`] gives."""
+    of_prompts = _hash(*prompts)
+    return of_prompts, _mix(of_prompts) + _hash(*completions)
+
+
+def flat_values(name: str, batch: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of a column's lists, `(rows,)`, and the innermost values of all rows, one after another."""
+    column = batch[name].combine_chunks()
+    sizes = pc.list_value_length(column)
+    # `flatten`, unlike `values`, respects the offset and length of a sliced array.
+    values = column.flatten()
+    while hasattr(values.type, "value_type"):
+        values = values.flatten()
+    if sizes.null_count or values.null_count:
+        raise TableError(f"Column `{name}` has nulls where token ids are needed. Drop these rows.")
+    return _numpy(sizes).astype(np.int64), _numpy(values)
+
+
+def _hash(sizes: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """64 bits for each row of ids; `(rows,)` uint64."""
+    ends = np.cumsum(sizes)
+    positions = np.arange(len(ids)) - np.repeat(ends - sizes, sizes)
+    totals = np.concatenate([np.zeros(1, np.uint64), np.cumsum(_mix((positions << 32) + ids))])
+    # Sums wrap around, and so do their differences.
+    return totals[ends] - totals[ends - sizes]
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """The finalizer of splitmix64: a bijection of 64-bit numbers after which neighbours have nothing in common."""
+    values = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 class TableRows:

@@ -61,10 +61,12 @@ from .stamp import checkpoint_fingerprint, fingerprint_or_none
 from .table import (
     REQUIRED_COLUMNS,
     TOKEN_COLUMNS,
+    TRAINED_ROWS,
     TableError,
     TableRows,
     column_counts,
     lengths,
+    row_hashes,
     validate_rows,
     validate_table,
     vocab_limits,
@@ -687,7 +689,9 @@ class OfflineOPDTrainer(Trainer):
         self.create_model_card(output_dir=output_dir)
 
     def _write_args(self, output_dir: str) -> None:
-        """For people and for `trl-lopd report`: `training_args.bin` is a pickle."""
+        """For people and for `trl-lopd report`: `training_args.bin` is a pickle. And which rows are trained on."""
+        if isinstance(self.train_dataset, Dataset):
+            np.save(Path(output_dir, TRAINED_ROWS), np.unique(row_hashes(self.train_dataset)))
         settings = self.args.to_dict()
         if (run := _wandb_run()) is not None:
             settings["wandb_run"] = {"entity": run.entity, "project": run.project, "id": run.id}
