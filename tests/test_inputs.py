@@ -176,11 +176,15 @@ def refused(capsys, words, *command):
 
 YAML = {
     "broken": ("dataset_name: [a\nb: {", r"config.yaml is no YAML: .*line"),
-    "list": ("- a\n- b", "config.yaml.*mapping"),
+    "no mapping": ("- a\n- b", "config.yaml.*mapping"),
     "unknown": ("dataset_name: d\ntemprature: 0.5\n", "config.yaml.*`temprature`.*`temperature`"),
     "mistyped": ("temperature: warm", "temperature"),
     "not_utf8": (b"output_dir: \xff\xfe", "config.yaml"),
-    "nested": ("temperature: {a: 1}", "temperature"),
+    "nested": ("temperature: {a: 1}", "config.yaml: `temperature` is of type float or str or int, not {'a': 1}"),
+    "number": ("chat_template_kwargs: 5", "config.yaml: `chat_template_kwargs` is of type dict or str, not 5"),
+    "yes": ("seed: true", "config.yaml: `seed` is of type int or str, not True"),
+    "list": ("seed: [1, 2]", "config.yaml: `seed`"),
+    "empty": ("", "config.yaml is no YAML mapping"),
 }
 
 

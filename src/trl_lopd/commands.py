@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
@@ -20,7 +21,7 @@ from .evaluation import evaluate_model, load_benchmark, show
 from .fingerprint import fingerprint_teacher
 from .metrics import flatten
 from .processes import processes
-from .rollouts import ENGINES, SFT_COLUMNS, WRITTEN_COLUMNS, collect_rollouts, generate_sft_data
+from .rollouts import ENGINES, SFT_COLUMNS, TEMPLATE_COLUMNS, WRITTEN_COLUMNS, collect_rollouts, generate_sft_data
 from .scoring import score_rollouts
 
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
@@ -298,7 +299,8 @@ def load_prompts(args: RolloutArguments) -> Dataset:
         prompts = load_dataset(kinds[path.suffix], data_files=str(path), split="train")
     else:
         prompts = load_table(args.dataset_name, args.dataset_config, split=args.dataset_split)
-    columns = list(dict.fromkeys([args.prompt_column, *args.keep_columns]))
+    read = [name for name in TEMPLATE_COLUMNS if name in prompts.column_names]
+    columns = list(dict.fromkeys([args.prompt_column, *args.keep_columns, *read]))
     replaced = (*WRITTEN_COLUMNS, *(SFT_COLUMNS if args.role == "teacher" else ()))
     if written := [name for name in args.keep_columns if name in replaced]:
         raise ValueError(
@@ -374,7 +376,8 @@ def check_config(path: str, arguments: type) -> None:
                 f"{path} has the unknown option `{name}`. "
                 + (f"Is `{near[0]}` meant?" if near else f"The options are {', '.join(types)}.")
             )
-        taken = tuple(get_origin(kind) or kind for kind in get_args(types[name]) or [types[name]])
+        kinds = get_args(types[name]) if isinstance(types[name], UnionType) else [types[name]]
+        taken = tuple(get_origin(kind) or kind for kind in kinds)
         taken += (str,) + ((int,) if float in taken else ())  # texts are parsed as flags are
         if not isinstance(value, taken) or (isinstance(value, bool) and bool not in taken):
             names = " or ".join(dict.fromkeys(kind.__name__ for kind in taken if kind is not type(None)))

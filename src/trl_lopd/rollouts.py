@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,8 @@ WRITTEN_COLUMNS = (
     *("prompt_ids", "completion_ids", "completion", "finish_reason", "ref_logprobs"),
     *("student_fingerprint", "teacher_fingerprint"),
 )
+# Columns of the prompts that the chat template reads, as in TRL.
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 # Columns that TRL's `SFTTrainer` would read in the place of `prompt` and `completion`.
 SFT_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks", "messages", "text")
 
@@ -74,7 +77,8 @@ def collect_rollouts(
     Args:
         prompts ([`~datasets.Dataset`] or sequence):
             Plain texts or lists of chat messages; or a dataset with such a `prompt` column, whose other columns are
-            kept. Messages go through the tokenizer's chat template.
+            kept. Messages go through the tokenizer's chat template, with the columns `tools` and
+            `chat_template_kwargs` if there are any, as in TRL; an answer that the last message begins is continued.
         student (`str`, `Path` or [`~transformers.PreTrainedModel`]):
             A local directory or Hub id (of an adapter too), or a loaded model. Its own generation config is set aside,
             but for its end-of-sequence tokens: a repetition penalty there would make the samples another policy's.
@@ -194,17 +198,18 @@ def generate_sft_data(
         truncated (`str`, *optional*, defaults to `"drop"`):
             Whether to `"drop"` answers that were cut, or to `"keep"` them. `SFTTrainer` ends every text with an
             end-of-sequence token, and of an answer that was cut the student would learn to stop in the middle. Kept
-            rows therefore have the tokens too, which `SFTTrainer` takes as they are.
+            rows therefore have the tokens too (`input_ids`), which `SFTTrainer` takes as they are.
 
     Returns:
         [`~datasets.Dataset`]: One row an answer: the columns of `prompts`, `completion` (text; a list with one
         assistant message where the prompt is a list of messages), `prompt_ids` and `completion_ids` (`list<int32>`, an
-        end-of-sequence token kept), `finish_reason`, and `teacher_fingerprint`. With `truncated="keep"` also
-        `input_ids`, prompt and answer, which end with an end-of-sequence token if and only if the answer was not cut,
-        and `completion_mask`, false on the prompt. Columns of `prompts` that `SFTTrainer` would take for these or for
-        the texts (`input_ids`, `labels`, `messages`, `text`, ...) are left out. It carries a record of the teacher,
-        the sampling, and, with the transformers engines, the teacher's answers to the probes: see `cards` and
-        `probes`.
+        end-of-sequence token kept), `finish_reason`, and `teacher_fingerprint`. Where `SFTTrainer` would make other
+        tokens of the texts, also `input_ids`, prompt and answer, which end with an end-of-sequence token if and only
+        if the answer was not cut, and `completion_mask`, false on the prompt: with `truncated="keep"`, with
+        `chat_template_kwargs`, and if a prompt ends with a turn of the assistant, which the answer continues. Columns
+        of `prompts` that `SFTTrainer` would take for these or for the texts (`input_ids`, `labels`, `messages`,
+        `text`, ...) are left out. It carries a record of the teacher, the sampling, and, with the transformers
+        engines, the teacher's answers to the probes: see `cards` and `probes`.
 
     Raises:
         ValueError, ShardError, ServerError: As [`collect_rollouts`].
@@ -286,6 +291,8 @@ def _collect(
     if state.is_main_process and isinstance(prompts[0]["prompt"], str) and tokenizer.chat_template is not None:
         _warn_of_texts(tokenizer.name_or_path or "The tokenizer")
     as_messages = role == "teacher" and is_conversational({"prompt": prompts[0]["prompt"]})
+    # Where `SFTTrainer` would make other tokens of the texts than were sampled.
+    exact = role == "teacher" and (truncated == "keep" or bool(chat_template_kwargs) or _go_on(prompts))
     if engine in ENGINES:
         signature = fingerprint.id
     else:
@@ -339,8 +346,7 @@ def _collect(
     with ShardedRun("Sampling", "answer", sizes, rows_per_shard, output_dir, pins) as run:
         for shard, span in run.pending():
             rows = _take(prompts, [row for row in span for _ in range(num_generations)])
-            texts = prompts.select_columns("prompt")[span.start : span.stop]["prompt"]
-            encoded = [encode_prompt(text, tokenizer, **(chat_template_kwargs or {})) for text in texts]
+            encoded = encode_prompts(prompts[span.start : span.stop], tokenizer, **(chat_template_kwargs or {}))
             prompt_ids = [ids for ids in encoded for _ in range(num_generations)]
             samples = sampler().sample(
                 prompt_ids, sampling, span.start * num_generations, lambda tokens: run.advance(tokens, 1)
@@ -350,7 +356,7 @@ def _collect(
             part = _with_answers(
                 rows, prompt_ids, samples, tokenizer, f"{role}_fingerprint", signature, as_messages, ref_logprobs
             )
-            if role == "teacher" and truncated == "keep":
+            if exact:
                 part = _with_input_ids(part, sampling.eos_token_ids, tokenizer.eos_token_id)
             cut = [sample.finish_reason == "length" for sample in samples]
             kept = [i for i, is_cut in enumerate(cut) if truncated == "keep" or not is_cut]
@@ -436,11 +442,42 @@ def _as_dataset(
             raise ValueError(
                 f"Prompt {i} is {'a text' if not messages else 'a list of messages'}, the others are not."
             )
+        if messages and any(m.get("content") is None and m["role"] != "assistant" for m in prompt):
+            raise ValueError(f"Prompt {i} has a message without `content`: {prompt!r:.200}.")
         # Long ones have tokens in any tokenizer.
         if i == 0 or len(prompt) == 0 or (not messages and not prompt.strip()):
-            if not encode_prompt(prompt, tokenizer, **chat_template_kwargs):
+            if len(prompt) == 0 or not encode_prompt(prompt, tokenizer, **chat_template_kwargs):
                 raise ValueError(f"Prompt {i} is empty: the first answer token would have no context.")
-    return prompts if isinstance(prompts, Dataset) else Dataset.from_dict({"prompt": prompts})
+    if not isinstance(prompts, Dataset):
+        return Dataset.from_dict({"prompt": prompts})
+    if messages and "tools" in prompts.column_names:
+        _check_tools(prompts, tokenizer, chat_template_kwargs)
+    return prompts
+
+
+def _go_on(prompts: Dataset) -> bool:
+    """Whether some of the prompts end with a turn of the assistant, which the answer continues."""
+    messages = (prompt for prompt in prompts.select_columns("prompt")["prompt"] if not isinstance(prompt, str))
+    return any(prompt[-1]["role"] == "assistant" for prompt in messages)
+
+
+def _check_tools(prompts: Dataset, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]) -> None:
+    rendered = False
+    for i, row in enumerate(prompts.select_columns(["prompt", "tools"])):
+        try:
+            tools = read_tools(row["tools"])
+        except ValueError as error:
+            raise ValueError(f"Prompt {i}: {error}.") from None
+        if tools and not rendered:
+            given = (row["prompt"], tokenizer)
+            rendered = encode_prompt(*given, tools, **chat_template_kwargs) != encode_prompt(
+                *given, **chat_template_kwargs
+            )
+            if not rendered:
+                raise ValueError(
+                    f"Prompt {i} has `tools`, which the chat template does not render: the model would not see them. "
+                    "Remove the column, or give a tokenizer whose chat template has tools."
+                )
 
 
 def _take(dataset: Dataset, rows: list[int]) -> Dataset:
@@ -532,10 +569,55 @@ def _with_input_ids(rows: Dataset, eos_token_ids: tuple[int, ...], eos_token_id:
     return concatenate_datasets([rows, columns], axis=1)
 
 
-def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **chat_template_kwargs: Any) -> list[int]:
-    """Token ids of a text, or of messages through the chat template up to where the answer begins."""
-    if is_conversational({"prompt": prompt}):
-        return tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **chat_template_kwargs
-        )["input_ids"]
-    return tokenizer(prompt, add_special_tokens=True)["input_ids"]
+def encode_prompts(
+    rows: Mapping[str, Sequence], tokenizer: PreTrainedTokenizerBase, **chat_template_kwargs: Any
+) -> list[list[int]]:
+    """
+    Token ids of prompts up to where the answer begins.
+
+    Args:
+        rows (`dict` of columns): `prompt`, texts or lists of messages, and, for the chat template, as TRL's trainers
+            read them, `tools` (a list of schemas or its JSON) and `chat_template_kwargs`, if there are such columns.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's.
+        **chat_template_kwargs: For the chat template of every prompt; they come before those of a row.
+    """
+    prompts = rows["prompt"]
+    tools, kwargs = (rows.get(name) or [None] * len(prompts) for name in TEMPLATE_COLUMNS)
+    return [
+        encode_prompt(prompt, tokenizer, read_tools(of_row), **{**(of_template or {}), **chat_template_kwargs})
+        for prompt, of_row, of_template in zip(prompts, tools, kwargs, strict=True)
+    ]
+
+
+def encode_prompt(
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    tools: list[dict[str, Any]] | None = None,
+    **chat_template_kwargs: Any,
+) -> list[int]:
+    """Token ids of a text, or of messages through the chat template up to where the answer begins, or goes on if the
+    last message is the assistant's."""
+    if not is_conversational({"prompt": prompt}):
+        return tokenizer(prompt, add_special_tokens=True)["input_ids"]
+    goes_on = prompt[-1]["role"] == "assistant"
+    kwargs = {"tools": tools, "add_generation_prompt": not goes_on, "continue_final_message": goes_on}
+    return tokenizer.apply_chat_template(
+        prompt, tokenize=True, return_dict=True, **{**kwargs, **chat_template_kwargs}
+    )["input_ids"]
+
+
+def read_tools(value: list[dict[str, Any]] | str | None) -> list[dict[str, Any]] | None:
+    """
+    The tools of a prompt, from the value of a `tools` column; `None` if there are none.
+
+    Raises:
+        ValueError: If it is no list of schemas, nor its JSON.
+    """
+    try:
+        tools = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        tools = value
+    if not (tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools))):
+        raise ValueError(f"`tools` is a list of JSON schemas, or its JSON, not {value!r:.80}")
+    # Some templates announce tools for an empty list.
+    return tools or None
