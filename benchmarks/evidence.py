@@ -116,7 +116,7 @@ def make_table(task: Path, seed: int, path: Path) -> dict:
 
 def score_again(table: Path, other: Path, path: Path) -> dict:
     """The other teacher scores the same answers."""
-    scored = load_table(table)["train"]
+    scored = load_table(table, split="train")
     rollouts = scored.select_columns(["prompt_ids", "completion_ids", "ref_logprobs", "student_fingerprint"])
     begun = time.process_time()
     again = score_rollouts(rollouts, str(other), top_k=4, output_dir=path)
@@ -148,7 +148,7 @@ def train(arm: str, task: Path, tables: Path, seed: int, steps: int, tokens: flo
         use_cpu=True,
         bf16=False,
     )
-    table = load_table(tables / OFFLINE.get(arm, (None, "teacher"))[1])["train"]
+    table = load_table(tables / OFFLINE.get(arm, (None, "teacher"))[1], split="train")
     rows = table.select(range(len(table) - HELD_OUT_ROWS))
     held_out = table.select(range(len(table) - HELD_OUT_ROWS, len(table)))
     student = str(task / "student")

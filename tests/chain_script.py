@@ -44,7 +44,7 @@ def common(output_dir: str, hub_id: str) -> dict:
 
 def fine_tune(teacher: str, base: str, out: str) -> None:
     """TRL's trainer on the teacher's answers, packed, with checkpoints and pushes while it trains."""
-    generate_sft_data(PROMPTS, teacher, max_completion_length=6).push_to_hub("tester/answers")
+    generate_sft_data(PROMPTS, teacher, max_completion_length=6, truncated="keep").push_to_hub("tester/answers")
     answers = load_dataset("tester/answers", split="train")
     args = SFTConfig(**common(out, "tester/student-sft"), packing=True, max_length=32, learning_rate=1e-3)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -265,7 +266,15 @@ def test_a_served_model_is_evaluated(tmp_path, benchmark_file, student_dir):
         ({"metric": "bleu"}, ValueError, "`metric` is one of math_accuracy, exact_answer"),
         ({"temperature": 0, "num_samples": 2}, ValueError, "At temperature 0 all 2 answers"),
         ({"metric": "math_accuracy", "answers": ["1", r"\boxed{}"]}, ValueError, "no answer in 1 of 2 references"),
-        ({"num_samples": 0}, ValueError, "`num_samples` is 1 or more"),
+        ({"num_samples": 0}, ValueError, "`num_samples` is a whole number, 1 or more"),
+        ({"temperature": math.nan}, ValueError, "`temperature` is a number, 0 or more, not nan"),
+        ({"temperature": -0.5}, ValueError, "`temperature` is a number, 0 or more, not -0.5"),
+        ({"top_p": math.nan}, ValueError, "`top_p` is a number above 0 and at most 1, not nan"),
+        # What would take answers away from problems, or give them to others.
+        ({"truncated": "drop", "num_samples": 2}, TypeError, "'truncated'"),
+        ({"num_generations": 2}, TypeError, "'num_generations'"),
+        ({"ref_logprobs": True}, TypeError, "'ref_logprobs'"),
+        ({"batchsize": 2}, TypeError, "'batchsize'"),
     ],
 )
 def test_what_cannot_be_evaluated_is_said_before_a_model_is_loaded(student_dir, monkeypatch, changes, error, words):

@@ -155,6 +155,44 @@ def test_probe_model_errors(tokenizer):
     assert broken.training
 
 
+def test_a_probe_that_fails_costs_no_samples_and_no_scores(tmp_path, caplog, capsys):
+    """The tokenizer has more ids than the model: prompts and answers can do without them, probes cannot."""
+    from trl_lopd import generate_sft_data, load_table, read_dataset_card, score_rollouts
+
+    make_model(seed=1).save_pretrained(tmp_path / "teacher")
+    make_tokenizer(size=64).save_pretrained(tmp_path / "teacher")
+    for _ in range(2):  # sampled, and finished before
+        answers = generate_sft_data(["w5", "w6 w7"], str(tmp_path / "teacher"), output_dir=tmp_path / "sft",
+                                    max_completion_length=4, truncated="keep")  # fmt: skip
+        assert caplog.text.count("do not belong together") == 1
+        caplog.clear()
+        assert len(answers) == 2 and load_table(tmp_path / "sft", split="train").to_dict() == answers.to_dict()
+        (about,) = read_dataset_card(tmp_path / "sft")["sft_teachers"]
+        assert "probes" not in about
+    assert [json.loads(line)["rows"] for line in capsys.readouterr().out.splitlines() if line[0] == "{"] == [2, 2]
+    rows = answers.select_columns(["prompt_ids", "completion_ids"])
+    assert len(score_rollouts(rows, str(tmp_path / "teacher"), top_k=2)) == 2
+    assert caplog.text.count("do not belong together") == 1
+
+
+def test_whatever_a_probe_raises(teacher, tokenizer, caplog):
+    from trl_lopd import generate_sft_data, score_rollouts
+
+    def fail_if_probed(module, args, kwargs):
+        if args[0].shape[:2] == (8, 24):
+            raise RuntimeError("out of memory")
+
+    hook = teacher.model.layers[0].register_forward_pre_hook(fail_if_probed, with_kwargs=True)
+    try:
+        answers = generate_sft_data(["w5", "w6 w7"], teacher, tokenizer=tokenizer, max_completion_length=4,
+                                    truncated="keep")  # fmt: skip
+        rows = answers.select_columns(["prompt_ids", "completion_ids"])
+        assert len(score_rollouts(rows, teacher, tokenizer=tokenizer, top_k=2)) == 2
+    finally:
+        hook.remove()
+    assert caplog.text.count("no probes to be held against: out of memory") == 2
+
+
 # ---- Served teachers ----
 
 

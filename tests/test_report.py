@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_rollouts, without_topk
-from datasets import DatasetDict
+from datasets import DatasetDict, concatenate_datasets
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -23,6 +23,7 @@ from trl_lopd import (
     OfflineOPDConfig,
     OfflineOPDTrainer,
     fingerprint_teacher,
+    load_table,
     score_rollouts,
     stamp_model_card,
 )
@@ -86,8 +87,6 @@ def table_dir(models_dir):
 @pytest.fixture(scope="module")
 def run(models_dir, table_dir):
     """A run with everything that a report shows, in a directory with a name that should not be markup either."""
-    from trl_lopd import load_table
-
     directory = models_dir / ATTACK
     table = load_table(table_dir)
     args = OfflineOPDConfig(
@@ -175,8 +174,6 @@ def test_bytes_that_are_no_text_hold_nothing_back():
 
 
 def test_the_scores_in_the_file_are_those_of_the_models(report, run, models_dir, table_dir):
-    from trl_lopd import load_table
-
     rows = load_table(table_dir)["test"]
     header = json.loads(unpack(report["output"], "header"))
     assert [row["row"] for row in header["rows"]] == list(range(24)) and report["rollouts"] == 24
@@ -198,8 +195,6 @@ def test_the_scores_in_the_file_are_those_of_the_models(report, run, models_dir,
 
 
 def test_a_score_of_minus_infinity_and_a_mask_are_kept(models_dir, run, table_dir, tmp_path):
-    from trl_lopd import load_table
-
     rows = load_table(table_dir)["test"].select(range(3))
     teacher = [[float("-inf"), *row[1:]] for row in rows["teacher_logprobs"]]
     masks = [[i != 1 for i in range(len(row))] for row in teacher]
@@ -288,6 +283,68 @@ def test_hostile_text_is_no_markup(report):
     assert text.count("<script>") == 1 and not re.search("[\u2028\u2029\u202e\0]", text)
 
 
+# ---- Rows that were trained on, and rows that were not ----
+
+
+def train(student, out, rows, eval_rows=None):
+    args = OfflineOPDConfig(str(out), max_steps=1, per_device_train_batch_size=4, report_to="none", use_cpu=True)
+    trainer = OfflineOPDTrainer(str(student), args, train_dataset=rows, eval_dataset=eval_rows)
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    return out
+
+
+def rows_shown(written):
+    return {row["row"] for row in json.loads(unpack(written["output"], "header"))["rows"]}
+
+
+def test_after_a_split_in_memory_the_rows_shown_were_not_trained_on(models_dir, table_dir, tmp_path):
+    whole = load_table(table_dir)["test"]
+    whole.to_parquet(tmp_path / "table.parquet")
+    indexed = whole.add_column("index", range(len(whole)))
+    parts = indexed.train_test_split(0.25, seed=3)
+    run = train(models_dir / "student", tmp_path / "run", parts["train"].shuffle(seed=1), parts["test"])
+    made = write_report(run, table=tmp_path / "table.parquet")
+    assert rows_shown(made) == set(parts["test"]["index"]) and not made["warnings"]
+    text = Path(made["output"]).read_text()
+    assert "The run was not trained on them." in text
+    assert re.search(r"All 6 rows that were not trained on, of the 24\s+of table", text)
+    # The same from a checkpoint, where nothing was saved after it.
+    (tmp_path / "killed").mkdir()
+    shutil.copytree(run, tmp_path / "killed" / "checkpoint-1")
+    assert rows_shown(write_report(tmp_path / "killed", table=tmp_path / "table.parquet")) == rows_shown(made)
+
+
+def test_rows_that_were_trained_on_are_called_so(run, models_dir, table_dir, tmp_path, capsys):
+    made = write_report(run, table=table_dir, split="train", output=tmp_path / "train.html")
+    text = Path(made["output"]).read_text()
+    assert "not trained on" not in text and "The run was trained on them." in text
+    assert "trained on 16 of the 16 rows" in made["warnings"][0]
+    # A split whose name says something else.
+    DatasetDict(test=load_table(table_dir)["train"]).save_to_disk(tmp_path / "misnamed")
+    made = write_report(run, table=tmp_path / "misnamed", output=tmp_path / "misnamed.html")
+    assert "trained on 16 of the 16 rows" in made["warnings"][0]
+    assert "The run was trained on them." in Path(made["output"]).read_text()
+    # Both.
+    splits = load_table(table_dir)
+    concatenate_datasets([splits["train"], splits["test"]]).to_parquet(tmp_path / "both.parquet")
+    both = ["--table", tmp_path / "both.parquet", "--output", tmp_path / "both.html", "--split", "train"]
+    assert main([str(word) for word in ("report", run, *both)]) == 0
+    assert "Note: The run was trained on 16 of the 40 rows" in capsys.readouterr().out
+    assert "The run was trained on 16 of them." in (tmp_path / "both.html").read_text()
+    assert main(["report", str(run), "--table", str(table_dir), "--split", "dev"]) == 2
+    assert "has no split 'dev'" in capsys.readouterr().err
+
+
+def test_a_run_that_says_nothing_of_its_rows_is_not_believed(run, table_dir, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "trained_rows.npy").unlink()
+    text = Path(write_report(tmp_path / "run", table=table_dir)["output"]).read_text()
+    assert "Nothing says whether the run was trained on them." in text
+    assert "held out" not in text and "held-out" not in text
+
+
 # ---- What is missing, what is wrong ----
 
 
@@ -343,8 +400,6 @@ def test_a_card_of_other_weights_is_named(run, tmp_path):
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(words, message, run, table_dir, tmp_path, capsys):
-    from trl_lopd import load_table
-
     rows = load_table(table_dir)["test"].select(range(2))
     names = {name: str(tmp_path / name) for name in ("empty", "card", "damaged", "strange", "small")}
     for path in names.values():

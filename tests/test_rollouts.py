@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 
 import kills
@@ -58,6 +59,27 @@ def test_end_of_sequence_is_kept_and_nothing_follows(student, tokenizer):
         assert len(ids) == 20 or ids[-1] == 1
         ended += ids[-1] == 1
     assert ended > 0
+
+
+@pytest.mark.parametrize("from_path", [False, True])
+@pytest.mark.parametrize("of_model", [0, [0], [0, 31]])
+def test_the_tokenizer_s_end_of_sequence_always_ends_an_answer(tmp_path, tokenizer, of_model, from_path):
+    model = make_model(seed=2, scale=0.5)
+    model.generation_config.eos_token_id = of_model
+    if from_path:
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        model = str(tmp_path)
+    rollouts = collect_rollouts(
+        PROMPTS * 10, model, tokenizer=tokenizer, temperature=2.0, max_completion_length=20, ref_logprobs=False
+    )
+    ends = {1, *(of_model if isinstance(of_model, list) else [of_model])}
+    seen = set()
+    for row in rollouts:
+        *before, last = row["completion_ids"]
+        assert not ends & set(before) and (last in ends) == (row["finish_reason"] == "stop")
+        seen.add(last)
+    assert {0, 1} <= seen
 
 
 def test_several_answers_a_prompt_stay_with_it_and_the_seed_decides_them(student, tokenizer):
@@ -301,7 +323,7 @@ def test_killed_twenty_times_it_ends_in_the_same_rollouts(tmp_path, student_dir,
 
 
 def test_sft_data_on_disk_names_the_teacher(tmp_path, teacher_dir):
-    options = dict(max_completion_length=6, rows_per_shard=3)
+    options = dict(max_completion_length=6, rows_per_shard=3, truncated="keep")
     in_memory = generate_sft_data(PROMPTS, str(teacher_dir), **options)
     data = generate_sft_data(PROMPTS, str(teacher_dir), output_dir=tmp_path / "sft", **options)
     assert data.to_dict() == in_memory.to_dict() and record_of(data) == record_of(in_memory)
@@ -333,6 +355,40 @@ def test_neighbouring_seeds_share_no_batch(student, tokenizer):
     a = collect_rollouts(["w5 w6"] * 8, student, seed=0, **kwargs)["completion_ids"]
     b = collect_rollouts(["w5 w6"] * 8, student, seed=4, **kwargs)["completion_ids"]
     assert a[4:] != b[:4]
+
+
+REMOTE_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_model_that_ships_code_samples_and_scores_where_it_is_trusted(tmp_path, tokenizer, adapter):
+    path = tmp_path / "base"
+    make_model(seed=2).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    (path / "generation_config.json").unlink()
+    config = json.loads((path / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "own.py").write_text(REMOTE_CODE)
+    if adapter:
+        peft = pytest.importorskip("peft")
+        base = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+        peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(
+            tmp_path / "adapter"
+        )
+        path = tmp_path / "adapter"
+    trusted = {"trust_remote_code": True}
+    rollouts = collect_rollouts(PROMPTS, str(path), max_completion_length=4, model_init_kwargs=trusted)
+    assert len(score_rollouts(rollouts, str(path), top_k=2, model_init_kwargs=trusted)) == len(PROMPTS)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        collect_rollouts(PROMPTS, str(path), max_completion_length=4)
 
 
 def test_chat_prompts_go_through_the_template(student):
@@ -405,7 +461,14 @@ def test_what_cannot_be_done_is_said(student, tokenizer, options, words):
         collect_rollouts(PROMPTS, student, tokenizer=tokenizer, **options)
 
 
-@pytest.mark.parametrize("option", [{"temperature": -1}, {"top_p": 0}, {"num_generations": 0}, {"batch_size": 0}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        *({"temperature": value} for value in (-1, math.nan, math.inf, "hot")),
+        *({"top_p": value} for value in (0, 1.1, math.nan)),
+        *({"num_generations": 0}, {"batch_size": 0}, {"max_completion_length": 2.5}, {"rows_per_shard": True}),
+    ],
+)
 def test_bad_options(student, tokenizer, option):
-    with pytest.raises(ValueError, match=f"`{next(iter(option))}`"):
+    with pytest.raises(ValueError, match=f"`{next(iter(option))}` is"):
         collect_rollouts(PROMPTS, student, tokenizer=tokenizer, **option)

@@ -275,6 +275,21 @@ def test_a_served_teacher_scores_as_the_local_one_and_counts_as_probed(
     assert check_teacher_consistency(card, declared, mode="declared_ok").evidence == "declared"
 
 
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+@pytest.mark.parametrize("rows", [[(1, 1), (3, 9)], [(1, 2), (1, 1)]])
+def test_a_served_teacher_is_tested_however_short_the_first_rows_are(models, tokenizer, kind, rows):
+    rng = np.random.default_rng(0)
+    ids = [[rng.integers(3, VOCAB, length).tolist() for length in row] for row in rows]
+    rollouts = Dataset.from_dict({"prompt_ids": [p for p, _ in ids], "completion_ids": [c for _, c in ids]})
+    fingerprint = fingerprint_teacher(models[0], tokenizer)
+    local = score_rollouts(rollouts, models[0], tokenizer=tokenizer, top_k=2)
+    with stub_server(kind, models[0]) as server:
+        teacher = {"vllm": VLLMServer, "sglang": SGLangServer}[kind](server.url)
+        table = score_rollouts(rollouts, teacher, top_k=2, fingerprint=fingerprint)
+    for served, expected in zip(table["teacher_logprobs"], local["teacher_logprobs"], strict=True):
+        np.testing.assert_allclose(served, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("max_batch_tokens", [1, 40, 16384])
 @pytest.mark.parametrize("architecture", ["Qwen3", "Llama", "Gemma2"])
 def test_architectures(tokenizer, rollouts, architecture, max_batch_tokens):

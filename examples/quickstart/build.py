@@ -205,7 +205,8 @@ def main(args: Arguments) -> None:
         say(f"teacher: {model.num_parameters():,} parameters, accuracy {accuracy(teacher, eval_problems):.3f}")
 
     sampling = dict(max_completion_length=MAX_ANSWER_TOKENS, batch_size=500, rows_per_shard=4096, seed=args.seed)
-    answers = generate_sft_data(sft_problems, teacher, **sampling)
+    # Answers that were cut are learnt as they are, token by token: `fine_tune` ends none of them.
+    answers = generate_sft_data(sft_problems, teacher, truncated="keep", **sampling)
     student = str(out / "student")
     model = make_model(tokenizer, seed=args.seed + 2, hidden=64, layers=4)
     fine_tune(model, tokenizer, answers, Path(student), args.sft_steps, seed=args.seed)

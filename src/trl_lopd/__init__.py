@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     "EffOPDCallback": "effopd",
     "OfflineOPDConfig": "config",
+    "OfflineOPDError": "errors",
     "OfflineOPDTrainer": "trainer",
     "RewardGate": "gates",
     "SGLangServer": "served",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from .config import OfflineOPDConfig
     from .consistency import TeacherConsistencyError, Verdict, check_teacher_consistency
     from .effopd import EffOPDCallback
+    from .errors import OfflineOPDError
     from .evaluation import evaluate_model, load_benchmark
     from .fingerprint import TeacherFingerprint, fingerprint_teacher
     from .gates import RewardGate

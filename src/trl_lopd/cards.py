@@ -241,7 +241,11 @@ def stamp_dataset_card(
     Raises:
         `ValueError`: if the card's front matter or record is malformed or cannot be edited in place.
     """
+    from .table import refuse_no_dataset
+
     splits = dict(dataset) if isinstance(dataset, dict) else {None: dataset}
+    for part in splits.values():
+        refuse_no_dataset(part, "dataset")
     record = _dataset_record(splits)
     if "teachers" in record and "digests" not in record:
         logger.warning(
@@ -317,11 +321,15 @@ def load_table(
     refuse_missing(name)
     if path.is_dir():
         check_complete(path)
+    directory = path.parent if path.suffix == ".parquet" else name
+    # `datasets` reads a local card too, and does not say which file it cannot read.
+    record = read_dataset_card(directory) if path.exists() else None
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         if streaming:
             raise ValueError(f"{name} was written by `save_to_disk`, which cannot be streamed; it is memory-mapped.")
         table = load_from_disk(name)
-        splits = table if isinstance(table, dict) else {str(table.split): table}
+        # A table without the name of a split counts as "train", as a file does.
+        splits = table if isinstance(table, dict) else {str(table.split or "train"): table}
         if split is not None:
             if split not in splits:
                 raise ValueError(f"{name} has no split {split!r}, only {', '.join(map(repr, splits))}.")
@@ -330,8 +338,10 @@ def load_table(
         table = load_dataset("parquet", data_files={"train": name}, split=split or "train", streaming=streaming)
     else:
         table = load_dataset(name, config, split=split, revision=revision, streaming=streaming)
-    directory = path.parent if path.suffix == ".parquet" else name
-    record = read_dataset_card(directory, revision)
+    if isinstance(table, dict) and len(table) == 1:
+        (table,) = table.values()
+    if record is None:
+        record = read_dataset_card(directory, revision)
     if not record:
         return table
     parts = table.values() if isinstance(table, dict) else [table]
@@ -422,7 +432,7 @@ def _read(repo: str | Path, revision: str | None, repo_type: str) -> dict[str, A
         except (LocalEntryNotFoundError, RepositoryNotFoundError, OfflineModeIsEnabled) as error:
             logger.warning("No %s card could be read for %s: %s", repo_type, repo, error)
             return {}
-    if not REGEX_YAML_BLOCK.search(path.read_bytes().decode("utf-8-sig")):
+    if not REGEX_YAML_BLOCK.search(_text_of(path).removeprefix("\ufeff")):
         return {}
     try:
         # Other people's metadata (a malformed model-index, say) is none of our business.
@@ -436,13 +446,13 @@ def _write(repo: str | Path, changes: dict[str, Any], repo_type: str, token: str
     name, directory = constants.REPOCARD_NAME, Path(repo)
     if directory.is_dir():
         path = directory / name
-        text = path.read_bytes().decode() if path.is_file() else None
+        text = _text_of(path) if path.is_file() else None
         path.write_bytes(_stamped(text, changes, path).encode())
         return
     if directory.is_absolute() or str(repo).startswith("."):
         raise FileNotFoundError(f"{repo} is not a directory.")
     try:
-        text = Path(hf_hub_download(str(repo), name, repo_type=repo_type, token=token)).read_bytes().decode()
+        text = _text_of(Path(hf_hub_download(str(repo), name, repo_type=repo_type, token=token)))
     except RemoteEntryNotFoundError:
         text = None
     HfApi().upload_file(
@@ -453,6 +463,14 @@ def _write(repo: str | Path, changes: dict[str, Any], repo_type: str, token: str
         token=token,
         commit_message="Record teachers in the card",
     )
+
+
+def _text_of(path: Path) -> str:
+    try:
+        # Not as a text file, which would change the ends of lines.
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
 
 
 def _validated(record: Any, path: Path) -> dict[str, Any]:

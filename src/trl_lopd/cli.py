@@ -70,8 +70,11 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("report", help="write a training run, its rollouts token by token, as one HTML file")
     command.add_argument("run", help="directory that the training wrote")
     command.add_argument(
-        "--table", help="table of the run, for the rollouts: directory, parquet file or Hub id; its held-out split"
+        "--table",
+        help="table of the run, for the rollouts: directory, parquet file or Hub id; of its rows, those that the run "
+        "was not trained on",
     )
+    command.add_argument("--split", help="split of the table to show, all of its rows")
     command.add_argument(
         "--student", help="directory or Hub id of the student before training, if the table has no ref_logprobs"
     )
@@ -116,8 +119,8 @@ def _run(job: str, does: str, options: list[str]) -> int:
     from trl import TrlParser
 
     from . import commands
-    from .processes import RefusedElsewhere
-    from .served import ServerError
+    from .errors import OfflineOPDError
+    from .processes import is_repeated
 
     arguments = {
         "rollout": commands.RolloutArguments,
@@ -131,16 +134,18 @@ def _run(job: str, does: str, options: list[str]) -> int:
         "with the same options, it continues; the last line it prints is JSON.",
     )
     try:
+        if "--config" in options:
+            if options[-1] == "--config":
+                parser.error("argument --config: expected one argument")
+            commands.check_config(options[options.index("--config") + 1], arguments)
         (args,) = parser.parse_args_and_config(options)
         getattr(commands, job)(args)
-    except RefusedElsewhere:
-        return 1  # the main process has said why
     except KeyboardInterrupt:
         print("trl-lopd: stopped. The same command goes on after the last shard.", file=sys.stderr)
         return 130
-    except (OSError, TypeError, ValueError, ImportError, ServerError, HfHubHTTPError, DatasetsError) as error:
-        if isinstance(error, TypeError) and "`" not in str(error):
-            raise  # not one of ours
+    except (OSError, TypeError, ValueError, ImportError, OfflineOPDError, HfHubHTTPError, DatasetsError) as error:
+        if is_repeated(error) or (isinstance(error, TypeError) and "`" not in str(error)):
+            raise  # printed by the main process, or not one of ours
         print(f"trl-lopd: {error}", file=sys.stderr)
         return 2
     return 0
@@ -210,7 +215,9 @@ def _inspect(args: argparse.Namespace) -> Answer:
 def _report(args: argparse.Namespace) -> Answer:
     from .report import write_report
 
-    written = write_report(args.run, table=args.table, student=args.student, rows=args.rows, output=args.output)
+    written = write_report(
+        args.run, table=args.table, split=args.split, student=args.student, rows=args.rows, output=args.output
+    )
     if args.report_to == "wandb":
         from .reporting import log_report
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
+import yaml
 from datasets import Dataset, load_dataset
 from trl.data_utils import maybe_convert_to_chatml
 
@@ -18,7 +21,7 @@ from .evaluation import evaluate_model, load_benchmark, show
 from .fingerprint import fingerprint_teacher
 from .metrics import flatten
 from .processes import processes
-from .rollouts import ENGINES, WRITTEN_COLUMNS, collect_rollouts, generate_sft_data
+from .rollouts import ENGINES, SFT_COLUMNS, TEMPLATE_COLUMNS, WRITTEN_COLUMNS, collect_rollouts, generate_sft_data
 from .scoring import score_rollouts
 
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
@@ -99,7 +102,13 @@ class RolloutArguments(TableArguments):
     top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling."})
     max_completion_length: int = field(default=4096, metadata={"help": "Tokens an answer may have."})
     stop: list[str] = field(default_factory=list, metadata={"help": "Texts that end an answer."})
-    truncated: str = field(default="keep", metadata={"help": 'Whether to "keep" or "drop" answers that were cut.'})
+    truncated: str | None = field(
+        default=None,
+        metadata={
+            "help": 'Whether to "keep" or "drop" answers that were cut. By default those of a student are kept, those '
+            "of a teacher dropped."
+        },
+    )
     ref_logprobs: bool = field(default=True, metadata={"help": "Whether to store a student's own log-probabilities."})
     batch_size: int = field(default=64, metadata={"help": "Answers that the transformers engine generates together."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling, and of the draw of prompts."})
@@ -109,6 +118,8 @@ class RolloutArguments(TableArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.keep_columns, str):
+            self.keep_columns = [self.keep_columns]
         if self.role not in ("student", "teacher"):
             raise ValueError(f'`role` is "student" or "teacher", not {self.role!r}.')
         _check_engine_options(self)
@@ -288,9 +299,14 @@ def load_prompts(args: RolloutArguments) -> Dataset:
         prompts = load_dataset(kinds[path.suffix], data_files=str(path), split="train")
     else:
         prompts = load_table(args.dataset_name, args.dataset_config, split=args.dataset_split)
-    columns = list(dict.fromkeys([args.prompt_column, *args.keep_columns]))
-    if written := [name for name in args.keep_columns if name in WRITTEN_COLUMNS]:
-        raise ValueError(f"`keep_columns` names {written}, which sampling writes: rename the column in the prompts.")
+    read = [name for name in TEMPLATE_COLUMNS if name in prompts.column_names]
+    columns = list(dict.fromkeys([args.prompt_column, *args.keep_columns, *read]))
+    replaced = (*WRITTEN_COLUMNS, *(SFT_COLUMNS if args.role == "teacher" else ()))
+    if written := [name for name in args.keep_columns if name in replaced]:
+        raise ValueError(
+            f"`keep_columns` names {written}, which sampling writes or fine-tuning would read in the place of the "
+            "answers: rename the column in the prompts."
+        )
     for option, names in (("prompt_column", [args.prompt_column]), ("keep_columns", args.keep_columns)):
         if missing := [name for name in names if name not in prompts.column_names]:
             raise ValueError(
@@ -330,6 +346,42 @@ def load_prompts(args: RolloutArguments) -> Dataset:
     for name in kept.column_names:
         questions = questions.add_column(name, kept[name], feature=kept.features[name])
     return questions
+
+
+def check_config(path: str, arguments: type) -> None:
+    """
+    Checks a YAML file of options before TRL's parser reads it, which takes values of any type.
+
+    Args:
+        path (`str`): The file.
+        arguments (`type`): The dataclass of the options.
+
+    Raises:
+        ValueError: If it is no YAML mapping, or has an unknown option or a value of another type.
+        OSError: If it cannot be read.
+    """
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is no YAML mapping, such as `temperature: 0.8` on a line, but {config!r:.80}.")
+    types = get_type_hints(arguments)
+    for name, value in config.items():
+        if name == "env":  # variables that TRL's parser sets
+            continue
+        if name not in types:
+            near = difflib.get_close_matches(str(name), types, n=1)
+            raise ValueError(
+                f"{path} has the unknown option `{name}`. "
+                + (f"Is `{near[0]}` meant?" if near else f"The options are {', '.join(types)}.")
+            )
+        kinds = get_args(types[name]) if isinstance(types[name], UnionType) else [types[name]]
+        taken = tuple(get_origin(kind) or kind for kind in kinds)
+        taken += (str,) + ((int,) if float in taken else ())  # texts are parsed as flags are
+        if not isinstance(value, taken) or (isinstance(value, bool) and bool not in taken):
+            names = " or ".join(dict.fromkeys(kind.__name__ for kind in taken if kind is not type(None)))
+            raise ValueError(f"{path}: `{name}` is of type {names}, not {value!r:.80}.")
 
 
 def _check_engine_options(args: RolloutArguments | EvaluateArguments) -> None:
@@ -377,8 +429,6 @@ def _pushed(table: Dataset, args: TableArguments) -> Dataset:
 
 def _dict(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
     if isinstance(value, str):
-        import yaml
-
         value = yaml.safe_load(value)  # JSON too
         if not isinstance(value, dict):
             raise ValueError(f"`{name}` is a dictionary such as '{{dtype: bfloat16}}', not {value!r}.")

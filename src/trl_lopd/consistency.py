@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .cards import record_of
+from .errors import OfflineOPDError
 from .fingerprint import (
     EVIDENCE,
     SCHEMA_DIFFERS,
@@ -37,7 +38,7 @@ MODES = ("strict", "declared_ok", "warn", "off")
 _OVERRIDE = 'override with teacher_consistency="warn" or "off" at your own risk'
 
 
-class TeacherConsistencyError(ValueError):
+class TeacherConsistencyError(OfflineOPDError, ValueError):
     """The teacher that scored the table is not known to be the one that wrote the student's SFT data."""
 
 

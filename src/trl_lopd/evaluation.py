@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,15 +16,16 @@ from rich.table import Table
 from . import __version__
 from .cards import record_of
 from .metrics import check_math_answers, estimate_reverse_kl, grade_exact, grade_math, summarize_samples
-from .models import pinned_kwargs
+from .models import as_name, pinned_kwargs
 from .processes import on_main_process, processes
 from .rollouts import collect_rollouts
+from .runs import check_whole_numbers
 from .scoring import score_rollouts
 from .shards import replacing
-from .table import describe, lengths
+from .table import describe, lengths, refuse_no_dataset
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .samplers import Sampler
 
@@ -122,23 +124,26 @@ def _prompt(problem: Any, instruction: str | None, as_chat: bool) -> str | list[
 
 
 def evaluate_model(
-    model: str | PreTrainedModel,
+    model: str | Path | PreTrainedModel,
     benchmark: Dataset,
     *,
     metric: str = "math_accuracy",
     name: str = "benchmark",
     answer_after: str = "#",
-    teacher: str | PreTrainedModel | None = None,
+    teacher: str | Path | PreTrainedModel | None = None,
     output_dir: str | Path | None = None,
     engine: str | Sampler = "transformers",
+    tokenizer: PreTrainedTokenizerBase | None = None,
     num_samples: int = 1,
     temperature: float = 0.6,
     top_p: float = 0.95,
     max_completion_length: int = 4096,
+    stop: str | Sequence[str] = (),
+    batch_size: int = 64,
     rows_per_shard: int | None = None,
     seed: int = 0,
+    chat_template_kwargs: dict[str, Any] | None = None,
     model_init_kwargs: dict[str, Any] | None = None,
-    **sampling: Any,
 ) -> dict[str, Any]:
     """
     Samples answers to a benchmark's problems and grades them; with a teacher, also estimates the reverse KL divergence
@@ -148,7 +153,7 @@ def evaluate_model(
     the same files: see [`collect_rollouts`]. Under `accelerate launch`, every process takes its share.
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`]):
+        model (`str`, `Path` or [`~transformers.PreTrainedModel`]):
             A local directory or Hub id, or a loaded model.
         benchmark ([`~datasets.Dataset`]):
             `prompt` and `answer`, as [`load_benchmark`] gives them.
@@ -158,11 +163,11 @@ def evaluate_model(
             What the result calls the benchmark.
         answer_after (`str`, *optional*, defaults to `"#"`):
             Marker of `"exact_answer"`.
-        teacher (`str` or [`~transformers.PreTrainedModel`], *optional*):
+        teacher (`str`, `Path` or [`~transformers.PreTrainedModel`], *optional*):
             A local directory or Hub id, or a loaded model, to measure the divergence from.
         output_dir (`str` or `Path`, *optional*):
             Where to keep the answers and write `outcomes.jsonl` and `metrics.json`.
-        engine, max_completion_length, seed, model_init_kwargs:
+        engine, tokenizer, max_completion_length, stop, batch_size, seed, chat_template_kwargs, model_init_kwargs:
             As in [`collect_rollouts`]; the teacher is loaded with the same `model_init_kwargs`.
         num_samples (`int`, *optional*, defaults to `1`):
             Answers a problem.
@@ -170,8 +175,6 @@ def evaluate_model(
             Of the graded answers. Temperature 0 decodes greedily.
         rows_per_shard (`int`, *optional*):
             Problems whose answers are sampled, and written, together; by default those of about 1,024 answers.
-        **sampling:
-            Further arguments of [`collect_rollouts`]: `tokenizer`, `stop`, `batch_size`, `chat_template_kwargs`.
 
     Returns:
         `dict`: What `metrics.json` holds: `benchmark`, `model`, `fingerprint`, `settings`, `metrics` and `versions`.
@@ -182,10 +185,11 @@ def evaluate_model(
         ImportError: If `"math_accuracy"` is asked for and math-verify is not installed.
         ShardError, ServerError: As [`collect_rollouts`].
     """
+    model, teacher = as_name(model), as_name(teacher)
+    refuse_no_dataset(benchmark, "benchmark")
     if metric not in METRICS:
         raise ValueError(f"`metric` is one of {', '.join(METRICS)}, not {metric!r}.")
-    if num_samples < 1:
-        raise ValueError(f"`num_samples` is 1 or more, not {num_samples}.")
+    check_whole_numbers(1, num_samples=num_samples)
     if temperature == 0 and num_samples > 1:
         raise ValueError(
             f"At temperature 0 all {num_samples} answers to a problem are the same: set `num_samples` to 1, or a "
@@ -199,10 +203,13 @@ def evaluate_model(
         on_main_process(state, lambda: check_math_answers(benchmark["answer"]))
     shared = {
         "engine": engine,
+        "tokenizer": tokenizer,
         "max_completion_length": max_completion_length,
+        "stop": stop,
+        "batch_size": batch_size,
         "seed": seed,
+        "chat_template_kwargs": chat_template_kwargs,
         "model_init_kwargs": model_init_kwargs,
-        **sampling,
     }
 
     def place(part: str) -> Path | None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl.data_utils import is_conversational
 
 from .models import eos_token_ids
-from .rollouts import encode_prompt
+from .rollouts import encode_prompts
 from .samplers import Sampling, TransformersSampler
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class RewardGate:
         prompts = rows.pop("prompt")
         sampling = Sampling(top_p=1.0, eos_token_ids=eos_token_ids(model, tokenizer), stop=(), **self.sampling)
         sampler = TransformersSampler(model, tokenizer, self.batch_size)
-        ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+        ids = encode_prompts({"prompt": prompts, **rows}, tokenizer)
         samples = sampler.sample(ids, sampling, first=state.process_index * share)
         completions: list[Any] = tokenizer.batch_decode([s.ids for s in samples], skip_special_tokens=True)
         if is_conversational({"prompt": prompts[0]}):

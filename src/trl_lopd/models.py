@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 logger = logging.getLogger(__name__)
+
+
+def as_name(model: Any) -> Any:
+    """A path as the text that the libraries below take; anything else, such as a loaded model, as it is."""
+    return os.fspath(model) if isinstance(model, os.PathLike) else model
 
 
 def load_model(model: str | PreTrainedModel, init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
@@ -166,10 +172,13 @@ def load_tokenizer(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedTok
 
 
 def eos_token_ids(
-    model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, revision: str | None = None
+    model: str | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[int, ...]:
-    """The tokens that end an answer: those of the model's generation config, if it has several, as many chat models;
-    otherwise its own and the tokenizer's. A model that is a path is not loaded for it."""
+    """The tokens that end an answer: those of the model's generation config and the tokenizer's. A model that is a
+    path is not loaded for it."""
     if isinstance(model, str):
         if find_adapter_config_file(model, revision=revision) is not None:
             from peft import PeftConfig
@@ -179,10 +188,10 @@ def eos_token_ids(
         try:
             generation_config = GenerationConfig.from_pretrained(model, revision=revision)
         except OSError:  # it has none
-            config = AutoConfig.from_pretrained(model, revision=revision)
+            config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
             generation_config = GenerationConfig.from_model_config(config)
     else:
         generation_config = model.generation_config
     of_model = generation_config.eos_token_id if generation_config is not None else None
-    ids = of_model if isinstance(of_model, list) else [of_model, tokenizer.eos_token_id]
+    ids = [*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id]
     return tuple(dict.fromkeys(i for i in ids if i is not None))

@@ -24,7 +24,6 @@ from .consistency import check_rows, check_teacher_consistency, contradictions, 
 from .fingerprint import fingerprint_teacher
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
@@ -243,10 +242,19 @@ def statistics(rows: Dataset) -> dict[str, Any] | None:
 
 def _statistics(rows: Dataset, worst: int) -> tuple[dict[str, Any], list[tuple[int, float]]] | None:
     """[`statistics`], and the index and mean score of the `worst` rows of lowest advantage, or teacher score."""
-    from .table import OPTIONAL_COLUMNS, REQUIRED_COLUMNS, column_counts, validate_rows
+    from .table import (
+        OPTIONAL_COLUMNS,
+        REQUIRED_COLUMNS,
+        column_counts,
+        flat_values,
+        hash_rows,
+        holds_ids,
+        validate_rows,
+    )
 
     scored = "teacher_logprobs" in rows.column_names
-    if not scored and not all(_holds_ids(rows, name) for name in ("prompt_ids", "completion_ids")):
+    ids = ("prompt_ids", "completion_ids")
+    if not scored and not all(name in rows.column_names and holds_ids(rows, name) for name in ids):
         return None
     names = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS) if scored else ("prompt_ids", "completion_ids")
     ours = rows.select_columns([name for name in names if name in rows.column_names]).with_format("arrow")
@@ -261,19 +269,20 @@ def _statistics(rows: Dataset, worst: int) -> tuple[dict[str, Any], list[tuple[i
             # Any floor will do: the scores below it are counted, not clamped.
             summary = validate_rows(batch, first_row=first_row, top_k=top_k, teacher_logprob_floor=-1.0)
             floored, top_k = floored + summary.floored, summary.top_k
-        prompt_lengths, prompt_ids = _flat("prompt_ids", batch)
-        batch_lengths, ids = _flat("completion_ids", batch)
+        prompt_lengths, prompt_ids = flat_values("prompt_ids", batch)
+        batch_lengths, ids = flat_values("completion_ids", batch)
         prompts, completions = prompts + len(prompt_ids), completions + len(ids)
         lengths.append(batch_lengths)
-        prompt_hashes.append(_hash(prompt_lengths, prompt_ids))
-        row_hashes.append(_mix(prompt_hashes[-1]) + _hash(batch_lengths, ids))
-        trained = _flat("completion_mask", batch)[1] if "completion_mask" in batch.column_names else slice(None)
+        hashes = hash_rows((prompt_lengths, prompt_ids), (batch_lengths, ids))
+        prompt_hashes.append(hashes[0])
+        row_hashes.append(hashes[1])
+        trained = flat_values("completion_mask", batch)[1] if "completion_mask" in batch.column_names else slice(None)
         ids = ids[trained]
         trainable += len(ids)
         if scored:
-            scores = _flat("teacher_logprobs", batch)[1][trained]
+            scores = flat_values("teacher_logprobs", batch)[1][trained]
             if relative:
-                scores = scores - _flat("ref_logprobs", batch)[1][trained]
+                scores = scores - flat_values("ref_logprobs", batch)[1][trained]
             scores = distribution.add(scores)
             of_row = np.repeat(np.arange(len(batch_lengths)), batch_lengths)[trained]
             means = np.bincount(of_row, scores) / np.bincount(of_row)
@@ -283,8 +292,10 @@ def _statistics(rows: Dataset, worst: int) -> tuple[dict[str, Any], list[tuple[i
             lowest, lowest_rows = lowest[keep], lowest_rows[keep]
         if top_k:
             # numpy computes float16 in software, many times slower.
-            topk_logprobs = _flat("teacher_topk_logprobs", batch)[1].astype(np.float32).reshape(-1, top_k)[trained]
-            topk_ids = _flat("teacher_topk_ids", batch)[1].reshape(-1, top_k)[trained]
+            topk_logprobs = (
+                flat_values("teacher_topk_logprobs", batch)[1].astype(np.float32).reshape(-1, top_k)[trained]
+            )
+            topk_ids = flat_values("teacher_topk_ids", batch)[1].reshape(-1, top_k)[trained]
             mass += float(np.exp(topk_logprobs).sum(dtype=np.float64))
             among += int((topk_ids == ids[:, None]).any(-1).sum())
         first_row += len(batch_lengths)
@@ -362,47 +373,6 @@ def _about_lengths(lengths: np.ndarray) -> dict[str, Any] | None:
         counts.pop(), edges.pop()
     about = {"min": low, "median": median, "mean": float(lengths.mean()), "p90": p90, "p99": p99, "max": high}
     return about | {"histogram": {"edges": edges, "counts": counts}}
-
-
-def _holds_ids(rows: Dataset, name: str) -> bool:
-    import pyarrow as pa
-
-    column = rows.data.schema.field(name).type if name in rows.column_names else None
-    return pa.types.is_integer(getattr(column, "value_type", pa.null()))
-
-
-def _flat(name: str, batch: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths of a column's lists, `(rows,)`, and the innermost values of all rows, one after another."""
-    import pyarrow.compute as pc
-
-    from .table import TableError
-
-    column = batch[name].combine_chunks()
-    lengths = pc.list_value_length(column)
-    # `flatten`, unlike `values`, respects the offset and length of a sliced array.
-    values = column.flatten()
-    while hasattr(values.type, "value_type"):
-        values = values.flatten()
-    if lengths.null_count or values.null_count:
-        raise TableError(f"Column `{name}` has nulls where token ids are needed. Drop these rows.")
-    return lengths.to_numpy(zero_copy_only=False).astype(np.int64), values.to_numpy(zero_copy_only=False)
-
-
-def _hash(lengths: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """64 bits for each row of ids; `(rows,)` uint64."""
-    ends = np.cumsum(lengths)
-    positions = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)
-    totals = np.concatenate([np.zeros(1, np.uint64), np.cumsum(_mix((positions << 32) + ids))])
-    # Sums wrap around, and so do their differences.
-    return totals[ends] - totals[ends - lengths]
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64: a bijection of 64-bit numbers after which neighbours have nothing in common."""
-    values = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 # ---- The worst rows ----

@@ -8,8 +8,9 @@ A match is evidence between a hash of the weights (`verified`) and a person's wo
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ from .head import LogitTransform, score_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 # Stored with every answer: a change in what is asked must never be compared with answers to the old questions.
 PROBE_VERSION = 1
@@ -130,6 +133,24 @@ def probe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> d
         "sequences": sequences,
         "logprobs": [[round(value, 4) for value in row] for row in rows],
     }
+
+
+def probes_of_run(
+    card: dict[str, Any], load: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any] | None:
+    """
+    The probes for the card of samples or scores: those of the card that a finished run has already, otherwise
+    [`probe_model`] of the model. `None`, with a warning, if the model cannot be probed: the samples or scores, which
+    took hours, are as good without.
+    """
+    if known := probed_entries(card):
+        return known[0]["probes"]
+    model = load()
+    try:
+        return probe_model(model, tokenizer)
+    except Exception as error:
+        logger.warning(f"A served copy of this teacher will have no probes to be held against: {error}")
+        return None
 
 
 def verify_served_teacher(

@@ -31,16 +31,16 @@ from .cards import load_table, read_model_card, record_of
 from .consistency import written_for
 from .effopd import DIRECTORY, HISTORY
 from .fingerprint import fingerprint_teacher, same_teacher
-from .models import load_model
+from .models import as_name, load_model
 from .overview import ADVANTAGE_CLIP, find_tokenizer, visible
 from .stamp import fingerprint_or_none
-from .table import TOPK_COLUMNS, TableError, TableRows, column_counts, validate_table
+from .table import TOPK_COLUMNS, TRAINED_ROWS, TableError, TableRows, column_counts, row_hashes, validate_table
 from .teachers import LocalTeacher, RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Splits of a table that nobody trains on.
+# Splits of a table that are seldom trained on.
 _HELD_OUT = ("test", "validation", "eval")
 # The teacher's tokens that the report keeps of each position.
 _TOP = 5
@@ -83,8 +83,9 @@ _NOT_SHOWN = (
 def write_report(
     run: str | Path,
     *,
-    table: str | None = None,
-    student: str | None = None,
+    table: str | Path | None = None,
+    split: str | None = None,
+    student: str | Path | None = None,
     rows: int = 100,
     output: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -94,10 +95,12 @@ def write_report(
     Args:
         run (`str` or `Path`): Directory that an [`OfflineOPDTrainer`] wrote. What is missing in it is taken from its
             last checkpoint.
-        table (`str`, *optional*): Directory, parquet file or Hub id of the run's table, for the rollouts: of its
-            held-out split, if it has one. The run's model scores them again.
-        student (`str`, *optional*): Directory or Hub id of the student as it was before training, which scores them
-            too. Without it `ref_logprobs` stand for it: the policy that sampled the rollouts.
+        table (`str` or `Path`, *optional*): Directory, parquet file or Hub id of the run's table, for the rollouts,
+            which the run's model scores again. By default those that the run was not trained on, as the run's
+            `trained_rows.npy` says; without it those of the split `test`, `validation` or `eval`, if there is one.
+        split (`str`, *optional*): The split of the table to show, all of its rows.
+        student (`str` or `Path`, *optional*): Directory or Hub id of the student as it was before training, which
+            scores them too. Without it `ref_logprobs` stand for it: the policy that sampled the rollouts.
         rows (`int`, *optional*, defaults to `100`): Rollouts, drawn at random if there are more: the worst rows alone
             would look better after any training.
         output (`str` or `Path`, *optional*): The file. Defaults to `report.html` in `run`.
@@ -110,13 +113,14 @@ def write_report(
         TableError: If rows are not valid, have no teacher's scores, or do not fit the model.
         ValueError: If the directory holds nothing of a run, or the rollouts can be coloured neither before nor after.
     """
-    run = Path(run)
+    run, table, student = Path(run), as_name(table), as_name(student)
     if not run.is_dir():
         raise FileNotFoundError(f"{run} is not there: a report is made of the directory that a training run wrote.")
     if rows < 1:
         raise ValueError(f"`rows` is 1 or more, not {rows}.")
-    if student is not None and table is None:
-        raise ValueError("`student` scores rows of a table: give `table` too.")
+    for option, given in (("student", student), ("split", split)):
+        if given is not None and table is None:
+            raise ValueError(f"`{option}` is for rows of a table: give `table` too.")
     last = get_last_checkpoint(str(run))
     places = [run, *([Path(last)] if last else [])]
     model = next((place for place in places if any(place.glob("*.safetensors"))), None)
@@ -140,7 +144,9 @@ def write_report(
     rollouts = None
     if table is not None:
         clip = settings.get("advantage_clip", ADVANTAGE_CLIP)
-        rollouts = _rollouts(run, model, table, student, rows, card, clip)
+        trained = next((place / TRAINED_ROWS for place in places if (place / TRAINED_ROWS).is_file()), None)
+        trained = trained and np.load(trained)
+        rollouts = _rollouts(run, model, table, split, trained, student, rows, card, clip)
         warnings += rollouts.pop("warnings")
     content = {
         "name": run.resolve().name,
@@ -248,7 +254,7 @@ def _facts(card: dict[str, Any], state: dict[str, Any] | None, rollouts: dict[st
         values = [entry["eval_reverse_kl_topk"] for entry in state["log_history"] if "eval_reverse_kl_topk" in entry]
         if values:
             before = f"first logged {values[0]:.4f}" if len(values) > 1 else None
-            yield "held-out reverse KL", f"{values[-1]:.4f}", before
+            yield "reverse KL at evaluation", f"{values[-1]:.4f}", before
     if rollouts and {"before", "after"} <= rollouts["disagreement"].keys():
         before, after = (rollouts["disagreement"][name] for name in ("before", "after"))
         yield "mean |advantage| below", f"{after:.3f}", f"before {before:.3f}"
@@ -262,7 +268,7 @@ def _comparison(run: Path) -> Iterator[dict[str, Any]]:
     titles = {
         "accuracy": "greedy accuracy",
         "fresh": "reverse KL, fresh rollouts (nats a sequence)",
-        "held_out": "reverse KL, held-out top-k (nats a token)",
+        "held_out": "reverse KL on the stored top-k (nats a token)",
     }
     columns = [name for name in dict.fromkeys(key for row in rows for key in row) if not name.endswith("_se")]
     yield {
@@ -375,7 +381,7 @@ def _series(logs: list[dict[str, Any]], key: str) -> list[tuple[str, list[tuple[
             if name == key:
                 named.setdefault("training", []).append((entry["step"], value))
             elif match := re.fullmatch(rf"eval_(?:(.+)_)?{re.escape(key)}", name):
-                named.setdefault(f"held out {match[1] or ''}".strip(), []).append((entry["step"], value))
+                named.setdefault(f"evaluation {match[1] or ''}".strip(), []).append((entry["step"], value))
     return list(named.items())
 
 
@@ -541,17 +547,19 @@ def _box(x: int, y: float, id: str, kind: str) -> dict[str, Any]:
 
 
 def _rollouts(
-    run: Path, model: Path | None, name: str, student: str | None, count: int, card: dict[str, Any], clip: float
+    run: Path,
+    model: Path | None,
+    name: str,
+    split: str | None,
+    trained: np.ndarray | None,
+    student: str | None,
+    count: int,
+    card: dict[str, Any],
+    clip: float,
 ) -> dict[str, Any]:
     """The rollouts as the script reads them, and what the page says of them."""
     disable_progress_bars()
-    table, split = _held_out(name)
-    for column in ("prompt_ids", "completion_ids", "teacher_logprobs", "teacher_fingerprint"):
-        if column not in table.column_names:
-            raise TableError(
-                f"{name} has no column {column!r}, only {table.column_names}: tokens are coloured by a teacher’s "
-                "scores. `trl-lopd score` makes a table of rollouts."
-            )
+    table, split, candidates, seen = _candidates(name, split, trained)
     if model is None and student is None and "ref_logprobs" not in table.column_names:
         raise ValueError(
             "The run has no weights, the table no `ref_logprobs`: nothing says how likely the tokens were to a "
@@ -559,7 +567,7 @@ def _rollouts(
         )
     if not len(table):
         raise TableError(f"{name} has no rows in {split!r}.")
-    chosen = np.sort(np.random.default_rng(0).permutation(len(table))[:count])
+    chosen = np.sort(candidates[np.random.default_rng(0).permutation(len(candidates))[:count]])
     tokenizer, decoded_with = find_tokenizer(None, str(model or run), None, record_of(table), name)
     rows = table.select(chosen)
     try:
@@ -628,7 +636,10 @@ def _rollouts(
         "means": {key: float(value.mean()) for key, value in advantage.items()},
         "table": Path(name).name if Path(name).exists() else name,
         "split": split,
-        "of": len(table),
+        "of": len(candidates),
+        "in_split": len(table),
+        # How many of them the run was trained on; `None` if nothing says so.
+        "seen": seen,
         "shown": len(rows),
         "tokens": len(tokens),
         "clip": clip,
@@ -637,16 +648,47 @@ def _rollouts(
         "sampler": student is None,
         "decoded": decoded_with is not None,
         "states": [key for key in ("before", "after") if key in scores],
-        "warnings": list(_mismatches(table, student, card)),
+        "warnings": [
+            *_mismatches(table, student, card),
+            *(
+                [f"The run was trained on {seen:,} of the {len(candidates):,} rows that the rollouts are drawn from."]
+                if seen
+                else []
+            ),
+        ],
     }
 
 
-def _held_out(name: str) -> tuple[Dataset, str]:
-    loaded = load_table(name)
-    if not isinstance(loaded, dict):
-        return loaded, str(loaded.split or "all rows")
-    split = next((split for split in (*_HELD_OUT, "train") if split in loaded), next(iter(loaded)))
-    return loaded[split], split
+def _candidates(
+    name: str, split: str | None, trained: np.ndarray | None
+) -> tuple[Dataset, str, np.ndarray, int | None]:
+    """
+    A split of a table, its name, the indices of the rows that may be shown, and how many of these were trained on.
+
+    Args:
+        name (`str`): Of the table.
+        split (`str` or `None`): All rows of it may be shown; otherwise those of one split that were not trained on.
+        trained (`(rows,)` uint64 or `None`): Sorted hashes of the rows that were trained on, if that is known.
+    """
+    loaded = load_table(name, split=split)
+    splits = loaded if isinstance(loaded, dict) else {str(loaded.split or split or "all rows"): loaded}
+    order = sorted(splits, key=lambda part: (*_HELD_OUT, "train", part).index(part))
+    for table in splits.values():
+        for column in ("prompt_ids", "completion_ids", "teacher_logprobs", "teacher_fingerprint"):
+            if column not in table.column_names:
+                raise TableError(
+                    f"{name} has no column {column!r}, only {table.column_names}: tokens are coloured by a teacher’s "
+                    "scores. `trl-lopd score` makes a table of rollouts."
+                )
+    if trained is None:
+        return splits[order[0]], order[0], np.arange(len(splits[order[0]])), None
+    seen = {part: np.isin(row_hashes(rows), trained) for part, rows in splits.items()}
+    if split is None:
+        for part in order:
+            if not seen[part].all():
+                return splits[part], part, np.flatnonzero(~seen[part]), 0
+    table = splits[order[0]]
+    return table, order[0], np.arange(len(table)), int(seen[order[0]].sum())
 
 
 def _scored(model: str, values: list[dict[str, np.ndarray]], chosen: np.ndarray) -> np.ndarray:

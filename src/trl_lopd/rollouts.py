@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from trl.data_utils import is_conversational
 from .cards import attach_record, entry, read_dataset_card, read_model_card, write_record
 from .fingerprint import fingerprint_teacher, with_evidence
 from .models import (
+    as_name,
     check_positions,
     eos_token_ids,
     hub_kwargs,
@@ -23,9 +26,9 @@ from .models import (
     pinned_kwargs,
     positions_of,
 )
-from .probes import probe_model
-from .processes import on_main_process, own_device, processes
-from .runs import ShardedRun
+from .probes import probes_of_run
+from .processes import on_main_process, own_device, processes, wait_for_everyone
+from .runs import ShardedRun, check_whole_numbers
 from .samplers import ContinuousBatchingSampler, Sample, Sampler, Sampling, TransformersSampler
 from .table import describe, lengths, refuse_no_dataset
 from .teachers import LocalTeacher
@@ -40,15 +43,20 @@ logger = logging.getLogger(__name__)
 Prompt = str | list[dict[str, Any]]
 
 ENGINES = ("transformers", "continuous_batching", "vllm")
+# Columns of the prompts that sampling puts its own in the place of.
 WRITTEN_COLUMNS = (
     *("prompt_ids", "completion_ids", "completion", "finish_reason", "ref_logprobs"),
     *("student_fingerprint", "teacher_fingerprint"),
 )
+# Columns of the prompts that the chat template reads, as in TRL.
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+# Columns that TRL's `SFTTrainer` would read in the place of `prompt` and `completion`.
+SFT_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks", "messages", "text")
 
 
 def collect_rollouts(
     prompts: Dataset | Sequence[Prompt],
-    student: str | PreTrainedModel,
+    student: str | Path | PreTrainedModel,
     *,
     engine: str | Sampler = "transformers",
     output_dir: str | Path | None = None,
@@ -78,8 +86,9 @@ def collect_rollouts(
     Args:
         prompts ([`~datasets.Dataset`] or sequence):
             Plain texts or lists of chat messages; or a dataset with such a `prompt` column, whose other columns are
-            kept. Messages go through the tokenizer's chat template.
-        student (`str` or [`~transformers.PreTrainedModel`]):
+            kept. Messages go through the tokenizer's chat template, with the columns `tools` and
+            `chat_template_kwargs` if there are any, as in TRL; an answer that the last message begins is continued.
+        student (`str`, `Path` or [`~transformers.PreTrainedModel`]):
             A local directory or Hub id (of an adapter too), or a loaded model. Its own generation config is set aside,
             but for its end-of-sequence tokens: a repetition penalty there would make the samples another policy's.
         engine (`str` or [`Sampler`], *optional*, defaults to `"transformers"`):
@@ -137,6 +146,7 @@ def collect_rollouts(
         ShardError: `output_dir` holds something else, another run's rollouts, or is being written to.
         ServerError: A server that cannot be used.
     """
+    student = as_name(student)
     revision = (model_init_kwargs or {}).get("revision")
     name = student if isinstance(student, str) else student.config._name_or_path
     sft_teachers = (read_model_card(name, revision) if name else {}).get("sft_teachers") or []
@@ -166,7 +176,7 @@ def collect_rollouts(
 
 def generate_sft_data(
     prompts: Dataset | Sequence[Prompt],
-    teacher: str | PreTrainedModel,
+    teacher: str | Path | PreTrainedModel,
     *,
     engine: str | Sampler = "transformers",
     output_dir: str | Path | None = None,
@@ -176,7 +186,7 @@ def generate_sft_data(
     top_p: float = 1.0,
     max_completion_length: int = 4096,
     stop: str | Sequence[str] = (),
-    truncated: str = "keep",
+    truncated: str = "drop",
     batch_size: int = 64,
     rows_per_shard: int = 1024,
     seed: int = 0,
@@ -190,24 +200,32 @@ def generate_sft_data(
 
     Args:
         prompts, engine, output_dir, tokenizer, num_generations, temperature, top_p, max_completion_length, stop,
-        truncated, batch_size, rows_per_shard, seed, chat_template_kwargs, model_init_kwargs, fingerprint:
+        batch_size, rows_per_shard, seed, chat_template_kwargs, model_init_kwargs, fingerprint:
             As in [`collect_rollouts`], with the teacher in the student's place and the temperature 1 by default.
-        teacher (`str` or [`~transformers.PreTrainedModel`]):
+        teacher (`str`, `Path` or [`~transformers.PreTrainedModel`]):
             A local directory or Hub id, or a loaded model.
+        truncated (`str`, *optional*, defaults to `"drop"`):
+            Whether to `"drop"` answers that were cut, or to `"keep"` them. `SFTTrainer` ends every text with an
+            end-of-sequence token, and of an answer that was cut the student would learn to stop in the middle. Kept
+            rows therefore have the tokens too (`input_ids`), which `SFTTrainer` takes as they are.
 
     Returns:
         [`~datasets.Dataset`]: One row an answer: the columns of `prompts`, `completion` (text; a list with one
         assistant message where the prompt is a list of messages), `prompt_ids` and `completion_ids` (`list<int32>`, an
-        end-of-sequence token kept), `finish_reason`, and `teacher_fingerprint`. It carries a record of the teacher,
-        the sampling, and, with the transformers engines, the teacher's answers to the probes: see `cards` and
-        `probes`.
+        end-of-sequence token kept), `finish_reason`, and `teacher_fingerprint`. Where `SFTTrainer` would make other
+        tokens of the texts, also `input_ids`, prompt and answer, which end with an end-of-sequence token if and only
+        if the answer was not cut, and `completion_mask`, false on the prompt: with `truncated="keep"`, with
+        `chat_template_kwargs`, and if a prompt ends with a turn of the assistant, which the answer continues. Columns
+        of `prompts` that `SFTTrainer` would take for these or for the texts (`input_ids`, `labels`, `messages`,
+        `text`, ...) are left out. It carries a record of the teacher, the sampling, and, with the transformers
+        engines, the teacher's answers to the probes: see `cards` and `probes`.
 
     Raises:
         ValueError, ShardError, ServerError: As [`collect_rollouts`].
     """
     return _collect(
         prompts,
-        teacher,
+        as_name(teacher),
         role="teacher",
         about={"share": 1.0},
         engine=engine,
@@ -253,18 +271,18 @@ def _collect(
     fingerprint: TeacherFingerprint | None,
 ) -> Dataset:
     """Answers of a model in its role, `"student"` or `"teacher"`; `about` goes into its entry in the record."""
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"`temperature` is 0 or more, `top_p` above 0 and at most 1; got {temperature} and {top_p}.")
-    if min(num_generations, max_completion_length, batch_size, rows_per_shard) < 1:
-        raise ValueError(
-            "`num_generations`, `max_completion_length`, `batch_size` and `rows_per_shard` are 1 or more; got "
-            f"{num_generations}, {max_completion_length}, {batch_size} and {rows_per_shard}."
-        )
+    # All options are checked before anything is loaded.
+    sampling = Sampling(
+        temperature=temperature,
+        top_p=top_p,
+        max_completion_length=max_completion_length,
+        eos_token_ids=(),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        seed=seed,
+    )
+    check_whole_numbers(1, num_generations=num_generations, batch_size=batch_size, rows_per_shard=rows_per_shard)
     if truncated not in ("keep", "drop"):
         raise ValueError(f'`truncated` is "keep" or "drop", not {truncated!r}.')
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "" in stop:
-        raise ValueError("An empty text in `stop` would end every answer at its first token.")
     if isinstance(engine, str) and engine.startswith(("http://", "https://")):
         from .served import VLLMServer
 
@@ -277,7 +295,13 @@ def _collect(
     fingerprint = fingerprint or on_main_process(state, lambda: fingerprint_teacher(model, tokenizer, **found))
     tokenizer = tokenizer or load_tokenizer(model, **found)
     prompts = _as_dataset(prompts, tokenizer, chat_template_kwargs or {})
+    replaced = (*WRITTEN_COLUMNS, *(SFT_COLUMNS if role == "teacher" else ()))
+    prompts = prompts.remove_columns([name for name in prompts.column_names if name in replaced])
+    if state.is_main_process and isinstance(prompts[0]["prompt"], str) and tokenizer.chat_template is not None:
+        _warn_of_texts(tokenizer.name_or_path or "The tokenizer")
     as_messages = role == "teacher" and is_conversational({"prompt": prompts[0]["prompt"]})
+    # Where `SFTTrainer` would make other tokens of the texts than were sampled.
+    exact = role == "teacher" and (truncated == "keep" or bool(chat_template_kwargs) or _go_on(prompts))
     if engine in ENGINES:
         signature = fingerprint.id
     else:
@@ -287,14 +311,7 @@ def _collect(
         if hasattr(engine, "self_test"):
             engine.tokenizer = engine.tokenizer or tokenizer
             on_main_process(state, engine.self_test)
-    sampling = Sampling(
-        temperature=temperature,
-        top_p=top_p,
-        max_completion_length=max_completion_length,
-        eos_token_ids=eos_token_ids(model, tokenizer, found["revision"]),
-        stop=stop,
-        seed=seed,
-    )
+    sampling = replace(sampling, eos_token_ids=eos_token_ids(model, tokenizer, **found))
     options = {
         "engine": engine if isinstance(engine, str) else type(engine).__name__,
         "num_generations": num_generations,
@@ -344,8 +361,7 @@ def _collect(
     with ShardedRun("Sampling", "answer", sizes, rows_per_shard, output_dir, pins) as run:
         for shard, span in run.pending():
             rows = _take(prompts, [row for row in span for _ in range(num_generations)])
-            texts = prompts.select_columns("prompt")[span.start : span.stop]["prompt"]
-            encoded = [encode_prompt(text, tokenizer, **(chat_template_kwargs or {})) for text in texts]
+            encoded = encode_prompts(prompts[span.start : span.stop], tokenizer, **(chat_template_kwargs or {}))
             prompt_ids = [ids for ids in encoded for _ in range(num_generations)]
             samples = sampler().sample(
                 prompt_ids, sampling, span.start * num_generations, lambda tokens: run.advance(tokens, 1)
@@ -355,6 +371,8 @@ def _collect(
             part = _with_answers(
                 rows, prompt_ids, samples, tokenizer, f"{role}_fingerprint", signature, as_messages, ref_logprobs
             )
+            if exact:
+                part = _with_input_ids(part, sampling.eos_token_ids, tokenizer.eos_token_id)
             cut = [sample.finish_reason == "length" for sample in samples]
             kept = [i for i, is_cut in enumerate(cut) if truncated == "keep" or not is_cut]
             run.write(
@@ -367,8 +385,8 @@ def _collect(
                 completion_tokens=sum(len(samples[i].ids) for i in kept),
             )
         if role == "teacher" and state.is_main_process and engine in ENGINES and engine != "vllm":
-            known = read_dataset_card(output_dir).get("sft_teachers") if output_dir is not None else None
-            about["probes"] = known[0]["probes"] if known else probe_model(load(), tokenizer)
+            card = read_dataset_card(output_dir) if output_dir is not None else {}
+            about["probes"] = probes_of_run(card, load, tokenizer)
         rollouts = run.dataset()
         counts = run.counts()
         check_positions(np.add(*lengths(rollouts)), positions, "the model")
@@ -393,15 +411,31 @@ def _collect(
     attach_record(rollouts, record)
     if output_dir is not None and state.is_main_process:
         write_record(output_dir, record)
-    state.wait_for_everyone()
+    wait_for_everyone(state)
     return rollouts
+
+
+@functools.cache  # once for each model
+def _warn_of_texts(name: str) -> None:
+    logger.warning(
+        f"{name} has a chat template, and the prompts are texts, which are not put through it: the model gets them as "
+        'they stand. If it is a chat model, give each prompt as messages, `[{"role": "user", "content": text}]`; '
+        "`--as_chat` does that on the command line, and `as_chat=True` in `load_benchmark`."
+    )
 
 
 def _as_dataset(
     prompts: Dataset | Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]
 ) -> Dataset:
     """The prompts, each of them something that can be answered: what is wrong shows before hours are spent."""
-    refuse_no_dataset(prompts, "prompts")
+    if not isinstance(prompts, list | tuple):
+        refuse_no_dataset(prompts, "prompts")
+    elif prompts and isinstance(prompts[0], dict):
+        raise TypeError(
+            "`prompts` is one conversation: give a list of such lists."
+            if "role" in prompts[0]
+            else "`prompts` is a list of rows: give a `Dataset`, such as `Dataset.from_list(prompts)`."
+        )
     if isinstance(prompts, Dataset):
         if "prompt" not in prompts.column_names:
             raise ValueError(
@@ -424,11 +458,42 @@ def _as_dataset(
             raise ValueError(
                 f"Prompt {i} is {'a text' if not messages else 'a list of messages'}, the others are not."
             )
+        if messages and any(m.get("content") is None and m["role"] != "assistant" for m in prompt):
+            raise ValueError(f"Prompt {i} has a message without `content`: {prompt!r:.200}.")
         # Long ones have tokens in any tokenizer.
         if i == 0 or len(prompt) == 0 or (not messages and not prompt.strip()):
-            if not encode_prompt(prompt, tokenizer, **chat_template_kwargs):
+            if len(prompt) == 0 or not encode_prompt(prompt, tokenizer, **chat_template_kwargs):
                 raise ValueError(f"Prompt {i} is empty: the first answer token would have no context.")
-    return prompts if isinstance(prompts, Dataset) else Dataset.from_dict({"prompt": prompts})
+    if not isinstance(prompts, Dataset):
+        return Dataset.from_dict({"prompt": prompts})
+    if messages and "tools" in prompts.column_names:
+        _check_tools(prompts, tokenizer, chat_template_kwargs)
+    return prompts
+
+
+def _go_on(prompts: Dataset) -> bool:
+    """Whether some of the prompts end with a turn of the assistant, which the answer continues."""
+    messages = (prompt for prompt in prompts.select_columns("prompt")["prompt"] if not isinstance(prompt, str))
+    return any(prompt[-1]["role"] == "assistant" for prompt in messages)
+
+
+def _check_tools(prompts: Dataset, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]) -> None:
+    rendered = False
+    for i, row in enumerate(prompts.select_columns(["prompt", "tools"])):
+        try:
+            tools = read_tools(row["tools"])
+        except ValueError as error:
+            raise ValueError(f"Prompt {i}: {error}.") from None
+        if tools and not rendered:
+            given = (row["prompt"], tokenizer)
+            rendered = encode_prompt(*given, tools, **chat_template_kwargs) != encode_prompt(
+                *given, **chat_template_kwargs
+            )
+            if not rendered:
+                raise ValueError(
+                    f"Prompt {i} has `tools`, which the chat template does not render: the model would not see them. "
+                    "Remove the column, or give a tokenizer whose chat template has tools."
+                )
 
 
 def _take(dataset: Dataset, rows: list[int]) -> Dataset:
@@ -503,14 +568,72 @@ def _with_answers(
     )
     if not ref_logprobs:
         del columns["ref_logprobs"], features["ref_logprobs"]
-    kept = rows.remove_columns([name for name in rows.column_names if name in WRITTEN_COLUMNS])
-    return concatenate_datasets([kept, Dataset.from_dict(columns, features=features)], axis=1)
+    return concatenate_datasets([rows, Dataset.from_dict(columns, features=features)], axis=1)
 
 
-def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **chat_template_kwargs: Any) -> list[int]:
-    """Token ids of a text, or of messages through the chat template up to where the answer begins."""
-    if is_conversational({"prompt": prompt}):
-        return tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **chat_template_kwargs
-        )["input_ids"]
-    return tokenizer(prompt, add_special_tokens=True)["input_ids"]
+def _with_input_ids(rows: Dataset, eos_token_ids: tuple[int, ...], eos_token_id: int | None) -> Dataset:
+    """The answers with the two columns that `SFTTrainer` takes as they are."""
+    input_ids, masks = [], []
+    for row in rows.select_columns(["prompt_ids", "completion_ids", "finish_reason"]):
+        completion = row["completion_ids"]
+        if row["finish_reason"] == "stop" and completion[-1] not in eos_token_ids and eos_token_id is not None:
+            completion = [*completion, eos_token_id]  # a stop text ended it
+        input_ids.append([*row["prompt_ids"], *completion])
+        masks.append([False] * len(row["prompt_ids"]) + [True] * len(completion))
+    features = Features({"input_ids": List(Value("int32")), "completion_mask": List(Value("bool"))})
+    columns = Dataset.from_dict({"input_ids": input_ids, "completion_mask": masks}, features=features)
+    return concatenate_datasets([rows, columns], axis=1)
+
+
+def encode_prompts(
+    rows: Mapping[str, Sequence], tokenizer: PreTrainedTokenizerBase, **chat_template_kwargs: Any
+) -> list[list[int]]:
+    """
+    Token ids of prompts up to where the answer begins.
+
+    Args:
+        rows (`dict` of columns): `prompt`, texts or lists of messages, and, for the chat template, as TRL's trainers
+            read them, `tools` (a list of schemas or its JSON) and `chat_template_kwargs`, if there are such columns.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's.
+        **chat_template_kwargs: For the chat template of every prompt; they come before those of a row.
+    """
+    prompts = rows["prompt"]
+    tools, kwargs = (rows.get(name) or [None] * len(prompts) for name in TEMPLATE_COLUMNS)
+    return [
+        encode_prompt(prompt, tokenizer, read_tools(of_row), **{**(of_template or {}), **chat_template_kwargs})
+        for prompt, of_row, of_template in zip(prompts, tools, kwargs, strict=True)
+    ]
+
+
+def encode_prompt(
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    tools: list[dict[str, Any]] | None = None,
+    **chat_template_kwargs: Any,
+) -> list[int]:
+    """Token ids of a text, or of messages through the chat template up to where the answer begins, or goes on if the
+    last message is the assistant's."""
+    if not is_conversational({"prompt": prompt}):
+        return tokenizer(prompt, add_special_tokens=True)["input_ids"]
+    goes_on = prompt[-1]["role"] == "assistant"
+    kwargs = {"tools": tools, "add_generation_prompt": not goes_on, "continue_final_message": goes_on}
+    return tokenizer.apply_chat_template(
+        prompt, tokenize=True, return_dict=True, **{**kwargs, **chat_template_kwargs}
+    )["input_ids"]
+
+
+def read_tools(value: list[dict[str, Any]] | str | None) -> list[dict[str, Any]] | None:
+    """
+    The tools of a prompt, from the value of a `tools` column; `None` if there are none.
+
+    Raises:
+        ValueError: If it is no list of schemas, nor its JSON.
+    """
+    try:
+        tools = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        tools = value
+    if not (tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools))):
+        raise ValueError(f"`tools` is a list of JSON schemas, or its JSON, not {value!r:.80}")
+    # Some templates announce tools for an empty list.
+    return tools or None

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,18 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
-from .processes import on_main_process, processes
+from .processes import on_main_process, processes, wait_for_everyone
 from .shards import ShardStore
+
+
+def check_whole_numbers(least: int, **options: Any) -> None:
+    """
+    Raises:
+        ValueError: If an option, given by its name, is no whole number of at least `least`.
+    """
+    for name, value in options.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise ValueError(f"`{name}` is a whole number, {least} or more, not {value!r}.")
 
 
 class ShardedRun:
@@ -80,7 +91,7 @@ class ShardedRun:
                 # The main process first: it checks the directory, and makes it a store.
                 on_main_process(self.state, lambda: stack.enter_context(self.store) and None)
                 self.before = self.store.counts() if self.state.is_main_process else {}
-                self.state.wait_for_everyone()
+                wait_for_everyone(self.state)
                 if not self.state.is_main_process:
                     stack.enter_context(self.store)
             share = range(
@@ -144,7 +155,7 @@ class ShardedRun:
 
     def dataset(self) -> Dataset:
         """All rows, in the order of the input, when all processes are done."""
-        self.state.wait_for_everyone()
+        wait_for_everyone(self.state)
         if self.store is None:
             return concatenate_datasets(self.parts)
         self.bar.close()

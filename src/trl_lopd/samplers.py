@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -21,6 +23,7 @@ from transformers import (
 )
 
 from .own_logits import TrialRow, difference, not_causal, own_logprobs, reads_ahead, trial_rows
+from .runs import check_whole_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,6 +43,9 @@ class Sampling:
         eos_token_ids (`tuple[int]`): Tokens that end an answer, and are its last.
         stop (`tuple[str]`): Texts that end an answer; the tokens that write them are kept.
         seed (`int`): Of the whole run.
+
+    Raises:
+        ValueError: If a value is out of range.
     """
 
     temperature: float
@@ -48,6 +54,17 @@ class Sampling:
     eos_token_ids: tuple[int, ...]
     stop: tuple[str, ...]
     seed: int
+
+    def __post_init__(self) -> None:
+        # Also false of NaN, which compares with nothing.
+        if not (isinstance(self.temperature, Real) and 0 <= self.temperature < math.inf):
+            raise ValueError(f"`temperature` is a number, 0 or more, not {self.temperature!r}.")
+        if not (isinstance(self.top_p, Real) and 0 < self.top_p <= 1):
+            raise ValueError(f"`top_p` is a number above 0 and at most 1, not {self.top_p!r}.")
+        check_whole_numbers(1, max_completion_length=self.max_completion_length)
+        check_whole_numbers(0, seed=self.seed)
+        if "" in self.stop:
+            raise ValueError("An empty text in `stop` would end every answer at its first token.")
 
     def seed_of(self, answer: int) -> int:
         """Seed of one answer, by its number in the whole run: 32 bits."""

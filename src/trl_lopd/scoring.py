@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, concatenate_datasets
 
 from .cards import attach_record, entry, read_dataset_card, record_of, write_record
 from .fingerprint import fingerprint_teacher, is_id, tokenizer_digest, tokenizer_part, with_evidence
-from .models import check_positions, hub_kwargs, load_model, load_tokenizer, pinned_kwargs, positions_of
-from .probes import probe_model, probed_entries
-from .processes import on_main_process, own_device, processes
-from .runs import ShardedRun
+from .models import as_name, check_positions, hub_kwargs, load_model, load_tokenizer, pinned_kwargs, positions_of
+from .probes import probes_of_run
+from .processes import on_main_process, own_device, processes, wait_for_everyone
+from .runs import ShardedRun, check_whole_numbers
 from .shards import read_pins
 from .table import (
     TOPK_COLUMNS,
@@ -27,6 +28,7 @@ from .table import (
     column_counts,
     describe,
     digest_columns,
+    holds_ids,
     lengths,
     refuse_no_dataset,
     rows_digest,
@@ -47,12 +49,12 @@ logger = logging.getLogger(__name__)
 
 def score_rollouts(
     dataset: Dataset,
-    teacher: str | PreTrainedModel | Teacher,
+    teacher: str | Path | PreTrainedModel | Teacher,
     *,
     output_dir: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     top_k: int = 8,
-    ref_model: str | PreTrainedModel | None = None,
+    ref_model: str | Path | PreTrainedModel | None = None,
     max_batch_tokens: int | None = None,
     rows_per_shard: int = 4096,
     fingerprint: TeacherFingerprint | None = None,
@@ -73,7 +75,7 @@ def score_rollouts(
     Args:
         dataset ([`~datasets.Dataset`]):
             Rollouts with `prompt_ids` and `completion_ids`, as `collect_rollouts` makes. Other columns are kept.
-        teacher (`str`, [`~transformers.PreTrainedModel`] or [`Teacher`]):
+        teacher (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`Teacher`]):
             A local directory or Hub id, loaded in its own dtype; a loaded model; or a served one, see `VLLMServer`
             and `SGLangServer`.
         output_dir (`str` or `Path`, *optional*):
@@ -84,7 +86,7 @@ def score_rollouts(
         top_k (`int`, *optional*, defaults to `8`):
             Also store the teacher's most likely tokens at each position. `0` stores none; the trainer then has only
             the sampled-token objective.
-        ref_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+        ref_model (`str`, `Path` or [`~transformers.PreTrainedModel`], *optional*):
             The student that sampled the rollouts, or an adapter, for rollouts without `ref_logprobs`: it scores them
             the same way, in memory beside a local teacher.
         max_batch_tokens (`int`, *optional*):
@@ -115,11 +117,11 @@ def score_rollouts(
         ValueError: An option out of range, several processes without `output_dir`, or a served teacher that nothing
             names.
     """
-    if top_k < 0 or (max_batch_tokens is not None and max_batch_tokens < 1) or rows_per_shard < 1:
-        raise ValueError(
-            "`top_k` is 0 or more, `max_batch_tokens` and `rows_per_shard` are positive; got "
-            f"{top_k}, {max_batch_tokens} and {rows_per_shard}."
-        )
+    teacher, ref_model = as_name(teacher), as_name(ref_model)
+    check_whole_numbers(0, top_k=top_k)
+    check_whole_numbers(1, rows_per_shard=rows_per_shard)
+    if max_batch_tokens is not None:
+        check_whole_numbers(1, max_batch_tokens=max_batch_tokens)
     state = processes()
     added = ["teacher_logprobs", "teacher_fingerprint", *(TOPK_COLUMNS if top_k else ())]
     added += ["ref_logprobs"] if ref_model is not None else []
@@ -128,7 +130,7 @@ def score_rollouts(
     found = hub_kwargs(model_init_kwargs)
     is_served = hasattr(teacher, "score")
     if is_served:
-        about = on_main_process(state, lambda: _about_served(teacher, dataset[0], fingerprint, teacher_card))
+        about = on_main_process(state, lambda: _about_served(teacher, dataset, fingerprint, teacher_card))
     else:
         tokenizer = tokenizer or load_tokenizer(teacher, **found)
         # Gigabytes are read once, not by every process.
@@ -188,8 +190,7 @@ def score_rollouts(
         if not is_served and state.is_main_process:
             # A table that was finished before has a card that holds them.
             card = read_dataset_card(output_dir) if output_dir is not None else {}
-            known = probed_entries(card)
-            if probes := known[0]["probes"] if known else _probes(load(teacher).model, tokenizer):
+            if probes := probes_of_run(card, lambda: load(teacher).model, tokenizer):
                 about["probes"] = probes
         table = run.dataset()
 
@@ -217,7 +218,7 @@ def score_rollouts(
     attach_record(table, record)
     if output_dir is not None and state.is_main_process:
         write_record(output_dir, record)
-    state.wait_for_everyone()
+    wait_for_everyone(state)
     return table
 
 
@@ -258,12 +259,16 @@ def _with_scores(
 
 
 def _about_served(
-    teacher: Teacher, row: dict[str, Any], fingerprint: TeacherFingerprint | None, card: dict[str, Any] | None
+    teacher: Teacher, dataset: Dataset, fingerprint: TeacherFingerprint | None, card: dict[str, Any] | None
 ) -> dict[str, Any]:
     """The entry of a served teacher: the one whose probes it answers, or what it is declared to be."""
     probed = None
     if hasattr(teacher, "self_test"):
-        probed = teacher.self_test(card, [*row["prompt_ids"], *row["completion_ids"]][:64])
+        # The longest row, which it has to score in any case.
+        row = dataset[int(np.add(*lengths(dataset)).argmax())]
+        ids = [*row["prompt_ids"], *row["completion_ids"]][:64]
+        # The test takes four tokens or more; every row has two.
+        probed = teacher.self_test(card, ids if len(ids) >= 4 else ids * 2)
     if probed is not None:
         return entry(probed)
     if fingerprint is None:
@@ -329,14 +334,6 @@ def _same_tokens_as(
     return sorted(settled)
 
 
-def _probes(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
-    try:
-        return probe_model(teacher, tokenizer)
-    except ValueError as error:
-        logger.warning(f"A served copy of this teacher will have no probes to be held against: {error}")
-        return None
-
-
 def _check_rollouts(dataset: Dataset, added: list[str]) -> None:
     refuse_no_dataset(dataset, "dataset")
     missing = [name for name in ("prompt_ids", "completion_ids") if name not in dataset.column_names]
@@ -354,9 +351,25 @@ def _check_rollouts(dataset: Dataset, added: list[str]) -> None:
         )
     if len(dataset) == 0:
         raise TableError("There are no rollouts to score.")
-    for name, of_row in zip(("prompt_ids", "completion_ids"), lengths(dataset), strict=True):
-        if (of_row == 0).any():
-            raise TableError(f"Row {int((of_row == 0).argmax())}, column {name!r} is empty. Drop the row.")
+    for name in ("prompt_ids", "completion_ids"):
+        if not holds_ids(dataset, name):
+            raise TableError(
+                f"Column {name!r} holds {dataset.data.schema.field(name).type}, where lists of token ids are needed. "
+                "`collect_rollouts` makes them from prompts."
+            )
+        first = 0
+        for batch in dataset.select_columns([name]).with_format("arrow").iter(1000):
+            column = batch[name].combine_chunks()
+            sizes = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+            if (sizes == 0).any():
+                row = int((sizes == 0).argmax())
+                what = "empty" if column[row].is_valid else "null"
+                raise TableError(f"Row {first + row}, column {name!r} is {what}. Drop the row.")
+            if (ids := column.flatten()).null_count:
+                at = ids.is_null().to_numpy(zero_copy_only=False).argmax()
+                row = int(np.searchsorted(sizes.cumsum(), at, side="right"))
+                raise TableError(f"Row {first + row}, column {name!r} has a null among its token ids. Drop the row.")
+            first += len(sizes)
 
 
 def _lists(offsets: np.ndarray, values: pa.Array) -> pa.ListArray:

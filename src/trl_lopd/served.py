@@ -24,6 +24,7 @@ import httpx
 import numpy as np
 from anyio.from_thread import start_blocking_portal
 
+from .errors import OfflineOPDError
 from .probes import probe_sequences, probed_entries, verify_served_teacher
 from .samplers import Sample, Sampling
 from .table import TOLERANCE
@@ -67,7 +68,7 @@ _ID = "token_id:"
 _OVERFLOWS = "The model overflows on it: serve it in bfloat16 or float32, or drop the row."
 
 
-class ServerError(RuntimeError):
+class ServerError(OfflineOPDError, RuntimeError):
     """
     A server cannot be used: it refuses or does not answer, its answers are wrong, or it is another model.
 

@@ -36,6 +36,8 @@ import pyarrow.parquet as pq
 from blake3 import blake3
 from filelock import FileLock, Timeout
 
+from .errors import OfflineOPDError
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -51,7 +53,7 @@ _MAY_BE_THERE = {HIDDEN, "README.md", ".gitattributes", ".git"}
 _ROW_GROUP_BYTES = 64 * 2**20
 
 
-class ShardError(ValueError):
+class ShardError(OfflineOPDError, ValueError):
     """A store that cannot be used as asked; the message says why, where, and what to do."""
 
 

@@ -21,6 +21,7 @@ are accepted.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from blake3 import blake3
 from datasets import Dataset, Features, IterableDataset, List, Value
+
+from .errors import OfflineOPDError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -44,6 +47,9 @@ LOGPROB_COLUMNS = ("teacher_logprobs", "ref_logprobs", "teacher_topk_logprobs")
 
 # Engines round: the log-probability of a near-certain token can come out a little above 0, a total a little above 1.
 TOLERANCE = 1e-3
+
+# Beside a trained model: the sorted [`row_hashes`] of the rows that it was trained on.
+TRAINED_ROWS = "trained_rows.npy"
 
 # How many lists a leaf is nested in, the leaf's type, and its name in messages.
 _TYPES = {
@@ -60,7 +66,7 @@ _TYPES = {
 _RESCORE = "Score the row again with `score_rollouts`, or drop it."
 
 
-class TableError(ValueError):
+class TableError(OfflineOPDError, ValueError):
     """A table that cannot be trained on; the message names the row, the column, the value and the remedy."""
 
 
@@ -126,6 +132,11 @@ def lengths(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
         for name in names:
             parts[name].append(_numpy(pc.list_value_length(batch[name].combine_chunks())).astype(np.int64))
     return np.concatenate(parts["prompt_ids"]), np.concatenate(parts["completion_ids"])
+
+
+def holds_ids(dataset: Dataset, column: str) -> bool:
+    """Whether the values of a column are lists of integers."""
+    return pa.types.is_integer(getattr(dataset.data.schema.field(column).type, "value_type", pa.null()))
 
 
 def column_counts(dataset: Dataset, column: str) -> Counter[str | None]:
@@ -195,14 +206,24 @@ def describe(dataset: Dataset) -> str:
 def refuse_no_dataset(value: object, name: str) -> None:
     """
     Raises:
-        TypeError: If a value is what is easily given in the place of a `Dataset`.
+        TypeError: If a value is anything else than a `Dataset`.
     """
+    if isinstance(value, Dataset):
+        return
     if isinstance(value, dict):
         splits = list(value)
-        raise TypeError(f"`{name}` is a dict of splits, {splits}: give one of them, such as `{name}[{splits[0]!r}]`.")
-    if isinstance(value, str | IterableDataset):
-        kind = "one text" if isinstance(value, str) else "a stream, which cannot be resumed"
-        raise TypeError(f"`{name}` is {kind}: give a `Dataset`.")
+        what = f"a dict of splits, {splits}: give one of them" + (f", such as `{name}[{splits[0]!r}]`" * bool(splits))
+    elif isinstance(value, list | tuple):
+        what = f"a list of rows: give a `Dataset`, such as `Dataset.from_list({name})`"
+    elif isinstance(value, os.PathLike):
+        what = "a path: load it, with `load_table` or `datasets.load_dataset`, and give the `Dataset`"
+    elif isinstance(value, str):
+        what = "one text: give a `Dataset`"
+    elif isinstance(value, IterableDataset):
+        what = "a stream, which cannot be resumed: give a `Dataset`"
+    else:
+        what = f"{value!r:.80}: give a `Dataset`"
+    raise TypeError(f"`{name}` is {what}.")
 
 
 def add_digests(digests: Iterable[str]) -> str:
@@ -240,6 +261,52 @@ def _row_arrays(name: str, array: pa.Array) -> list[np.ndarray]:
     sizes = _numpy(pc.list_value_length(array))
     ends = np.cumsum(sizes)
     return [values[start:end] for start, end in zip(ends - sizes, ends, strict=True)]
+
+
+def row_hashes(dataset: Dataset) -> np.ndarray:
+    """64 bits for the prompt and the completion of each row of a valid table: `(rows,)` uint64."""
+    hashes = [np.empty(0, np.uint64)]
+    for batch in dataset.select_columns(["prompt_ids", "completion_ids"]).with_format("arrow").iter(1000):
+        hashes.append(hash_rows(flat_values("prompt_ids", batch), flat_values("completion_ids", batch))[1])
+    return np.concatenate(hashes)
+
+
+def hash_rows(
+    prompts: tuple[np.ndarray, np.ndarray], completions: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of the prompts, and of the prompts with their completions, from what [`flat_values`] gives."""
+    of_prompts = _hash(*prompts)
+    return of_prompts, _mix(of_prompts) + _hash(*completions)
+
+
+def flat_values(name: str, batch: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of a column's lists, `(rows,)`, and the innermost values of all rows, one after another."""
+    column = batch[name].combine_chunks()
+    sizes = pc.list_value_length(column)
+    # `flatten`, unlike `values`, respects the offset and length of a sliced array.
+    values = column.flatten()
+    while hasattr(values.type, "value_type"):
+        values = values.flatten()
+    if sizes.null_count or values.null_count:
+        raise TableError(f"Column `{name}` has nulls where token ids are needed. Drop these rows.")
+    return _numpy(sizes).astype(np.int64), _numpy(values)
+
+
+def _hash(sizes: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """64 bits for each row of ids; `(rows,)` uint64."""
+    ends = np.cumsum(sizes)
+    positions = np.arange(len(ids)) - np.repeat(ends - sizes, sizes)
+    totals = np.concatenate([np.zeros(1, np.uint64), np.cumsum(_mix((positions << 32) + ids))])
+    # Sums wrap around, and so do their differences.
+    return totals[ends] - totals[ends - sizes]
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """The finalizer of splitmix64: a bijection of 64-bit numbers after which neighbours have nothing in common."""
+    values = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 class TableRows:

@@ -14,6 +14,7 @@ from accelerate.utils import is_peft_model
 from transformers import DynamicCache
 from transformers.utils.generic import is_flash_attention_requested
 
+from .errors import OfflineOPDError
 from .head import LogitTransform, backbone, score_logits, score_tokens
 from .own_logits import difference, not_causal, own_logprobs, reads_ahead, trial_rows
 
@@ -208,7 +209,7 @@ class LocalTeacher:
             )
 
 
-class RowError(ValueError):
+class RowError(OfflineOPDError, ValueError):
     """
     A sequence that cannot be scored.
 

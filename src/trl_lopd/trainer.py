@@ -45,7 +45,7 @@ from .effopd import EffOPDCallback
 from .failures import LossCheck, SaveOnSigterm, out_of_memory_advice
 from .fingerprint import TeacherFingerprint, is_sharded
 from .head import Targets, TokenOutput, add_distillation_head, assert_adapters_are_seen, check_head
-from .models import check_positions, load_tokenizer, positions_of
+from .models import as_name, check_positions, load_tokenizer, positions_of
 from .objective import (
     mean_loss,
     reverse_kl_topk,
@@ -61,10 +61,12 @@ from .stamp import checkpoint_fingerprint, fingerprint_or_none
 from .table import (
     REQUIRED_COLUMNS,
     TOKEN_COLUMNS,
+    TRAINED_ROWS,
     TableError,
     TableRows,
     column_counts,
     lengths,
+    row_hashes,
     validate_rows,
     validate_table,
     vocab_limits,
@@ -109,7 +111,7 @@ class OfflineOPDTrainer(Trainer):
     ```
 
     Args:
-        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+        model (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The SFT student: a local directory or Hub id, of a model or of an adapter, which is then trained on; or a
             loaded model.
         args ([`OfflineOPDConfig`], *optional*):
@@ -144,7 +146,7 @@ class OfflineOPDTrainer(Trainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | Path | PreTrainedModel | PeftModel,
         args: OfflineOPDConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
@@ -154,6 +156,7 @@ class OfflineOPDTrainer(Trainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
     ):
+        model = as_name(model)
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         if args is None:
             args = OfflineOPDConfig(f"{Path(model_id).name or 'model'}-OPD")
@@ -714,7 +717,9 @@ class OfflineOPDTrainer(Trainer):
         self.create_model_card(output_dir=output_dir)
 
     def _write_args(self, output_dir: str) -> None:
-        """For people and for `trl-lopd report`: `training_args.bin` is a pickle."""
+        """For people and for `trl-lopd report`: `training_args.bin` is a pickle. And which rows are trained on."""
+        if isinstance(self.train_dataset, Dataset):
+            np.save(Path(output_dir, TRAINED_ROWS), np.unique(row_hashes(self.train_dataset)))
         settings = self.args.to_dict()
         if (run := _wandb_run()) is not None:
             settings["wandb_run"] = {"entity": run.entity, "project": run.project, "id": run.id}

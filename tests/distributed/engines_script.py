@@ -110,5 +110,16 @@ def other_logits(kind, student, rows, out):
 
 
 if __name__ == "__main__":
-    cases = [other_logits, topk_token, sampled_sequence, sampled_token, padding_free, bf16, lora, whole, resumed, resumed_alone]
+    cases = [
+        other_logits,
+        topk_token,
+        sampled_sequence,
+        sampled_token,
+        padding_free,
+        bf16,
+        lora,
+        whole,
+        resumed,
+        resumed_alone,
+    ]
     run({case.__name__: case for case in [*cases, best]}, *sys.argv[1:])

@@ -1,0 +1,74 @@
+"""An error of the main process is the same error on every process, and is heard once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from errors_script import CASES
+
+TESTS = Path(__file__).parent.parent
+SCRIPT = TESTS / "distributed" / "errors_script.py"
+
+# The most special class that all processes can name, whether it is this library's, and how its message begins.
+EXPECTED = {
+    "missing_teacher": ("FileNotFoundError", False, "There is no directory"),
+    "no_server": ("ServerError", True, "The self-test of http://127.0.0.1:9 fails."),
+    "used_directory": ("ShardError", True, ""),
+    "invalid_stream": ("TableError", True, "Row 0, column `teacher_logprobs`, token 0: 0.5"),
+    "hub": ("HfHubHTTPError", False, "500 Server Error"),
+    "undecodable": ("UnicodeDecodeError", False, "'utf-8' codec"),
+}
+
+
+def launch(script, *words):
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+        *("--num_cpu_threads_per_process", "1", "--main_process_port", "0"),
+        *(str(script), *map(str, words)),
+    ]
+    # For `conftest`.
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"CI": "true", "PYTHONPATH": path}
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, env=env)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory, student_dir):
+    path = tmp_path_factory.mktemp("errors")
+    (path / "student").symlink_to(student_dir)
+    return path
+
+
+@pytest.fixture(scope="module")
+def caught(directory):
+    done = launch(SCRIPT, directory, "catch", *CASES)
+    assert done.returncode == 0, done.stderr[-5000:]
+    lines = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 4]
+    return {(case, int(rank)): rest for case, rank, *rest in lines}
+
+
+@pytest.mark.parametrize("case", EXPECTED)
+def test_every_process_raises_what_the_main_process_raises(caught, case):
+    assert caught[case, 0] == caught[case, 1]
+    name, is_ours, message = EXPECTED[case]
+    kind, ours, text = caught[case, 1]
+    assert (kind, ours) == (name, str(is_ours)) and text[1:].startswith(message)
+
+
+def test_a_class_that_only_the_main_process_knows_is_its_nearest_base_on_the_others(caught):
+    on_main, on_other = (caught["of_a_library", rank] for rank in range(2))
+    assert (on_main[0], on_other[0]) == ("Unheard", "KeyError") and on_main[1:] == on_other[1:]
+
+
+@pytest.mark.parametrize("case", ["no_server", "hub", "undecodable"])
+def test_uncaught_it_is_printed_once_and_every_process_ends_with_1(directory, case):
+    done = launch(SCRIPT, directory, "raise", case)
+    assert done.returncode != 0
+    kind, _, message = EXPECTED[case]
+    assert done.stderr.count(f"{kind}: {message}") == 1, done.stderr[-5000:]
+    assert "[rank0]: Traceback" in done.stderr and "[rank1]" not in done.stderr
