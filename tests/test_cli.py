@@ -163,7 +163,7 @@ def test_inspect_a_pair(call, student_dir, tables):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["fingerprint", "{tmp}/nowhere"], "no directory"),
+        (["fingerprint", "{tmp}/nowhere"], "is not there"),
         (["fingerprint", "{table}"], "safetensors"),
         (["inspect", "{tmp}/nowhere"], "is not there"),
         (["inspect", "{table}", "{table}"], "is a table. Name the model first"),

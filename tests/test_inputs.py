@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import make_rollouts, make_tokenizer
+from conftest import make_model, make_rollouts, make_tokenizer
 from datasets import Dataset, DatasetDict
 
 from trl_lopd import (
@@ -159,6 +159,16 @@ def test_rollouts_of_another_type(teacher_dir, column):
         score_rollouts(rollouts, teacher_dir)
 
 
+@pytest.mark.parametrize("column", ["completion_mask", "ref_logprobs"])
+def test_columns_of_another_length_are_found_before_scoring(monkeypatch, teacher_dir, column):
+    monkeypatch.setattr("trl_lopd.scoring.load_model", lambda *args: pytest.fail("a model was loaded"))
+    rollouts = make_rollouts(3)
+    values = [[column == "completion_mask" or -1.0] * len(ids) for ids in rollouts["completion_ids"]]
+    values[2].append(values[2][0])
+    with pytest.raises(TableError, match=f"Row 2, column '{column}' has {len(values[2])} entries for"):
+        score_rollouts(rollouts.add_column(column, values), teacher_dir)
+
+
 # ---- The command line ----
 
 
@@ -238,3 +248,114 @@ def test_a_card_that_is_not_utf_8(tmp_path, student_dir, table, capsys, content)
     table.to_parquet(tmp_path / "table" / "train.parquet")
     (tmp_path / "table" / "README.md").write_bytes(content)
     refused(capsys, "README.md is not UTF-8", "inspect", tmp_path / "table")
+
+
+FILES = {
+    "empty.jsonl": b"",
+    "broken.jsonl": b'{"prompt": "w5"\nfoo\n',
+    "bytes.jsonl": bytes(range(128, 256)),
+    "empty.csv": b"",
+    "broken.parquet": b"PAR1 and nothing else",
+    "numbers.jsonl": b'{"prompt": 5}\n{"prompt": 6}\n',
+    "none.jsonl": b'{"prompt": [{"role": "user", "content": "w5"}]}\n{"prompt": null}\n',
+    "without.jsonl": b'{"prompt": [{"from": "human"}]}\n',
+    "words.jsonl": b'{"prompt": ["w5", "w6"]}\n',
+    "nothing.jsonl": b'{"prompt": [{"role": "user", "content": "w5"}]}\n{"prompt": []}\n',
+    "good.jsonl": b'{"prompt": "w5", "answer": "w6"}\n{"prompt": "w7", "answer": "w8"}\n',
+    "silent.jsonl": b'{"prompt": [{"role": "user"}], "answer": "1"}\n',
+}
+ROLLOUT = ["rollout", "--model_name_or_path", "{student}", "--output_dir", "{tmp}/out", "--dataset_name"]
+SCORE = ["score", "--teacher_name_or_path", "{student}", "--output_dir", "{tmp}/out", "--dataset_name"]
+EVALUATE = ["evaluate", "--model_name_or_path", "{student}", "--metric", "exact_answer", "--output_dir", "{tmp}/out"]
+GOOD = [*ROLLOUT, "{tmp}/good.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ([*ROLLOUT, "{tmp}/empty.jsonl"], "empty.jsonl has no rows"),
+        ([*ROLLOUT, "{tmp}/broken.jsonl"], "broken.jsonl cannot be read: .*JSON"),
+        ([*ROLLOUT, "{tmp}/bytes.jsonl"], "bytes.jsonl cannot be read: "),
+        ([*ROLLOUT, "{tmp}/empty.csv"], "empty.csv cannot be read: "),
+        ([*ROLLOUT, "{tmp}/broken.parquet"], "broken.parquet cannot be read: .*Parquet"),
+        ([*ROLLOUT, "{tmp}/nowhere.jsonl"], "nowhere.jsonl is not there"),
+        ([*ROLLOUT, "{student}"], "is a model, where a table"),
+        ([*ROLLOUT, "{tmp}/numbers.jsonl"], "numbers.jsonl, prompt 0: .*neither a text nor a list of messages"),
+        ([*ROLLOUT, "{tmp}/none.jsonl"], "none.jsonl, prompt 1: .*neither a text nor a list of messages"),
+        ([*ROLLOUT, "{tmp}/without.jsonl"], "without.jsonl, prompt 0: .*neither a text nor a list of messages"),
+        ([*ROLLOUT, "{tmp}/words.jsonl"], "words.jsonl, prompt 0: .*neither a text nor a list of messages"),
+        ([*ROLLOUT, "{tmp}/nothing.jsonl"], "nothing.jsonl, prompt 1: the conversation is empty"),
+        ([*GOOD, "--dataset_config", "x"], "good.jsonl is a file without configurations"),
+        ([*GOOD, "--num_prompts", "-1"], "`num_prompts` is a whole number, 1 or more"),
+        ([*GOOD, "--chat_template_kwargs", "{{a: "], "`chat_template_kwargs` is no YAML"),
+        ([*GOOD, "--engine", "localhost:8000"], "or the address of one, such as http://localhost:8000"),
+        ([*GOOD, "--model_name_or_path", "{tmp}/nowhere"], "nowhere is not there"),
+        ([*GOOD, "--model_name_or_path", "{tmp}/good.jsonl"], "good.jsonl is a file: give the directory of a model"),
+        ([*SCORE, "{tmp}/nowhere"], "nowhere is not there"),
+        ([*SCORE, "{student}"], "is a model, where a table"),
+        ([*SCORE, "{tmp}/broken.parquet"], "broken.parquet cannot be read: .*Parquet"),
+        ([*SCORE, "{tmp}/none.parquet"], "none.parquet cannot be read: .*no data"),
+        ([*SCORE, "{tmp}/rollouts.parquet", "--dataset_split", "test"], "rollouts.parquet cannot be read: .*test"),
+        ([*SCORE, "{tmp}/rollouts.parquet", "--teacher_name_or_path", "./nowhere"], "./nowhere is not there"),
+        ([*SCORE, "{tmp}/rollouts.parquet", "--ref_model", "{tmp}/good.jsonl"], "is a file: give the directory"),
+        ([*SCORE, "{tmp}/rollouts.parquet", "--teacher_name_or_path", "{tmp}"], "No tokenizer can be loaded from"),
+        ([*EVALUATE, "--benchmark", "{tmp}/bytes.jsonl"], "bytes.jsonl is not UTF-8"),
+        ([*EVALUATE, "--benchmark", "{tmp}/silent.jsonl"], "silent.jsonl, line 1: a message has no text as `content`"),
+        ([*EVALUATE, "--benchmark", "{tmp}/good.jsonl", "--answer_after", ""], "`answer_after` is empty"),
+        ([*EVALUATE, "--benchmark", "{tmp}/good.jsonl", "--teacher_name_or_path", "./no"], "./no is not there"),
+        (["fingerprint", "{tmp}/good.jsonl"], "good.jsonl is a file: give the directory of a model"),
+        (["fingerprint", "{tmp}/rollouts.parquet"], "rollouts.parquet is a file: give the directory of a model"),
+        (
+            ["stamp", "{student}", "--replace", "--sft-teacher", "{tmp}/good.jsonl"],
+            "good.jsonl is a file: give the dir",
+        ),
+        (
+            ["stamp", "{student}", "--replace", "--sft-teacher", "teacher@1-xyz"],
+            "'teacher@1-xyz' is not the id of a m",
+        ),
+        (["stamp", "./nowhere", "--sft-teacher", "teacher@1-0123456789ab-01234567-89abcdef"], "./nowhere is not"),
+        (["inspect", "{student}", "{tmp}/nowhere"], "nowhere is not there"),
+        (["inspect", "{student}", "nowhere"], "nowhere is not there. A table on the Hub is `datasets/ORG/NAME`"),
+        (["inspect", "{tmp}/broken.parquet"], "broken.parquet cannot be read: .*Parquet"),
+        (["report", "{tmp}/good.jsonl"], "good.jsonl is no directory"),
+        (["report", "{tmp}/strange"], "trainer_state.json has not the form"),
+        (["report", "{tmp}/run", "--table", "{student}"], "is a model, where a table"),
+    ],
+)
+def test_what_is_mistaken_on_the_command_line(tmp_path, student_dir, capsys, command, words):
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+    make_rollouts(4).to_parquet(tmp_path / "rollouts.parquet")
+    make_rollouts(4).select([]).to_parquet(tmp_path / "none.parquet")
+    for name, state in {
+        "strange": '{"global_step": 1, "log_history": 5}',
+        "run": '{"global_step": 1, "log_history": []}',
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text(state)
+    (tmp_path / "run" / "report.json").write_text('[{"model": "student", "accuracy": 1.0}]')
+    refused(capsys, words, *(word.format(tmp=tmp_path, student=student_dir) for word in command))
+    # Before anything is sampled or scored.
+    assert not list(tmp_path.glob("out/**/*.parquet"))
+
+
+def test_inspect_says_of_other_data_that_it_is_no_table(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "notes.txt").write_text("hello\n")
+    refused(capsys, "data is no table of rollouts: it has only the columns text", "inspect", tmp_path / "data")
+
+
+@pytest.mark.parametrize("answers", [[1, 2], ["a", None]])
+def test_answers_of_a_benchmark_are_texts(student_dir, answers):
+    benchmark = Dataset.from_dict({"prompt": ["w5", "w6"], "answer": answers})
+    with pytest.raises(ValueError, match=rf"Row {0 if answers[0] == 1 else 1} of the benchmark: `answer` is a text"):
+        evaluate_model(student_dir, benchmark, metric="exact_answer", max_completion_length=2)
+
+
+def test_a_model_in_memory_whose_directory_is_gone_can_be_sampled(tmp_path, tokenizer, caplog):
+    from transformers import AutoModelForCausalLM
+
+    make_model(seed=2).save_pretrained(tmp_path / "student")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    shutil.rmtree(tmp_path / "student")
+    assert len(collect_rollouts(["w5"], model, tokenizer=tokenizer, max_completion_length=2)) == 1

@@ -136,4 +136,4 @@ def test_a_gate_of_rewards_renders_them_too(model, tokenizer):
         RewardGate(Trainer, prompts, lambda completions, **_: [0.0] * len(completions), max_completion_length=2)(model)
     finally:
         del model.generate
-    assert seen[0].tolist() == [of_trl(tokenizer, EXAMPLES["tools as JSON"])] * 2
+    assert [of_trl(tokenizer, EXAMPLES["tools as JSON"])] * 2 in [ids.tolist() for ids in seen]

@@ -84,6 +84,7 @@ KEY = "trl_lopd"
 
 # Keys that hold a list of entries, each with an `id`.
 _ENTRY_LISTS = ("sft_teachers", "teachers", "students")
+_FILES = (".parquet", ".json", ".jsonl", ".csv")
 _DESCRIPTION = re.compile(r"```json trl_lopd\n(.*?)\n```\n?", re.DOTALL)
 
 Teacher = TeacherFingerprint | str | dict[str, Any]
@@ -274,14 +275,38 @@ def read_dataset_card(table: str | Path, revision: str | None = None) -> dict[st
     return _read(table, revision, "dataset")
 
 
+def is_missing(name: str) -> bool:
+    """Whether a name can only be a path, and nothing is there: it is not to be looked for on the Hub."""
+    path = Path(name)
+    is_path = path.is_absolute() or name.startswith((".", "~")) or path.suffix in _FILES
+    return is_path and not path.exists()
+
+
 def refuse_missing(name: str) -> None:
     """
     Raises:
-        `FileNotFoundError`: if a name can only be a path, and nothing is there: it is not to be looked for on the Hub.
+        `FileNotFoundError`: see [`is_missing`].
     """
-    path = Path(name)
-    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".parquet"):
+    if is_missing(name):
         raise FileNotFoundError(f"{name} is not there.")
+
+
+def load_rows(name: str, *args: Any, **kwargs: Any) -> Any:
+    """
+    `datasets.load_dataset(*args, **kwargs)`, whose errors say what could not be read, and why.
+
+    Raises:
+        `ValueError`: if it is empty, damaged, or of another format, or if there is no such split.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        return load_dataset(*args, **kwargs)
+    except StopIteration:  # from a JSON file
+        raise ValueError(f"{name} has no rows.") from None
+    except (ValueError, DatasetGenerationError) as error:
+        raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
 
 
 def load_table(
@@ -311,7 +336,7 @@ def load_table(
         `ShardError`: if sampling or scoring into the directory has not been completed, or a shard is not whole.
         `FileNotFoundError`: if a path is not there.
     """
-    from datasets import load_dataset, load_from_disk
+    from datasets import load_from_disk
 
     from .shards import check_complete
 
@@ -321,6 +346,8 @@ def load_table(
     refuse_missing(name)
     if path.is_dir():
         check_complete(path)
+        if any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+            raise ValueError(f"{name} is a model, where a table or prompts are needed.")
     directory = path.parent if path.suffix == ".parquet" else name
     # `datasets` reads a local card too, and does not say which file it cannot read.
     record = read_dataset_card(directory) if path.exists() else None
@@ -335,9 +362,9 @@ def load_table(
                 raise ValueError(f"{name} has no split {split!r}, only {', '.join(map(repr, splits))}.")
             table = splits[split]
     elif path.suffix == ".parquet":
-        table = load_dataset("parquet", data_files={"train": name}, split=split or "train", streaming=streaming)
+        table = load_rows(name, "parquet", data_files={"train": name}, split=split or "train", streaming=streaming)
     else:
-        table = load_dataset(name, config, split=split, revision=revision, streaming=streaming)
+        table = load_rows(name, name, config, split=split, revision=revision, streaming=streaming)
     if isinstance(table, dict) and len(table) == 1:
         (table,) = table.values()
     if record is None:
@@ -423,6 +450,9 @@ def _read(repo: str | Path, revision: str | None, repo_type: str) -> dict[str, A
         path = Path(repo) / constants.REPOCARD_NAME
         if not path.is_file():
             return {}
+    elif is_missing(str(repo)):
+        logger.warning("No %s card could be read for %s: %s", repo_type, repo, "it is not there")
+        return {}
     else:
         # `ModelCard.load` takes no revision.
         try:
@@ -438,7 +468,7 @@ def _read(repo: str | Path, revision: str | None, repo_type: str) -> dict[str, A
         # Other people's metadata (a malformed model-index, say) is none of our business.
         card = (ModelCard if repo_type == "model" else DatasetCard).load(path, ignore_metadata_errors=True)
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: the front matter cannot be read: {error}") from error
+        raise ValueError(f"{path}: the front matter cannot be read: {' '.join(str(error).split())}") from error
     return _validated(card.data.to_dict().get(KEY), path)
 
 
@@ -523,7 +553,7 @@ def _stamped(text: str | None, changes: dict[str, Any], path: Path) -> str:
         root = yaml.compose(front, Loader=yaml.SafeLoader)
         before = yaml.safe_load(front) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: the front matter cannot be read: {error}") from error
+        raise ValueError(f"{path}: the front matter cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(before, dict):
         raise ValueError(f"{path}: the front matter must be a mapping.")
     record = {**_validated(before.get(KEY), path), **changes}

@@ -156,6 +156,9 @@ Answer = tuple[int, dict[str, Any], Callable[[dict[str, Any]], None]]
 
 
 def _fingerprint(args: argparse.Namespace) -> Answer:
+    from .models import as_name
+
+    args.model = as_name(args.model)
     options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     fingerprint = fingerprint_teacher(args.model, use_cache=not args.no_cache, **options)
     record = fingerprint.to_dict()
@@ -173,6 +176,7 @@ def _fingerprint(args: argparse.Namespace) -> Answer:
 
 
 def _stamp(args: argparse.Namespace) -> Answer:
+    from .models import as_name
     from .stamp import checkpoint_fingerprint
 
     local = Path(args.model).exists()
@@ -184,7 +188,12 @@ def _stamp(args: argparse.Namespace) -> Answer:
             f"The card of {args.model} names SFT teachers already ({', '.join(e['id'] for e in before)}). Give "
             "`--replace` to put yours in their place."
         )
-    teachers = [name if is_id(name) else fingerprint_teacher(name) for name in args.sft_teacher]
+    # No name on the Hub has an "@": what has one is an id, and if it is malformed, stamping says so.
+    ids_given = [is_id(name) or ("@" in name and not Path(name).exists()) for name in args.sft_teacher]
+    teachers = [
+        name if is_given else fingerprint_teacher(as_name(name))
+        for name, is_given in zip(args.sft_teacher, ids_given, strict=True)
+    ]
     checkpoint = checkpoint_fingerprint(args.model) if local else None
     stamp_model_card(args.model, sft_teachers=teachers, checkpoint=checkpoint)
     ids = [t.id if isinstance(t, TeacherFingerprint) else t for t in teachers]

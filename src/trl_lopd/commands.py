@@ -13,15 +13,16 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from trl.data_utils import maybe_convert_to_chatml
 
-from .cards import load_table, read_model_card, stamp_dataset_card
+from .cards import load_rows, load_table, read_model_card, stamp_dataset_card
 from .evaluation import evaluate_model, load_benchmark, show
 from .fingerprint import fingerprint_teacher
 from .metrics import flatten
 from .processes import processes
 from .rollouts import ENGINES, SFT_COLUMNS, TEMPLATE_COLUMNS, WRITTEN_COLUMNS, collect_rollouts, generate_sft_data
+from .runs import check_whole_numbers
 from .scoring import score_rollouts
 
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
@@ -293,10 +294,12 @@ def load_prompts(args: RolloutArguments) -> Dataset:
     if path.is_file() and path.suffix != ".parquet":
         if args.dataset_split != "train":
             raise ValueError(f"{path} is a file without splits: leave `dataset_split` out.")
+        if args.dataset_config is not None:
+            raise ValueError(f"{path} is a file without configurations: leave `dataset_config` out.")
         kinds = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
         if path.suffix not in kinds:
             raise ValueError(f"{path} is none of the files that can be read: {', '.join(kinds)}.")
-        prompts = load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+        prompts = load_rows(str(path), kinds[path.suffix], data_files=str(path), split="train")
     else:
         prompts = load_table(args.dataset_name, args.dataset_config, split=args.dataset_split)
     read = [name for name in TEMPLATE_COLUMNS if name in prompts.column_names]
@@ -314,6 +317,7 @@ def load_prompts(args: RolloutArguments) -> Dataset:
             )
     prompts = prompts.select_columns(columns)
     if args.num_prompts is not None:
+        check_whole_numbers(1, num_prompts=args.num_prompts)
         if args.num_prompts > len(prompts):
             raise ValueError(
                 f"{args.dataset_name} has {len(prompts)} prompts; `num_prompts` asks for {args.num_prompts}."
@@ -328,8 +332,16 @@ def load_prompts(args: RolloutArguments) -> Dataset:
         return prompts
 
     def question(row: dict[str, Any], i: int) -> dict[str, Any]:
-        if is_text:
-            return {"prompt": [{"role": "user", "content": row["prompt"]}]}
+        prompt = row["prompt"]
+        if is_text and isinstance(prompt, str):
+            return {"prompt": [{"role": "user", "content": prompt}]}
+        if prompt == []:
+            raise ValueError(f"{args.dataset_name}, prompt {i}: the conversation is empty.")
+        if not _are_messages(prompt):
+            raise ValueError(
+                f"{args.dataset_name}, prompt {i}: {args.prompt_column!r} is neither a text nor a list of messages "
+                f"with `role` and `content`: {prompt!r:.200}."
+            )
         messages = []
         for message in maybe_convert_to_chatml({"prompt": row["prompt"]})["prompt"]:
             role = _SPEAKERS.get(message["role"], message["role"])
@@ -346,6 +358,14 @@ def load_prompts(args: RolloutArguments) -> Dataset:
     for name in kept.column_names:
         questions = questions.add_column(name, kept[name], feature=kept.features[name])
     return questions
+
+
+def _are_messages(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages, with the fields of OpenAI or of ShareGPT."""
+    fields = ({"role", "content"}, {"from", "value"})
+    return isinstance(prompt, list) and all(
+        isinstance(message, dict) and any(names <= message.keys() for names in fields) for message in prompt
+    )
 
 
 def check_config(path: str, arguments: type) -> None:
@@ -429,7 +449,10 @@ def _pushed(table: Dataset, args: TableArguments) -> Dataset:
 
 def _dict(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
     if isinstance(value, str):
-        value = yaml.safe_load(value)  # JSON too
+        try:
+            value = yaml.safe_load(value)  # JSON too
+        except yaml.YAMLError as error:
+            raise ValueError(f"`{name}` is no YAML: {' '.join(str(error).split())}") from None
         if not isinstance(value, dict):
             raise ValueError(f"`{name}` is a dictionary such as '{{dtype: bfloat16}}', not {value!r}.")
     return value

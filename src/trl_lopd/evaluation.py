@@ -15,8 +15,9 @@ from rich.table import Table
 
 from . import __version__
 from .cards import record_of
+from .fingerprint import fingerprint_teacher
 from .metrics import check_math_answers, estimate_reverse_kl, grade_exact, grade_math, summarize_samples
-from .models import as_name, pinned_kwargs
+from .models import as_name, hub_kwargs, pinned_kwargs
 from .processes import on_main_process, processes
 from .rollouts import collect_rollouts
 from .runs import check_whole_numbers
@@ -64,50 +65,47 @@ def load_benchmark(
         [`~datasets.Dataset`]: `prompt` and `answer`, a row a problem.
 
     Raises:
-        ValueError: If the file is empty, or a line is no JSON object or lacks a field.
+        ValueError: If the file is empty or not UTF-8, or a line is no JSON object or lacks a field.
         OSError: If there is no such file.
     """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Give JSON lines.") from None
     rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number} is not JSON ({error}). Give JSON lines.") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number} is no JSON object with fields, but {line.strip()!r:.80}.")
-            if not rows and prompt_column is None:
-                prompt_column = next((name for name in PROMPT_COLUMNS if name in row), None)
-                if prompt_column is None:
-                    raise ValueError(
-                        f"{path}, line {number} has none of the fields {', '.join(PROMPT_COLUMNS)}, only "
-                        f"{sorted(row)}: set `prompt_column`."
-                    )
-            for option, name in (("prompt_column", prompt_column), ("answer_column", answer_column)):
-                if name not in row:
-                    raise ValueError(
-                        f"{path}, line {number} has no {name!r}; its fields are {sorted(row)}. Add it, or set "
-                        f"`{option}`."
-                    )
-            problem, answer = row[prompt_column], row[answer_column]
-            is_chat = isinstance(problem, list) and problem and all(isinstance(turn, dict) for turn in problem)
-            if not (is_chat or (isinstance(problem, str) and problem)):
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error}). Give JSON lines.") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} is no JSON object with fields, but {line.strip()!r:.80}.")
+        if not rows and prompt_column is None:
+            prompt_column = next((name for name in PROMPT_COLUMNS if name in row), None)
+            if prompt_column is None:
                 raise ValueError(
-                    f"{path}, line {number}: {prompt_column!r} is a text or a list of messages, not {problem!r:.80}."
+                    f"{path}, line {number} has none of the fields {', '.join(PROMPT_COLUMNS)}, only "
+                    f"{sorted(row)}: set `prompt_column`."
                 )
-            if (
-                isinstance(answer, bool)
-                or not isinstance(answer, str | int | float)
-                or answer == ""
-                or answer != answer
-            ):
+        for option, name in (("prompt_column", prompt_column), ("answer_column", answer_column)):
+            if name not in row:
                 raise ValueError(
-                    f"{path}, line {number}: {answer_column!r} is a text or a number, not {answer!r:.80}."
+                    f"{path}, line {number} has no {name!r}; its fields are {sorted(row)}. Add it, or set `{option}`."
                 )
-            answer = str(answer).rpartition("####")[2].strip()
-            rows.append({"prompt": _prompt(problem, instruction, as_chat), "answer": answer})
+        problem, answer = row[prompt_column], row[answer_column]
+        is_chat = isinstance(problem, list) and problem and all(isinstance(turn, dict) for turn in problem)
+        if not (is_chat or (isinstance(problem, str) and problem)):
+            raise ValueError(
+                f"{path}, line {number}: {prompt_column!r} is a text or a list of messages, not {problem!r:.80}."
+            )
+        if is_chat and not all(isinstance(turn.get("content"), str) for turn in problem):
+            raise ValueError(f"{path}, line {number}: a message has no text as `content`: {problem!r:.200}.")
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float) or answer == "" or answer != answer:
+            raise ValueError(f"{path}, line {number}: {answer_column!r} is a text or a number, not {answer!r:.80}.")
+        answer = str(answer).rpartition("####")[2].strip()
+        rows.append({"prompt": _prompt(problem, instruction, as_chat), "answer": answer})
     if not rows:
         raise ValueError(f"{path} is empty: give JSON lines with a problem and its answer.")
     return Dataset.from_list(rows)
@@ -197,10 +195,18 @@ def evaluate_model(
         )
     if missing := [column for column in ("prompt", "answer") if column not in benchmark.column_names]:
         raise ValueError(f"The benchmark has no column {missing[0]!r}, only {benchmark.column_names}.")
+    # Before hours are spent on answers that could not be graded, or compared with a teacher's.
+    for row, answer in enumerate(benchmark["answer"]):
+        if not isinstance(answer, str):
+            raise ValueError(f"Row {row} of the benchmark: `answer` is a text, not {answer!r:.80}.")
     state = processes()
     if metric == "math_accuracy":
-        # Before hours are spent on answers that could not be graded.
         on_main_process(state, lambda: check_math_answers(benchmark["answer"]))
+    else:
+        grade_exact([], [], answer_after)
+    of_teacher = None
+    if teacher is not None:
+        of_teacher = on_main_process(state, lambda: fingerprint_teacher(teacher, **hub_kwargs(model_init_kwargs)))
     shared = {
         "engine": engine,
         "tokenizer": tokenizer,
@@ -238,7 +244,12 @@ def evaluate_model(
             **shared,
         )
         scored = score_rollouts(
-            fresh, teacher, output_dir=place("fresh-scored"), top_k=0, model_init_kwargs=model_init_kwargs
+            fresh,
+            teacher,
+            output_dir=place("fresh-scored"),
+            top_k=0,
+            fingerprint=of_teacher,
+            model_init_kwargs=model_init_kwargs,
         )
 
     def conclude() -> dict[str, Any]:

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils import cached_file, find_adapter_config_file
 from trl.trainer.utils import create_model_from_path
 
+from .cards import refuse_missing
 from .own_logits import difference, own_logprobs, trial_rows
 from .table import TableError
 
@@ -31,8 +32,20 @@ logger = logging.getLogger(__name__)
 
 
 def as_name(model: Any) -> Any:
-    """A path as the text that the libraries below take; anything else, such as a loaded model, as it is."""
-    return os.fspath(model) if isinstance(model, os.PathLike) else model
+    """
+    A model's path as the text that the libraries below take; anything else, such as a loaded model, as it is.
+
+    Raises:
+        FileNotFoundError: If it can only be a path, and nothing is there.
+        ValueError: If it is a file.
+    """
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
+    if isinstance(model, str):
+        refuse_missing(model)
+        if os.path.isfile(model):
+            raise ValueError(f"{model} is a file: give the directory of a model, or its Hub id.")
+    return model
 
 
 def load_model(model: str | PreTrainedModel, init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
@@ -154,7 +167,7 @@ def load_tokenizer(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedTok
     """The tokenizer of a local directory, Hub id or loaded model; that of its base for an adapter that has none.
 
     Raises:
-        ValueError: If a loaded model does not say where it was loaded from.
+        ValueError: If a loaded model does not say where it was loaded from, or no tokenizer can be loaded.
     """
     name = model if isinstance(model, str) else model.config._name_or_path
     if not name:
@@ -168,7 +181,10 @@ def load_tokenizer(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedTok
 
         adapter = PeftConfig.from_pretrained(name, revision=kwargs.get("revision"))
         name, kwargs = adapter.base_model_name_or_path, {**kwargs, "revision": adapter.revision}
-    return AutoTokenizer.from_pretrained(name, **kwargs)
+    try:
+        return AutoTokenizer.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"No tokenizer can be loaded from {name}: {' '.join(str(error).split())}") from error
 
 
 def eos_token_ids(

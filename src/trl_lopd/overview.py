@@ -71,9 +71,9 @@ def inspect(
     if table is not None and not first_is_model:
         raise ValueError(f"{name} is a table. Name the model first: `trl-lopd inspect MODEL TABLE`.")
     if table is not None and is_model(table):
-        raise ValueError(
-            f"{table} is a model: the second is the table to train on. One on the Hub is `datasets/ORG/NAME`."
-        )
+        if not Path(table).exists():
+            raise ValueError(f"{table} is not there. A table on the Hub is `datasets/ORG/NAME`.")
+        raise ValueError(f"{table} is a model: the second is the table to train on.")
     if worst < 0:
         raise ValueError(f"The number of rows to show is 0 or more, not {worst}.")
     result: dict[str, Any] = {}
@@ -86,6 +86,11 @@ def inspect(
         path if Path(path).exists() else path.removeprefix("datasets/"), revision=None if first_is_model else revision
     )
     splits = dict(loaded) if isinstance(loaded, dict) else {"all rows": loaded}
+    for rows in splits.values():
+        if not {"prompt", "prompt_ids", "completion_ids", "teacher_fingerprint"} & set(rows.column_names):
+            raise ValueError(
+                f"{path} is no table of rollouts: it has only the columns {', '.join(rows.column_names)}."
+            )
     decoder = decoded_with = None
     if worst and any("teacher_logprobs" in rows.column_names for rows in splits.values()):
         record = record_of(next(iter(splits.values())))

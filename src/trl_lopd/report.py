@@ -113,9 +113,10 @@ def write_report(
         TableError: If rows are not valid, have no teacher's scores, or do not fit the model.
         ValueError: If the directory holds nothing of a run, or the rollouts can be coloured neither before nor after.
     """
-    run, table, student = Path(run), as_name(table), as_name(student)
+    run, table, student = Path(run), None if table is None else str(table), as_name(student)
     if not run.is_dir():
-        raise FileNotFoundError(f"{run} is not there: a report is made of the directory that a training run wrote.")
+        what = "is no directory" if run.exists() else "is not there"
+        raise FileNotFoundError(f"{run} {what}: a report is made of the directory that a training run wrote.")
     if rows < 1:
         raise ValueError(f"`rows` is 1 or more, not {rows}.")
     for option, given in (("student", student), ("split", split)):
@@ -126,16 +127,19 @@ def write_report(
     model = next((place for place in places if any(place.glob("*.safetensors"))), None)
     card = read_model_card(model or run)
     state = _json_of(places, "trainer_state.json")
+    entries = (state or {}).get("log_history", [])
+    if not (isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)):
+        raise ValueError(f"trainer_state.json has not the form that training writes: its logs are {entries!r:.80}.")
     evaluations = [*_comparison(run), *_metrics(run)]
     history = _json_of([run], HISTORY) or {}
-    searches = history.get("searches") or _json_of(places, f"{DIRECTORY}/history.json") or []
+    searches = history.get("searches") or _json_of(places, f"{DIRECTORY}/history.json", list) or []
     if not (card.get("opd_rounds") or state or evaluations or searches):
         raise ValueError(
             f"{run} holds nothing of a run: no card of `OfflineOPDTrainer`, no trainer_state.json, no "
             f"{HISTORY}, no evaluations. Name the `output_dir` of the training."
         )
     settings = _json_of(places, "training_args.json") or {}
-    logs = [entry for entry in (state or {}).get("log_history", []) if "step" in entry]
+    logs = [entry for entry in entries if "step" in entry]
 
     warnings = []
     own = model and fingerprint_or_none(model, "The card is not held against the weights")
@@ -227,15 +231,18 @@ def _number(value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}" if abs(value) >= 1e-4 else f"{value:.2e}"
 
 
-def _json_of(places: list[Path], name: str) -> Any:
-    """The content of a JSON file in the first of these directories that has it, `None` if none has."""
+def _json_of(places: list[Path], name: str, kind: type = dict) -> Any:
+    """The content of a JSON file, of this type, in the first of these directories that has it, `None` if none has."""
     path = next((place / name for place in places if (place / name).is_file()), None)
     if path is None:
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} has not the form that training writes: it holds {content!r:.80}.")
+    return content
 
 
 # ---- What the run came to ----
@@ -262,7 +269,7 @@ def _facts(card: dict[str, Any], state: dict[str, Any] | None, rollouts: dict[st
 
 def _comparison(run: Path) -> Iterator[dict[str, Any]]:
     """What `examples/train.py` measured."""
-    rows = _json_of([run], "report.json")
+    rows = _json_of([run], "report.json", list)
     if rows is None:
         return
     titles = {

@@ -354,8 +354,8 @@ def _collect(
     positions = positions_of(model, **found)
     if positions.fails:
         # It would fail in the middle of a batch.
-        prompt_ids = (encode_prompt(p, tokenizer, **(chat_template_kwargs or {})) for p in prompts["prompt"])
-        needed = np.array([len(ids) for ids in prompt_ids]) + max_completion_length
+        batches = (encode_prompts(batch, tokenizer, **(chat_template_kwargs or {})) for batch in prompts.iter(1000))
+        needed = np.array([len(ids) for batch in batches for ids in batch]) + max_completion_length
         check_positions(needed, positions, "the model", "With `max_completion_length`, prompt")
     sizes = np.full(len(prompts), num_generations)
     with ShardedRun("Sampling", "answer", sizes, rows_per_shard, output_dir, pins) as run:
@@ -504,8 +504,8 @@ def _take(dataset: Dataset, rows: list[int]) -> Dataset:
 def _check_engine(engine: str | Sampler, model: str | PreTrainedModel) -> None:
     if engine not in ENGINES and not hasattr(engine, "sample"):
         raise ValueError(
-            f"`engine` is one of {', '.join(map(repr, ENGINES))}, or a server such as `VLLMServer(url)`; got "
-            f"{engine!r}."
+            f"`engine` is one of {', '.join(map(repr, ENGINES))}, or a server, `VLLMServer(url)`, or the address of "
+            f"one, such as http://localhost:8000; got {engine!r}."
         )
     if engine == "vllm":
         if not isinstance(model, str):

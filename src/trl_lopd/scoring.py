@@ -370,6 +370,27 @@ def _check_rollouts(dataset: Dataset, added: list[str]) -> None:
                 row = int(np.searchsorted(sizes.cumsum(), at, side="right"))
                 raise TableError(f"Row {first + row}, column {name!r} has a null among its token ids. Drop the row.")
             first += len(sizes)
+    _check_entries(dataset)
+
+
+def _check_entries(dataset: Dataset) -> None:
+    """Raises a `TableError`, before the scoring and not after it, if a column has not one entry a completion token."""
+    names, first = [name for name in ("completion_mask", "ref_logprobs") if name in dataset.column_names], 0
+    for batch in dataset.select_columns(["completion_ids", *names]).with_format("arrow").iter(1000):
+        sizes = {}
+        for name in ("completion_ids", *names):
+            column = batch[name].combine_chunks()
+            if not hasattr(column.type, "value_type"):
+                raise TableError(f"Column {name!r} holds {column.type}, where lists are needed. Remove the column.")
+            sizes[name] = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+        for name in names:
+            if (wrong := sizes[name] != sizes["completion_ids"]).any():
+                row = int(wrong.argmax())
+                raise TableError(
+                    f"Row {first + row}, column {name!r} has {sizes[name][row]} entries for the "
+                    f"{sizes['completion_ids'][row]} tokens in 'completion_ids'. Remove the column, or make it anew."
+                )
+        first += len(batch)
 
 
 def _lists(offsets: np.ndarray, values: pa.Array) -> pa.ListArray:
