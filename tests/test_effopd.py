@@ -307,6 +307,46 @@ def test_the_default_gate_reads_held_out_rows(tmp_path, table, student_dir):
     assert (of_card["effopd"]["steps"], of_card["effopd"]["searches"]) == (4, 3)
 
 
+@pytest.mark.parametrize("gate", [None, "eval_reverse_kl_topk"])
+def test_evaluations_read_the_rows_they_are_given_when_workers_persist(tmp_path, table, student_dir, gate):
+    """Before, in between and after, on the gate's rows, on the trainer's and on others."""
+    args = dict(dataloader_num_workers=1, dataloader_persistent_workers=True, max_steps=2, learning_rate=1e-9)
+    trainer = OfflineOPDTrainer(str(student_dir), make_args(tmp_path, **args), table, eval_dataset=table)
+    callback = EffOPDCallback(trainer, gate, gate_rows=4, gate_dataset=table.select(range(4)))
+    trainer.add_callback(callback)
+    trainer.train()
+    fresh = OfflineOPDTrainer(str(student_dir), make_args(tmp_path), table, eval_dataset=table)
+    for rows in (None, table.select(range(4)), table.select(range(4, 12)), None):
+        values = [t.evaluate(rows)["eval_reverse_kl_topk"] for t in (trainer, fresh)]
+        assert values[0] == pytest.approx(values[1], rel=1e-4)
+    trainer.eval_dataset = table.select(range(6))
+    assert trainer.evaluate()["eval_reverse_kl_topk"] == pytest.approx(
+        fresh.evaluate(table.select(range(6)))["eval_reverse_kl_topk"], rel=1e-4
+    )
+
+
+def test_gates_of_other_trainers_leave_their_evaluations_alone_when_workers_persist(tmp_path):
+    rows = [{"x": [float(i)]} for i in range(8)]
+
+    class Mean(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x, return_loss=True):
+            return {"loss": (x - self.w).mean()}
+
+    args = TrainingArguments(
+        str(tmp_path), max_steps=1, learning_rate=1e-9, use_cpu=True, report_to="none", save_strategy="no",
+        dataloader_num_workers=1, dataloader_persistent_workers=True, per_device_eval_batch_size=8,
+    )  # fmt: skip
+    trainer = Trainer(Mean(), args, train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(rows[:4]))
+    gate = MetricGate(trainer, "eval_loss", Dataset.from_list(rows[6:]))
+    assert gate(trainer.model) == pytest.approx(6.5)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(1.5)
+    assert gate(trainer.model) == pytest.approx(6.5)
+
+
 def test_there_must_be_something_to_gate_with(tmp_path, table, student_dir):
     args = make_args(tmp_path, max_steps=1)
     no_eval = OfflineOPDTrainer(str(student_dir), args, table)

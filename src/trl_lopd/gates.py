@@ -190,9 +190,12 @@ def _muted(trainer: Trainer) -> Iterator[None]:
     collected = {name: copy.deepcopy(value) for name in ("_metrics", "_window") if (value := vars(trainer).get(name))}
     handler.callbacks = []
     trainer.log = lambda *args, **kwargs: None
+    # With persistent workers `Trainer` keeps a dataloader for all evaluations, whatever rows they are given.
+    persistent, trainer.args.dataloader_persistent_workers = trainer.args.dataloader_persistent_workers, False
     try:
         yield
     finally:
         handler.callbacks = callbacks
+        trainer.args.dataloader_persistent_workers = persistent
         del trainer.log
         vars(trainer).update(collected)

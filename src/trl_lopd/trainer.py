@@ -15,13 +15,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
-import pyarrow as pa
 import torch
 import transformers.integrations
-from accelerate import ParallelismConfig
-from accelerate.utils import DistributedType, is_peft_model, send_to_device
+from accelerate import ParallelismConfig, PartialState
+from accelerate.utils import DistributedType, gather_object, is_peft_model, send_to_device
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, IterableDataset
 from transformers import (
@@ -43,7 +43,7 @@ from .consistency import Verdict, check_teacher_consistency, inherited_teachers
 from .drift import describe_weights, has_left, remedy
 from .effopd import EffOPDCallback
 from .failures import LossCheck, SaveOnSigterm, out_of_memory_advice
-from .fingerprint import TeacherFingerprint
+from .fingerprint import TeacherFingerprint, is_id, with_evidence
 from .head import Targets, TokenOutput, add_distillation_head, assert_adapters_are_seen
 from .models import load_tokenizer
 from .objective import (
@@ -58,17 +58,8 @@ from .objective import (
 from .packing import PackedRows, best_fit_decreasing, check_architecture, check_boundaries
 from .processes import on_main_process
 from .stamp import checkpoint_fingerprint, fingerprint_or_none
-from .table import (
-    REQUIRED_COLUMNS,
-    TOKEN_COLUMNS,
-    TableError,
-    TableRows,
-    column_counts,
-    lengths,
-    validate_rows,
-    validate_table,
-    vocab_limits,
-)
+from .streams import FILLER, RowCheck, WholeStream, columns_of
+from .table import TableError, TableRows, column_counts, lengths, validate_table, vocab_limits
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -228,11 +219,11 @@ class OfflineOPDTrainer(Trainer):
             "student": student,
             "student_fingerprint": own_id,
             "mode": args.teacher_consistency,
-            "floor": args.teacher_logprob_floor,
-            "vocab": vocab_limits(processing_class, config),
         }
         # Two, so that the card names the teachers that trained the model and not those that only evaluated it.
-        self._check, self._eval_check = _TableCheck(**check_args), _TableCheck(**check_args)
+        self._check, self._eval_check = _TeacherCheck(**check_args), _TeacherCheck(**check_args)
+        # Of each stream, what validates its rows.
+        self._row_checks: WeakKeyDictionary[IterableDataset, RowCheck] = WeakKeyDictionary()
         self._off_policy = self._left = False
         self._table_args = {"tokenizer": processing_class, "model_config": config}
         self.loss_type: str | None = None  # the training columns decide it
@@ -327,16 +318,24 @@ class OfflineOPDTrainer(Trainer):
     # ---- Data ----
 
     def _prepare(
-        self, dataset: Dataset | IterableDataset, args: OfflineOPDConfig, name: str, check: _TableCheck
+        self, dataset: Dataset | IterableDataset, args: OfflineOPDConfig, name: str, check: _TeacherCheck
     ) -> set[str]:
         """Validates a `Dataset` whole, or the head of a stream, against the objective; returns the columns."""
         if isinstance(dataset, IterableDataset):
             row = next(iter(dataset), None)
             if row is None:
                 raise TableError(f"`{name}` is an empty stream.")
-            check.verdict = on_main_process(args.distributed_state, lambda: replace(check).judge_row(row))
-            self._off_policy |= check is self._check and check.verdict.off_policy and "ref_logprobs" in row
-            columns = set(row)
+            columns = columns_of(row)
+            limits = vocab_limits(self._table_args["tokenizer"], self._table_args["model_config"])
+
+            def judge() -> tuple[RowCheck, Verdict]:
+                rows = RowCheck(args.teacher_logprob_floor, limits, columns)
+                rows([row])
+                teachers, samplers = ([row.get(column)] for column in ("teacher_fingerprint", "student_fingerprint"))
+                return replace(rows, rows=0), check.judge(teachers, "the stream", sampled_by=samplers)
+
+            self._row_checks[dataset], check.verdict = on_main_process(args.distributed_state, judge)
+            self._off_policy |= check is self._check and check.verdict.off_policy and "ref_logprobs" in columns
             self.loss_type = _resolve_loss_type(args, columns, self.loss_type)
             return columns
         if not isinstance(dataset, Dataset):
@@ -345,7 +344,7 @@ class OfflineOPDTrainer(Trainer):
             summary = validate_table(dataset, **self._table_args, teacher_logprob_floor=args.teacher_logprob_floor)
         except TableError as error:
             raise TableError(f"`{name}`: {error}") from None
-        check.seen.update(summary.teacher_fingerprints)
+        check.teachers.update(summary.teacher_fingerprints)
         if args.teacher_consistency != "off":
             check.verdict = on_main_process(args.distributed_state, lambda: check.judge(dataset, name))
         if check is self._check and check.verdict is not None and check.verdict.off_policy:
@@ -383,18 +382,27 @@ class OfflineOPDTrainer(Trainer):
         )
         return PackedRows(rows, packs)
 
-    def get_train_dataloader(self):
+    def _get_dataloader(self, dataset, description, *args, **kwargs):
+        training, collator = description == "Training", self.data_collator
         # Training alone is read in micro-batches: evaluation has a batch size of its own.
-        whole = self.data_collator
-        self.data_collator = replace(whole, max_tokens=self.args.max_tokens_per_device)
+        self.data_collator = replace(collator, max_tokens=self.args.max_tokens_per_device if training else None)
+        if isinstance(dataset, IterableDataset):
+            self.data_collator.validate = replace(self._row_checks[dataset])
+            if (processes := self.accelerator.num_processes) > 1:
+                dataset = WholeStream(dataset, fill=1 if training else self.args.eval_batch_size * processes)
+        # Evaluation reads all rows that it is given. `Trainer` would keep a dataloader with persistent workers for all
+        # later evaluations, whatever their rows.
+        changes = {} if training else {"dataloader_persistent_workers": False, "dataloader_drop_last": False}
+        before = {name: getattr(self.args, name) for name in changes}
+        vars(self.args).update(changes)
         try:
-            return super().get_train_dataloader()
+            return super()._get_dataloader(dataset, description, *args, **kwargs)
         finally:
-            self.data_collator = whole
+            vars(self.args).update(before)
+            self.data_collator = collator
 
     def _get_collator_with_removed_columns(self, data_collator, description: str | None = None):
-        # Called for streams, whose rows nobody has validated yet.
-        return replace(data_collator, validate=self._check if description == "Training" else self._eval_check)
+        return data_collator  # it reads the columns that it knows
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy == "group_by_length" and isinstance(self.train_dataset, Dataset):
@@ -437,6 +445,9 @@ class OfflineOPDTrainer(Trainer):
 
     def _inner_training_loop(self, *args, **kwargs):
         self._check_loss.reset()
+        checkpoint = kwargs.get("resume_from_checkpoint")
+        if checkpoint is not None and isinstance(self.train_dataset, IterableDataset):
+            self._check.resume(checkpoint, len(self._student_card.get("opd_rounds") or []))
         return super()._inner_training_loop(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -451,6 +462,8 @@ class OfflineOPDTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """A batch, or, within `max_tokens_per_device`, one after another the micro-batches that the collator made."""
+        for part in _parts(inputs):
+            self._check.meet(part)
         if isinstance(inputs, list):
             loss = self._train_on_parts(model, inputs, num_items_in_batch)
         else:
@@ -595,15 +608,22 @@ class OfflineOPDTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
+        self._eval_check.meet(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             _, totals = self._forward(model, inputs, self._num_items(inputs))
         self._try_boundaries(model)
+        if FILLER in inputs:
+            totals[FILLER] = inputs[FILLER]
         # Gathered a sequence at a time, so that rows repeated to fill the last batch are dropped.
         names, num_sequences = sorted(totals), len(totals["truncated"])
         columns = [totals[name].float().reshape(num_sequences, -1) for name in names]
         gathered = self.accelerator.gather_for_metrics(torch.cat(columns, dim=-1))
         parts = gathered.split([column.shape[1] for column in columns], dim=-1)
-        self._eval_batches.append({name: part.squeeze(-1) for name, part in zip(names, parts, strict=True)})
+        totals = {name: part.squeeze(-1) for name, part in zip(names, parts, strict=True)}
+        if FILLER in totals:
+            evaluated = totals.pop(FILLER) == 0
+            totals = {name: values[evaluated] for name, values in totals.items()}
+        self._eval_batches.append(totals)
         # `Trainer` averages losses over batches; `evaluation_loop` adds the exact one.
         return None, None, None
 
@@ -660,7 +680,7 @@ class OfflineOPDTrainer(Trainer):
         if (left or self._off_policy) and self.is_world_process_zero():
             message = f"Off-policy rollouts, measured up to step {self.state.global_step}: {describe_weights(logs)}"
             if left:
-                message += f" {remedy(self.args.output_dir, self._check.seen)}"
+                message += f" {remedy(self.args.output_dir, self._check.teachers)}"
             logger.warning(message)
         self._off_policy, self._left = False, self._left or left
 
@@ -678,6 +698,7 @@ class OfflineOPDTrainer(Trainer):
         else:
             super().save_model(output_dir, _internal_call)
         output_dir = output_dir or self.args.output_dir
+        self._check.gather()
         if self.is_world_process_zero():
             os.makedirs(output_dir, exist_ok=True)  # sharded weights are not in there yet
             self._saved = (output_dir, self.state.global_step, checkpoint_fingerprint(output_dir))
@@ -762,24 +783,27 @@ class OfflineOPDTrainer(Trainer):
 
     def _round(self) -> dict[str, Any]:
         """This round of training, as cards keep it."""
-        verdict, table, mode = self._check.verdict, self.train_dataset, self.args.teacher_consistency
+        check, table, mode = self._check, self.train_dataset, self.args.teacher_consistency
         round = {
-            "student": self._check.student_fingerprint or Path(get_config_model_id(self.model.config)).name,
+            "student": check.student_fingerprint or Path(get_config_model_id(self.model.config)).name,
             "objective": self.loss_type,
-            "teacher_consistency": "off" if mode == "off" else verdict.evidence or f"overridden ({mode})",
         }
         if isinstance(table, Dataset):
-            round |= {"rows": len(table), "teachers": count_teachers(self._check.seen)}
-            if samplers := column_counts(table, "student_fingerprint"):
-                round["sampled_by"] = count_teachers(samplers)
+            verdict, teachers, samplers = check.verdict, check.teachers, column_counts(table, "student_fingerprint")
         else:
-            round["teachers"] = count_teachers(dict.fromkeys(self._check.seen, 0))
+            teachers, samplers = check.of_all
+            verdict = check.judge(teachers, "the stream", samplers, mode="off") if teachers else check.verdict
+        round["teacher_consistency"] = "off" if mode == "off" else verdict.evidence or f"overridden ({mode})"
+        round |= {"rows": sum(teachers.values()), "teachers": count_teachers(teachers)}
+        if sampled_by := count_teachers(samplers):
+            round["sampled_by"] = sampled_by
         return round
 
     def describe_round(self) -> dict[str, Any]:
         """
         Who is trained on whose scores: `student`, `objective`, `teacher_consistency` (the evidence), `teachers` with
-        their rows, `sft_teachers`, and more, as the model card will say. Rows of a stream are counted as they arrive.
+        their rows, `sft_teachers`, and more, as the model card will say. Rows of a stream are counted when they are
+        trained on; on several processes those of the others when a model is saved.
         """
         sft_teachers = inherited_teachers(self._student_card, self._check.student_fingerprint)
         return {**self._round(), "sft_teachers": sft_teachers}
@@ -793,23 +817,20 @@ def _load_adapter(path: str, adapter: PeftConfig, init_kwargs: dict[str, Any]) -
 
 
 @dataclass
-class _TableCheck:
-    """What makes a row fit for this student; called with the rows of a stream as they arrive."""
+class _TeacherCheck:
+    """Whether this student may learn from the rows, and, of a stream, who scored and who sampled those it met."""
 
     card: dict[str, Any]
     student: str
     student_fingerprint: str | None
     mode: str
-    floor: float | None
-    vocab: tuple[int | None, int | None]
-    seen: Counter[str] = field(default_factory=Counter)
-    samplers: set[str | None] = field(default_factory=set)
     verdict: Verdict | None = None
-    rows: int = 0
-    top_k: int = 0
+    teachers: Counter[str] = field(default_factory=Counter)
+    samplers: Counter[str | None] = field(default_factory=Counter)
+    gathered: tuple[Counter[str], Counter[str | None]] | None = None
 
     def judge(
-        self, table: Dataset | Iterable[str], name: str = "the stream", sampled_by: Iterable[str] = ()
+        self, table: Dataset | Iterable[str], name: str, sampled_by: Iterable[str] = (), mode: str | None = None
     ) -> Verdict:
         """Applies the consistency rule to a table, or to the teachers and students of some rows."""
         return check_teacher_consistency(
@@ -817,36 +838,50 @@ class _TableCheck:
             table,
             sampled_by=sampled_by,
             student_fingerprint=self.student_fingerprint,
-            mode=self.mode,
+            mode=mode or self.mode,
             student=self.student,
             table_name=name,
         )
 
-    def judge_row(self, row: dict[str, Any]) -> Verdict:
-        """Validates the first row of a stream too."""
-        self([row])
-        return self.verdict
+    def meet(self, batch: dict[str, Any]) -> None:
+        """Judges and counts the rows of a stream's batch, and takes their fingerprints out of it."""
+        teachers, samplers = (batch.pop(name, None) for name in ("teacher_fingerprint", "student_fingerprint"))
+        if teachers is None:
+            return
+        if not ({*teachers} <= self.teachers.keys() and {*samplers} <= self.samplers.keys()):
+            met = sorted({*self.teachers, *teachers})
+            self.verdict = self.judge(met, "the stream", sampled_by={*self.samplers, *samplers})
+        self.teachers.update(teachers)
+        self.samplers.update(samplers)
 
-    def __call__(self, rows: list[dict[str, Any]]) -> None:
-        known = (*REQUIRED_COLUMNS, *TOKEN_COLUMNS)
-        try:
-            summary = validate_rows(
-                pa.Table.from_pylist([{name: row[name] for name in known if name in row} for row in rows]),
-                first_row=self.rows,
-                vocab_size=self.vocab[0],
-                topk_vocab_size=self.vocab[1],
-                top_k=self.top_k,
-                teacher_logprob_floor=self.floor,
+    def resume(self, checkpoint: str, earlier: int) -> None:
+        """Counts on from the rows that trained a checkpoint, as its card has them after those of `earlier` rounds."""
+        self.teachers, self.samplers = Counter(), Counter()
+        if not PartialState().is_main_process:
+            return  # in the sum of all processes they count once
+        rounds = read_model_card(checkpoint).get("opd_rounds") or []
+        if len(rounds) <= earlier or "rows" not in rounds[earlier]:
+            logger.warning(
+                f"{checkpoint} has no card that says which rows of the stream trained it: the card of this run will "
+                "only have those of the steps from here on."
             )
-        except TableError as error:
-            raise TableError(f"{error} (Rows are counted in the order in which this process read them.)") from None
-        self.rows, self.top_k = self.rows + len(rows), summary.top_k
-        samplers = {row.get("student_fingerprint") for row in rows}
-        if not (summary.teacher_fingerprints.keys() <= self.seen.keys() and samplers <= self.samplers):
-            teachers = sorted({*self.seen, *summary.teacher_fingerprints})
-            self.verdict = self.judge(teachers, sampled_by=self.samplers | samplers)
-        self.seen.update(summary.teacher_fingerprints)
-        self.samplers |= samplers
+            return
+        for counts, entries in ((self.teachers, "teachers"), (self.samplers, "sampled_by")):
+            for entry in rounds[earlier].get(entries) or []:
+                name = with_evidence(entry["id"], entry["evidence"]) if is_id(entry["id"]) else entry["id"]
+                counts[name] += entry["rows"]
+        self.samplers[None] += self.teachers.total() - self.samplers.total()
+
+    @property
+    def of_all(self) -> tuple[Counter[str], Counter[str | None]]:
+        """Rows of each teacher and of each student, of all processes as far as they were gathered."""
+        return self.gathered or (self.teachers, self.samplers)
+
+    def gather(self) -> None:
+        """Called on all processes."""
+        if PartialState().num_processes > 1:
+            parts = gather_object([(self.teachers, self.samplers)])
+            self.gathered = tuple(sum(counts, Counter()) for counts in zip(*parts, strict=True))
 
 
 def _resolve_loss_type(args: OfflineOPDConfig, columns: set[str], required: str | None = None) -> str:
