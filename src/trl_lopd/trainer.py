@@ -431,9 +431,10 @@ class OfflineOPDTrainer(Trainer):
                 "This trainer has evaluated or trained with DeepSpeed already, whose engine is made once. Make "
                 "another trainer; to evaluate before the first step, set `eval_on_start=True`."
             )
-        self._window = {}
+        self._attempts = 0
         try:
-            output = super().train(*args, **kwargs)
+            with self._save_on_sigterm or contextlib.nullcontext():
+                output = super().train(*args, **kwargs)
         except RuntimeError as error:
             if should_reduce_batch_size(error) and self._last_shape is not None:
                 error.args = (f"{error}\n{out_of_memory_advice(self, self._last_shape)}",)
@@ -444,6 +445,16 @@ class OfflineOPDTrainer(Trainer):
         return output
 
     def _inner_training_loop(self, *args, **kwargs):
+        self._attempts += 1
+        if self._attempts > 1 and (steps := self.state.global_step - self._initial_global_step):
+            raise RuntimeError(
+                f"Memory ran out after {steps} steps. `auto_find_batch_size` would begin again at the first step, with "
+                "weights that these steps have changed. Set a smaller `per_device_train_batch_size`, or "
+                "`max_tokens_per_device`, which bounds batches of long rows, and resume from a checkpoint or start "
+                "again."
+            )
+        # Of steps that were not finished.
+        self._window = {}
         self._check_loss.reset()
         checkpoint = kwargs.get("resume_from_checkpoint")
         if checkpoint is not None and isinstance(self.train_dataset, IterableDataset):
