@@ -356,7 +356,7 @@ def test_there_must_be_something_to_gate_with(tmp_path, table, student_dir):
     with pytest.raises(ValueError, match="`RewardGate`"):
         EffOPDCallback(sampled)
     for key in ("eval_huber", "eval_frozen_log_ratio", "eval_loss"):
-        with pytest.raises(ValueError, match=f"'{key}' can fall while the student gets worse"):
+        with pytest.raises(ValueError, match=f"'{key}' does not tell whether the student got better"):
             EffOPDCallback(sampled, key)
     with pytest.raises(ValueError, match="Trainer has no default gate"):
         EffOPDCallback(make_quadratic(tmp_path, 1))
@@ -407,7 +407,7 @@ def test_sft_of_trl_with_its_own_metric(tmp_path):
     training = [entry for entry in trainer.state.log_history if "mean_token_accuracy" in entry]
     assert [entry["step"] for entry in training] == [4, 8]  # the trainer's own logs, whole
     with pytest.raises(ValueError, match="'eval_nothing' is none of what `evaluate` gives"):
-        MetricGate(trainer, "eval_nothing")(trainer.model)
+        MetricGate(trainer, "eval_nothing", greater_is_better=True)(trainer.model)
 
 
 def test_online_distillation_of_trl(tmp_path, tokenizer):

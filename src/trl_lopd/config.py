@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from .consistency import MODES
-
-# They fall, or can be driven down without bound, while the student gets worse.
-_NOT_A_CRITERION = ("huber", "frozen_log_ratio", "k3", "advantage/mean")
+from .criteria import direction
 
 
 @dataclass
@@ -197,15 +195,8 @@ class OfflineOPDConfig(TrainingArguments):
         if self.ratio_clip is not None and self.loss_type == "topk":
             raise ValueError("`ratio_clip` is a trust region of `loss_type='sampled'`; the top-k objective has none.")
 
-        metric = (self.metric_for_best_model or "").removeprefix("eval_")
-        if metric.endswith(_NOT_A_CRITERION):
-            raise ValueError(
-                f"`metric_for_best_model={self.metric_for_best_model!r}` does not tell whether the student got "
-                "better: on frozen rollouts it can fall while the student gets worse. Select by 'reverse_kl_topk' on "
-                "held-out rows that carry teacher top-k columns."
-            )
-        if metric.startswith("reverse_kl") and self.greater_is_better is None:
-            self.greater_is_better = False
+        if self.metric_for_best_model is not None:
+            self.greater_is_better = direction(self.metric_for_best_model, self.greater_is_better)
         # Only the trainer knows whether the evaluation rows carry the columns the better default needs.
         self.metric_for_best_model_is_default = self.metric_for_best_model is None
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
@@ -213,6 +204,17 @@ class OfflineOPDConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
+        if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+            # They read the metric, but not in which direction it is better.
+            mode = "max" if self.greater_is_better else "min"
+            given = (self.lr_scheduler_kwargs or {}).get("mode", mode)
+            if given != mode:
+                raise ValueError(
+                    f"`lr_scheduler_kwargs={{'mode': {given!r}}}` contradicts `metric_for_best_model="
+                    f"{self.metric_for_best_model!r}`, of which {'more' if mode == 'max' else 'less'} is better: "
+                    "leave the mode out."
+                )
+            self.lr_scheduler_kwargs = {**(self.lr_scheduler_kwargs or {}), "mode": mode}
 
     def to_dict(self) -> dict[str, Any]:
         settings = super().to_dict()

@@ -448,10 +448,9 @@ class OfflineOPDTrainer(Trainer):
         self._attempts += 1
         if self._attempts > 1 and (steps := self.state.global_step - self._initial_global_step):
             raise RuntimeError(
-                f"Memory ran out after {steps} steps. `auto_find_batch_size` would begin again at the first step, with "
+                f"Memory ran out after {steps} steps. `auto_find_batch_size` would begin again at the first step with "
                 "weights that these steps have changed. Set a smaller `per_device_train_batch_size`, or "
-                "`max_tokens_per_device`, which bounds batches of long rows, and resume from a checkpoint or start "
-                "again."
+                "`max_tokens_per_device` if only long rows are too large, and start again or from a checkpoint."
             )
         # Of steps that were not finished.
         self._window = {}
