@@ -36,7 +36,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import find_adapter_config_file
 from trl.trainer.utils import create_model_from_path, generate_model_card, get_config_model_id
 
-from .cards import count_teachers, read_model_card, stamp_model_card
+from .cards import count_teachers, read_model_card, record_of, stamp_model_card
 from .collator import OfflineOPDCollator, padded_length, too_long
 from .config import OfflineOPDConfig
 from .consistency import Verdict, check_teacher_consistency, inherited_teachers
@@ -690,7 +690,9 @@ class OfflineOPDTrainer(Trainer):
         if (left or self._off_policy) and self.is_world_process_zero():
             message = f"Off-policy rollouts, measured up to step {self.state.global_step}: {describe_weights(logs)}"
             if left:
-                message += f" {remedy(self.args.output_dir, self._check.teachers)}"
+                known = [self._student_card.get("sft_teachers"), record_of(self.train_dataset).get("teachers")]
+                known = [entry for entries in known for entry in entries or ()]
+                message += f" {remedy(self.args.output_dir, self._check.teachers, known)}"
             logger.warning(message)
         self._off_policy, self._left = False, self._left or left
 
