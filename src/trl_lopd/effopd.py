@@ -262,8 +262,8 @@ class EffOPDCallback(TrainerCallback):
             last = search["step"]
             if last <= _SHORT:
                 interval = last
-            elif search["accepted"] == 1:
-                interval *= 2
+            else:
+                interval = _SHORT if search["accepted"] > 1 else 2 * interval
         return last + interval
 
     def _search(self, step: int) -> None:
