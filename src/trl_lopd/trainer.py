@@ -79,6 +79,11 @@ _PAPER = {
 }""",  # noqa: E501
 }
 
+_NO_TENSOR_PARALLELISM = (
+    "Tensor parallelism is not supported: processes that read the same rows would be counted as if they had read "
+    "others. Set `tp_size` to 1. For models that do not fit, use ZeRO-3 or FSDP2."
+)
+
 
 class OfflineOPDTrainer(Trainer):
     """
@@ -171,6 +176,8 @@ class OfflineOPDTrainer(Trainer):
                 "use `activation_checkpointing=True`, with `activation_checkpointing_kwargs={'offload': True}` if it "
                 "takes that, `max_tokens_per_device`, a `peft_config`, and ZeRO-3 or FSDP2."
             )
+        if parallelism.tp_enabled:
+            raise ValueError(_NO_TENSOR_PARALLELISM)
         if args.use_liger_kernel:
             liger = args.liger_kernel_config or {}
             if liger.get("fused_linear_cross_entropy"):
@@ -298,6 +305,8 @@ class OfflineOPDTrainer(Trainer):
                 "`nn.DataParallel` is not supported. Launch with `accelerate launch` or `torchrun`, or make a single "
                 "GPU visible with `CUDA_VISIBLE_DEVICES`."
             )
+        if self.get_tp_size() > 1:  # as the model was loaded, or by DeepSpeed
+            raise ValueError(_NO_TENSOR_PARALLELISM)
         self._window: dict[str, torch.Tensor] = {}
         self._boundaries_checked = False
         self._check_loss = LossCheck(self)
@@ -390,9 +399,10 @@ class OfflineOPDTrainer(Trainer):
             self.data_collator.validate = replace(self._row_checks[dataset])
             if (processes := self.accelerator.num_processes) > 1:
                 dataset = WholeStream(dataset, fill=1 if training else self.args.eval_batch_size * processes)
-        # Evaluation reads all rows that it is given. `Trainer` would keep a dataloader with persistent workers for all
-        # later evaluations, whatever their rows.
-        changes = {} if training else {"dataloader_persistent_workers": False, "dataloader_drop_last": False}
+        # Evaluation reads all rows that it is given, in their order. With persistent workers `Trainer` would keep the
+        # dataloader for all later evaluations, whatever their rows.
+        evaluation = {"persistent_workers": False, "drop_last": False, "in_order": True}
+        changes = {} if training else {f"dataloader_{name}": value for name, value in evaluation.items()}
         before = {name: getattr(self.args, name) for name in changes}
         vars(self.args).update(changes)
         try:
@@ -406,10 +416,7 @@ class OfflineOPDTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy == "group_by_length" and isinstance(self.train_dataset, Dataset):
-            return LengthGroupedSampler(
-                self.args.train_batch_size * self.args.gradient_accumulation_steps,
-                lengths=_row_lengths(self.train_dataset, self.args).tolist(),
-            )
+            return _GroupedByLength(self)
         return super()._get_train_sampler(train_dataset)
 
     def _get_eval_sampler(self, eval_dataset):
@@ -532,7 +539,9 @@ class OfflineOPDTrainer(Trainer):
         return super().floating_point_ops(_together(inputs))
 
     def _track_num_input_tokens(self, inputs):
-        super()._track_num_input_tokens(_together(inputs))
+        read = _together(inputs)
+        # Otherwise tokens with the id of padding are taken for it.
+        super()._track_num_input_tokens({"attention_mask": torch.ones_like(read["input_ids"]), **read})
 
     # ---- Loss ----
 
@@ -826,6 +835,23 @@ def _load_adapter(path: str, adapter: PeftConfig, init_kwargs: dict[str, Any]) -
 
     base = create_model_from_path(adapter.base_model_name_or_path, **{**init_kwargs, "revision": adapter.revision})
     return PeftModel.from_pretrained(base, path, revision=init_kwargs.get("revision"), is_trainable=True)
+
+
+class _GroupedByLength(LengthGroupedSampler):
+    """Draws an order for each epoch that all processes draw, and again if a run is resumed in it."""
+
+    def __init__(self, trainer: OfflineOPDTrainer):
+        args = trainer.args
+        self.trainer, self.seed = trainer, args.seed if args.data_seed is None else args.data_seed
+        super().__init__(
+            args.train_batch_size * args.gradient_accumulation_steps,
+            lengths=_row_lengths(trainer.train_dataset, args).tolist(),
+            generator=torch.Generator(),
+        )
+
+    def __iter__(self):
+        self.generator.manual_seed(self.seed + int(self.trainer.state.epoch or 0))
+        return super().__iter__()
 
 
 @dataclass
