@@ -190,7 +190,8 @@ def test_what_is_no_fingerprint_is_recorded_as_somebody_s_word(tmp_path, student
 
     rows = table.map(lambda row: {"teacher_fingerprint": "gpt-4", "student_fingerprint": "mine"})
     rows = rows.to_iterable_dataset() if stream else rows
-    trainer = OfflineOPDTrainer(str(student_dir), make_args(tmp_path, teacher_consistency=mode), rows)
+    trainer = OfflineOPDTrainer(str(student_dir), make_args(tmp_path, teacher_consistency=mode, max_steps=1), rows)
+    trainer.train()
     trainer.save_model(str(tmp_path / "out"))
     (round,) = read_model_card(tmp_path / "out")["opd_rounds"]
     assert [(t["id"], t["evidence"]) for t in round["teachers"]] == [("gpt-4", "declared")]
