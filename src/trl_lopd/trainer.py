@@ -601,9 +601,9 @@ class OfflineOPDTrainer(Trainer):
         self, model, inputs: dict[str, torch.Tensor], num_items: torch.Tensor | int
     ) -> tuple[TokenOutput, dict[str, torch.Tensor]]:
         """The batch's share of a loss over `num_items`, and the totals behind every metric; see `objective`."""
+        self._last_shape = tuple(inputs["input_ids"].shape)
         if not self.is_deepspeed_enabled:  # ZeRO-3 takes the first forward for the order of its modules
             self._try_once(model)
-        self._last_shape = tuple(inputs["input_ids"].shape)
         labels, teacher, ref = inputs["labels"], inputs["teacher_logprobs"], inputs.get("ref_logprobs")
         sequences, num_sequences = inputs["sequences"], len(inputs["truncated"])
         topk_ids, topk_logprobs = inputs.get("teacher_topk_ids"), inputs.get("teacher_topk_logprobs")
