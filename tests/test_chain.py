@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_model
 from datasets import Dataset
 from hub import Hub
@@ -190,7 +191,8 @@ def test_what_is_no_fingerprint_is_recorded_as_somebody_s_word(tmp_path, student
 
     rows = table.map(lambda row: {"teacher_fingerprint": "gpt-4", "student_fingerprint": "mine"})
     rows = rows.to_iterable_dataset() if stream else rows
-    trainer = OfflineOPDTrainer(str(student_dir), make_args(tmp_path, teacher_consistency=mode), rows)
+    trainer = OfflineOPDTrainer(str(student_dir), make_args(tmp_path, teacher_consistency=mode, max_steps=1), rows)
+    trainer.train()
     trainer.save_model(str(tmp_path / "out"))
     (round,) = read_model_card(tmp_path / "out")["opd_rounds"]
     assert [(t["id"], t["evidence"]) for t in round["teachers"]] == [("gpt-4", "declared")]
@@ -271,3 +273,12 @@ def test_off_policy_rollouts_are_a_warning_with_the_measured_weights(
     caplog.clear()
     OfflineOPDTrainer(str(other), make_args(tmp_path), table.remove_columns("ref_logprobs"))
     assert "Without a `ref_logprobs` column" in caplog.text
+
+
+def test_what_a_model_learnt_before_is_no_more_than_declared_if_it_was_changed_since(tmp_path, student_dir, answers):
+    for change, evidence in ((0.0, {"verified"}), (0.5, {"declared", "verified"})):
+        model = make_model(seed=2).from_pretrained(student_dir)
+        with torch.no_grad():
+            model.model.norm.weight += change
+        callback = TeacherStampCallback(make_trainer(tmp_path, answers, model))
+        assert {t["evidence"] for t in callback.sft_teachers} == evidence

@@ -152,7 +152,21 @@ def test_a_pack_stands_for_its_rows_and_all_rows_are_validated():
     batch = collator([rows[:3], rows[3], rows[4:]])
     assert [id(row) for row in seen] == [id(row) for row in rows]
     expected = collator(rows)
-    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    assert all(
+        torch.equal(batch[name], expected[name])
+        for name in ("input_ids", "positions", "labels", "sequences", "teacher_logprobs")
+    )
+
+
+def test_rows_that_nobody_has_read_yet_bring_who_scored_and_sampled_them():
+    rows = [row | {"teacher_fingerprint": f"t{i}"} for i, row in enumerate(random_rows(4))]
+    rows[2]["student_fingerprint"] = "s"
+    parts = OfflineOPDCollator(pad_token_id=0, max_tokens=24, validate=lambda rows: None)(rows)
+    found = [
+        pair for part in parts for pair in zip(part["teacher_fingerprint"], part["student_fingerprint"], strict=True)
+    ]
+    assert sorted(found, key=str) == [("t0", None), ("t1", None), ("t2", "s"), ("t3", None)]
+    assert "teacher_fingerprint" not in OfflineOPDCollator(pad_token_id=0)(rows)
 
 
 @pytest.mark.parametrize("options", [{}, {"pad_to_multiple_of": 8}, {"padding_free": True}])

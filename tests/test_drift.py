@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_trainer import make_trainer
 
+from trl_lopd.cards import attach_record, record_of
 from trl_lopd.commands import RolloutArguments, ScoreArguments
 from trl_lopd.drift import MIN_ESS, has_left
 from trl_lopd.objective import sequence_totals, summarize
@@ -72,6 +73,32 @@ def test_the_threshold_is_where_chi_squared_is_one():
     assert 1 / (1 + (0.1 / 0.94) ** 2) > 0.98 > MIN_ESS
 
 
+def command_of(caplog):
+    """The commands of the warning, parsed by the command line, and the warning."""
+    from trl import TrlParser
+
+    (message,) = [record.message for record in caplog.records if "left its rollouts" in record.message]
+    command = re.search(r"^trl-lopd rollout.*$", message, re.MULTILINE).group()
+    rollout, score = (shlex.split(part) for part in command.split("&&"))
+    (rollout,) = TrlParser(RolloutArguments).parse_args_and_config(rollout[2:])
+    (score,) = TrlParser(ScoreArguments).parse_args_and_config(score[2:])
+    return rollout, score, message
+
+
+@pytest.mark.parametrize("hub_id", [None, "my-org/teacher-32b"])
+def test_the_teacher_is_named_as_it_can_be_loaded(tmp_path, student_dir, table, caplog, hub_id):
+    """By its Hub id, which cards know; the last component of a directory is not one."""
+    rows, record = table.map(lambda row: row), record_of(table)
+    if hub_id:
+        record["teachers"][0]["model_id"] = hub_id
+    attach_record(rows, record)
+    with caplog.at_level(logging.WARNING):
+        make_trainer(tmp_path, student_dir, rows, learning_rate=0.1, max_steps=6).train()
+    _, score, message = command_of(caplog)
+    assert score.teacher_name_or_path == (hub_id or "TEACHER")
+    assert (f"TEACHER is {table[0]['teacher_fingerprint']}" in message) == (hub_id is None)
+
+
 def test_warned_once_with_the_figures_and_a_command_that_parses(tmp_path, student_dir, table, caplog):
     near = make_trainer(tmp_path, student_dir, table, learning_rate=1e-6, max_steps=2)
     with caplog.at_level(logging.WARNING):
@@ -90,14 +117,8 @@ def test_warned_once_with_the_figures_and_a_command_that_parses(tmp_path, studen
     assert f"effective sample size {left[0]['importance_weight/ess']:.1%}" in message
     assert f"98% of them between {left[0]['importance_weight/p01']:.2f}" in message
 
-    from trl import TrlParser
-
-    command = re.search(r"^trl-lopd rollout.*$", message, re.MULTILINE).group()
-    rollout, score = (shlex.split(part) for part in command.split("&&"))
-    (rollout,) = TrlParser(RolloutArguments).parse_args_and_config(rollout[2:])
-    (score,) = TrlParser(ScoreArguments).parse_args_and_config(score[2:])
+    rollout, score, _ = command_of(caplog)
     assert rollout.model_name_or_path == far.args.output_dir and score.dataset_name == rollout.output_dir
-    assert score.teacher_name_or_path == "teacher"
 
 
 def test_held_out_rows_have_their_weights(tmp_path, student_dir, table):

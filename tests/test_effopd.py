@@ -108,10 +108,9 @@ def test_the_history_adds_up(tmp_path, capsys):
     assert "EffOPD: 9 steps that went as far as" in capsys.readouterr().out
 
 
-def test_the_default_schedule_waits_longer_after_a_search_in_vain(tmp_path):
+def test_the_default_schedule_waits_longer_after_each_search_in_vain_and_eight_steps_after_a_success(tmp_path):
     trainer = make_quadratic(tmp_path, 100)
-    # The last two of: 1, 2, 4, 8, 16 in vain, 24, 32, 40, 56 in vain, 72 in vain, ...
-    accept = iter([False, True, False, True, True, True, False, False, True, True])
+    accept = iter([False, True, False, True, True, True, False, False, True, True, False])
     outcomes = {}
 
     def gate(model):
@@ -125,8 +124,8 @@ def test_the_default_schedule_waits_longer_after_a_search_in_vain(tmp_path):
     callback = EffOPDCallback(trainer, gate, greater_is_better=False, parameters="all")
     trainer.add_callback(callback)
     trainer.train()
-    assert [search["step"] for search in callback.history] == [1, 2, 4, 8, 16, 24, 32, 48, 80]
-    assert [search["accepted"] > 1 for search in callback.history] == [0, 1, 0, 1, 1, 1, 0, 0, 1]
+    assert [search["step"] for search in callback.history] == [1, 2, 4, 8, 16, 24, 32, 48, 80, 88, 96]
+    assert [search["accepted"] > 1 for search in callback.history] == [0, 1, 0, 1, 1, 1, 0, 0, 1, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -307,6 +306,46 @@ def test_the_default_gate_reads_held_out_rows(tmp_path, table, student_dir):
     assert (of_card["effopd"]["steps"], of_card["effopd"]["searches"]) == (4, 3)
 
 
+@pytest.mark.parametrize("gate", [None, "eval_reverse_kl_topk"])
+def test_evaluations_read_the_rows_they_are_given_when_workers_persist(tmp_path, table, student_dir, gate):
+    """Before, in between and after, on the gate's rows, on the trainer's and on others."""
+    args = dict(dataloader_num_workers=1, dataloader_persistent_workers=True, max_steps=2, learning_rate=1e-9)
+    trainer = OfflineOPDTrainer(str(student_dir), make_args(tmp_path, **args), table, eval_dataset=table)
+    callback = EffOPDCallback(trainer, gate, gate_rows=4, gate_dataset=table.select(range(4)))
+    trainer.add_callback(callback)
+    trainer.train()
+    fresh = OfflineOPDTrainer(str(student_dir), make_args(tmp_path), table, eval_dataset=table)
+    for rows in (None, table.select(range(4)), table.select(range(4, 12)), None):
+        values = [t.evaluate(rows)["eval_reverse_kl_topk"] for t in (trainer, fresh)]
+        assert values[0] == pytest.approx(values[1], rel=1e-4)
+    trainer.eval_dataset = table.select(range(6))
+    assert trainer.evaluate()["eval_reverse_kl_topk"] == pytest.approx(
+        fresh.evaluate(table.select(range(6)))["eval_reverse_kl_topk"], rel=1e-4
+    )
+
+
+def test_gates_of_other_trainers_leave_their_evaluations_alone_when_workers_persist(tmp_path):
+    rows = [{"x": [float(i)]} for i in range(8)]
+
+    class Mean(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x, return_loss=True):
+            return {"loss": (x - self.w).mean()}
+
+    args = TrainingArguments(
+        str(tmp_path), max_steps=1, learning_rate=1e-9, use_cpu=True, report_to="none", save_strategy="no",
+        dataloader_num_workers=1, dataloader_persistent_workers=True, per_device_eval_batch_size=8,
+    )  # fmt: skip
+    trainer = Trainer(Mean(), args, train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(rows[:4]))
+    gate = MetricGate(trainer, "eval_loss", Dataset.from_list(rows[6:]))
+    assert gate(trainer.model) == pytest.approx(6.5)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(1.5)
+    assert gate(trainer.model) == pytest.approx(6.5)
+
+
 def test_there_must_be_something_to_gate_with(tmp_path, table, student_dir):
     args = make_args(tmp_path, max_steps=1)
     no_eval = OfflineOPDTrainer(str(student_dir), args, table)
@@ -316,7 +355,7 @@ def test_there_must_be_something_to_gate_with(tmp_path, table, student_dir):
     with pytest.raises(ValueError, match="`RewardGate`"):
         EffOPDCallback(sampled)
     for key in ("eval_huber", "eval_frozen_log_ratio", "eval_loss"):
-        with pytest.raises(ValueError, match=f"'{key}' can fall while the student gets worse"):
+        with pytest.raises(ValueError, match=f"'{key}' does not tell whether the student got better"):
             EffOPDCallback(sampled, key)
     with pytest.raises(ValueError, match="Trainer has no default gate"):
         EffOPDCallback(make_quadratic(tmp_path, 1))
@@ -367,7 +406,7 @@ def test_sft_of_trl_with_its_own_metric(tmp_path):
     training = [entry for entry in trainer.state.log_history if "mean_token_accuracy" in entry]
     assert [entry["step"] for entry in training] == [4, 8]  # the trainer's own logs, whole
     with pytest.raises(ValueError, match="'eval_nothing' is none of what `evaluate` gives"):
-        MetricGate(trainer, "eval_nothing")(trainer.model)
+        MetricGate(trainer, "eval_nothing", greater_is_better=True)(trainer.model)
 
 
 def test_online_distillation_of_trl(tmp_path, tokenizer):

@@ -139,3 +139,92 @@ def test_sigterm_saves_a_checkpoint_that_resumes_exactly(tmp_path, student_dir, 
         assert torch.equal(a, b)
     assert signal.getsignal(signal.SIGTERM) is handler
     assert resumed.args.enable_jit_checkpoint
+
+
+def fail_in_step(trainer, step, error="DefaultCPUAllocator: can't allocate memory"):
+    """Has the forward of a step raise, by default what torch does when memory has run out."""
+    forward, errors = trainer.model.get_decoder().layers[0].mlp.forward, [RuntimeError(error)]
+
+    def fail(*args):
+        if errors and trainer.state.global_step == step - 1:
+            raise errors.pop()
+        return forward(*args)
+
+    trainer.model.get_decoder().layers[0].mlp.forward = fail
+
+
+@pytest.fixture
+def received():
+    """Which SIGTERM reached the handler that was there before training."""
+    signals = []
+    before = signal.signal(signal.SIGTERM, lambda *args: signals.append(args))
+    yield signals
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("batch_size_found", [False, True])
+def test_sigterm_has_its_handler_back_after_an_error(tmp_path, student_dir, table, received, batch_size_found):
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = make_trainer(
+        tmp_path, student_dir, table, enable_jit_checkpoint=True, auto_find_batch_size=batch_size_found, max_steps=2
+    )
+    if batch_size_found:
+        fail_in_step(trainer, 1)
+        trainer.train()
+        assert trainer.state.global_step == 2 and trainer._train_batch_size < 4
+    else:
+        fail_in_step(trainer, 2, error="something else")
+        with pytest.raises(RuntimeError, match="something else"):
+            trainer.train()
+    assert signal.getsignal(signal.SIGTERM) is before
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert len(received) == 1
+
+
+def test_sigterm_that_no_checkpoint_answered_is_passed_on(tmp_path, student_dir, table, received):
+    """It came in a step that failed: the process would have ended without the option."""
+
+    class AtStart(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = make_trainer(tmp_path, student_dir, table, enable_jit_checkpoint=True, callbacks=[AtStart()])
+    fail_in_step(trainer, 2, error="something else")
+    with pytest.raises(RuntimeError, match="something else"):
+        trainer.train()
+    assert len(received) == 1
+
+
+def test_a_batch_size_is_not_found_in_the_middle_of_training(tmp_path, student_dir, table):
+    """It would begin again at the first step, with weights that have been trained already."""
+    trainer = make_trainer(tmp_path, student_dir, table, auto_find_batch_size=True, logging_steps=2)
+    fail_in_step(trainer, 3)
+    with pytest.raises(RuntimeError, match="Memory ran out after 2 steps.*`per_device_train_batch_size`"):
+        trainer.train()
+
+
+def test_metrics_of_an_attempt_that_failed_are_not_logged(tmp_path, student_dir, table):
+    trainer = make_trainer(
+        tmp_path, student_dir, table, auto_find_batch_size=True, gradient_accumulation_steps=2, max_steps=1
+    )
+    step, calls = trainer.training_step, []
+
+    def fail_in_second(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return step(*args, **kwargs)
+
+    trainer.training_step = fail_in_second
+    trainer.train()
+    (log,) = [log for log in trainer.state.log_history if "loss" in log]
+    alone = make_trainer(
+        tmp_path, student_dir, table, per_device_train_batch_size=trainer._train_batch_size, max_steps=1,
+        gradient_accumulation_steps=2,
+    )  # fmt: skip
+    alone.train()
+    expected = alone.state.log_history[0]
+    assert {name: log[name] for name in ("loss", "huber", "entropy")} == {
+        name: expected[name] for name in ("loss", "huber", "entropy")
+    }

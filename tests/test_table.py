@@ -384,6 +384,8 @@ def test_id_out_of_vocabulary(name, tokenizer_size, model_size, limit):
     tokenizer = tokenizer_size and fake_tokenizer(tokenizer_size)
     model_config = model_size and fake_config(model_size)
     rows = make_rows()
+    if name == "completion_ids":  # a token outside the top-k
+        put(rows, 5, "teacher_logprobs", 1, -9.0)
     put(rows, 5, name, 1, limit - 1)
     assert validate_table(make_table(rows), tokenizer, model_config).rows == 6
     put(rows, 5, name, 1, limit)
@@ -553,6 +555,29 @@ def test_sampled_token_outside_the_top_k():
     rows[4]["teacher_topk_ids"] = [[5, 6], [5, 6]]
     rows[4]["teacher_logprobs"] = [-9.0, -9.0]
     assert validate_table(make_table(rows)).rows == 6
+
+
+@pytest.mark.parametrize(("score", "accepted"), [(-1.77, True), (-1.7, False), (-0.1, False)])
+def test_a_sampled_token_outside_the_top_k_fits_into_what_that_leaves(score, accepted):
+    """exp(-0.7) + exp(-1.1) = 0.829, so it has exp(-1.769) at most."""
+    rows = make_rows()
+    rows[4]["teacher_topk_ids"] = [[5, 6], [5, 6]]
+    rows[4]["teacher_logprobs"] = [-9.0, score]
+    if accepted:
+        assert validate_table(make_table(rows)).rows == 6
+        return
+    message = refusal(make_table(rows))
+    assert message.startswith(
+        f"Row 4, column `teacher_logprobs`, token 1: the sampled token has probability {np.exp(score):.4f}, but the "
+        "top-k without it leaves 0.170"
+    )
+    assert RESCORE in message
+
+
+def test_nearly_certain_top_k_beside_a_token_that_rounding_leaves_no_room():
+    """Within the tolerance of what float16 and two sums in float32 can do."""
+    table = make_top_k_table([[1, 2]], [[-0.0002, -8.5]])
+    assert np.exp([-0.0002, -8.5, -9.0]).sum() > 1 and validate_table(table).top_k == 2
 
 
 # Where the bad row is

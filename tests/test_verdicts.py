@@ -234,6 +234,11 @@ def filtered(case):
     return case.student, case.score().filter(lambda row: len(row["prompt_ids"]) > 1)
 
 
+def altered_and_selected(case):
+    student, table = one_score_changed(case)
+    return student, table.select(range(6))
+
+
 def split_and_joined(case):
     parts = case.score().train_test_split(0.3, seed=1)
     return case.student, concatenate_datasets([parts["test"], parts["train"]])
@@ -369,20 +374,21 @@ REFUSED = None
         (swapped, REFUSED, None, "Teacher mismatch"),
         (two_teachers_of_which_one_is_a_stranger, REFUSED, None, "(and by others that did write it)"),
         (two_teachers_that_both_wrote_sft_data, "verified", "unverified", "scored by 2 teachers"),
-        (two_teachers_of_which_one_table_has_no_record, "verified", None, "scored by 2 teachers"),
+        (two_teachers_of_which_one_table_has_no_record, "verified", "unverified", "does not name: whether values"),
         (teacher_called_otherwise, "verified", "intact", "Teachers agree"),
         # Rows: the column decides, the digest says whether they are still what was scored.
         (fingerprint_column_lost, REFUSED, None, "(column `teacher_fingerprint`, which is missing)"),
         (fingerprint_column_partly_empty, REFUSED, None, "does not say which teacher scored some of its rows"),
-        (topk_columns_lost, "verified", "unverified", "Teachers agree"),
+        (topk_columns_lost, "verified", "unverified", "has lost columns that the digest of its rows covers ("),
         (a_column_added, "verified", "intact", "Teachers agree"),
         (shuffled, "verified", "intact", "Teachers agree"),
-        (filtered, "verified", "unverified", "Teachers agree"),
+        (filtered, "verified", "unverified", "has 6 rows, and its digest is that of 12: whether values were changed"),
+        (altered_and_selected, "verified", "unverified", "has 6 rows, and its digest is that of 12: whether values"),
         (split_and_joined, "verified", "intact", "Teachers agree"),
         (one_score_changed, "verified", "altered", "values changed in prompt_ids"),
         (saved_to_disk, "verified", "intact", "Teachers agree"),
         (parquet_with_its_card, "verified", "intact", "Teachers agree"),
-        (parquet_without_its_card, "verified", "unverified", "Teachers agree"),
+        (parquet_without_its_card, "verified", "unverified", "The table comes without digests of its rows"),
         (parquet_whose_rows_were_changed, "verified", "altered", "as many rows as were scored (12)"),
         (table_card_of_another_teacher, REFUSED, None, "one of the two was changed by hand"),
         (table_card_that_contradicts_itself, REFUSED, None, "The card of the table contradicts itself"),
@@ -417,7 +423,7 @@ def test_verdict(case, happened, evidence, rows, words):
         one_score_changed, parquet_whose_rows_were_changed, student_that_did_not_sample,
         student_card_copied_to_other_weights, student_with_another_chat_template,
     }  # fmt: skip
-    assert bool(verdict.warnings) is (happened in expected_warnings)
+    assert bool(verdict.warnings) is (happened in expected_warnings or (rows == "unverified"))
     assert verdict.off_policy is (happened in {student_that_did_not_sample, student_card_copied_to_other_weights})
 
 

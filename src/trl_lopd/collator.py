@@ -14,12 +14,14 @@ from torch import Tensor
 
 from .models import Positions
 from .packing import best_fit_decreasing
+from .streams import FILLER
 from .table import TOPK_COLUMNS, TableError
 from .teachers import batches_of_like_length
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+Batch = dict[str, Tensor | list[str | None]]
 
 
 @functools.cache
@@ -57,7 +59,8 @@ class OfflineOPDCollator:
       and `teacher_topk_logprobs` float32 `(trained, k)`.
 
     And of each sequence, `truncated` `(sequences,)`: whether its completion was cut on the right to fit the limits,
-    together with every per-token column.
+    together with every per-token column. Of rows that `validate` is for, also `teacher_fingerprint` and
+    `student_fingerprint`, lists of strings, and `is_filler` `(sequences,)`, see [`~streams.WholeStream`].
 
     Args:
         pad_token_id: pads `input_ids`.
@@ -86,7 +89,7 @@ class OfflineOPDCollator:
     max_tokens: int | None = None
     validate: Callable[[list[Row]], None] | None = None
 
-    def __call__(self, items: list[Row | list[Row]]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+    def __call__(self, items: list[Row | list[Row]]) -> Batch | list[Batch]:
         """A batch of rows, and of all rows in the packs (lists of rows) among them."""
         rows = [row for item in items for row in (item if isinstance(item, list) else [item])]
         if self.validate is not None:
@@ -132,7 +135,7 @@ class OfflineOPDCollator:
             return best_fit_decreasing(widths, self.max_tokens)
         return list(batches_of_like_length(widths, self.max_tokens))
 
-    def _batch(self, rows: list[Row], spans: list[slice]) -> dict[str, Tensor]:
+    def _batch(self, rows: list[Row], spans: list[slice]) -> Batch:
         ends = np.array([span.stop for span in spans])
         # Where each sequence starts in the flattened `input_ids`.
         if self.padding_free:
@@ -165,7 +168,13 @@ class OfflineOPDCollator:
         batch["truncated"] = np.array(
             [len(row["completion_ids"]) > span.stop - span.start for row, span in zip(rows, spans, strict=True)]
         )
-        return {name: torch.from_numpy(values) for name, values in batch.items()}
+        tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
+        if self.validate is not None:
+            # Nobody has read these columns. This may be a worker: the process that trains on the rows has to know.
+            for name in ("teacher_fingerprint", "student_fingerprint"):
+                tensors[name] = [row.get(name) for row in rows]
+            tensors[FILLER] = torch.tensor([row.get(FILLER, False) for row in rows])
+        return tensors
 
     @staticmethod
     def _trained(row: Row, span: slice) -> np.ndarray:

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from .consistency import MODES
+from .criteria import direction
 
-# They fall, or can be driven down without bound, while the student gets worse.
-_NOT_A_CRITERION = ("huber", "frozen_log_ratio", "k3", "advantage/mean")
+_NO_PREDICTIONS = "evaluation makes no predictions, and the trainer takes no `compute_metrics`."
+_CASTS = (
+    "the first evaluation would cast the model for good, and training would go on in that precision. Set `bf16=True` "
+    "for mixed precision, or load a model in half of it: `model_init_kwargs={'dtype': 'bfloat16'}`."
+)
+# Arguments of `TrainingArguments` that would have no effect here, or not the one that they are for.
+_NOT_SUPPORTED = {
+    "label_smoothing_factor": "the student is held against the teacher's probabilities, not against labels of one.",
+    "label_names": "what is learnt are the `completion_ids` of the table.",
+    "length_column_name": "rows are grouped by the lengths at which they are read, truncated.",
+    "save_on_each_node": "transformers writes weights on the first node only: save to a disk that all nodes share.",
+    "include_for_metrics": _NO_PREDICTIONS,
+    "batch_eval_metrics": _NO_PREDICTIONS,
+    "bf16_full_eval": _CASTS,
+    "fp16_full_eval": _CASTS,
+}
 
 
 @dataclass
@@ -197,22 +212,44 @@ class OfflineOPDConfig(TrainingArguments):
         if self.ratio_clip is not None and self.loss_type == "topk":
             raise ValueError("`ratio_clip` is a trust region of `loss_type='sampled'`; the top-k objective has none.")
 
-        metric = (self.metric_for_best_model or "").removeprefix("eval_")
-        if metric.endswith(_NOT_A_CRITERION):
-            raise ValueError(
-                f"`metric_for_best_model={self.metric_for_best_model!r}` does not tell whether the student got "
-                "better: on frozen rollouts it can fall while the student gets worse. Select by 'reverse_kl_topk' on "
-                "held-out rows that carry teacher top-k columns."
-            )
-        if metric.startswith("reverse_kl") and self.greater_is_better is None:
-            self.greater_is_better = False
+        if self.metric_for_best_model is not None:
+            self.greater_is_better = direction(self.metric_for_best_model, self.greater_is_better)
         # Only the trainer knows whether the evaluation rows carry the columns the better default needs.
         self.metric_for_best_model_is_default = self.metric_for_best_model is None
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        for unsupported in fields(TrainingArguments):
+            why, value = _NOT_SUPPORTED.get(unsupported.name), getattr(self, unsupported.name)
+            if why is not None and value not in (unsupported.default, []):
+                raise ValueError(f"`{unsupported.name}={value!r}` is not supported: {why}")
+        if self.train_sampling_strategy == "batch_rebalance":
+            raise ValueError(
+                "`train_sampling_strategy='batch_rebalance'` is not supported. 'group_by_length' spares padding, "
+                "`max_tokens_per_device` bounds memory."
+            )
         super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("`fp16=True` has no effect on a CPU. Set `bf16=True`, or neither.")
+        for name, value, why in (
+            ("dispatch_batches", True, "batches of different lengths cannot be put together and sent to processes"),
+            ("even_batches", False, "processes with fewer batches would keep the others waiting"),
+            ("use_seedable_sampler", False, "a run that is resumed would read other rows"),
+        ):
+            if getattr(self.accelerator_config, name) is value:
+                raise ValueError(f"`accelerator_config={{{name!r}: {value}}}` is not supported: {why}.")
+        if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+            # They read the metric, but not in which direction it is better.
+            mode = "max" if self.greater_is_better else "min"
+            given = (self.lr_scheduler_kwargs or {}).get("mode", mode)
+            if given != mode:
+                raise ValueError(
+                    f"`lr_scheduler_kwargs={{'mode': {given!r}}}` contradicts `metric_for_best_model="
+                    f"{self.metric_for_best_model!r}`, of which {'more' if mode == 'max' else 'less'} is better: "
+                    "leave the mode out."
+                )
+            self.lr_scheduler_kwargs = {**(self.lr_scheduler_kwargs or {}), "mode": mode}
 
     def to_dict(self) -> dict[str, Any]:
         settings = super().to_dict()

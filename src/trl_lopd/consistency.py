@@ -136,9 +136,9 @@ def check_teacher_consistency(
         rows, altered = check_rows(table, table_name)
         claimed = record_of(table).get("teachers") or []
         table, sampled_by = columns
-        if altered and not all(any(same_teacher(t or "", e["id"]) for e in claimed) for t in table):
-            # Rows that its record does not speak of were joined to it.
-            rows, altered = "unverified", ()
+        if rows == "altered" and not all(any(same_teacher(t or "", e["id"]) for e in claimed) for t in table):
+            why = "has rows of teachers that its record does not name"
+            rows, altered = _unverified(table_name, why)
     teachers = [table] if isinstance(table, str) else list(table)
     verdict = _judge_teachers(student_card, teachers, own_id, student, table_name, claimed, rows)
     if verdict.consistent:
@@ -366,13 +366,17 @@ def contradictions(
 
 
 def check_rows(table: Dataset, table_name: str = "the table") -> tuple[str, tuple[str, ...]]:
-    """`Verdict.rows` of a table, and a warning if the rows are known to differ from those that were scored."""
+    """`Verdict.rows` of a table, and a warning unless they are known to be those that were scored."""
     from .table import add_digests, rows_digest
 
     record = record_of(table)
     digests, columns = record.get("digests") or [], record.get("columns") or []
-    if not digests or not set(columns) <= set(table.column_names):
-        return "unverified", ()
+    if not digests:
+        return _unverified(
+            table_name, "comes without digests of its rows, which `load_table` reads from the card of a table"
+        )
+    if lost := sorted(set(columns) - set(table.column_names)):
+        return _unverified(table_name, f"has lost columns that the digest of its rows covers ({', '.join(lost)})")
     whole = {
         "rows": sum(item["rows"] for item in digests),
         "digest": add_digests(item["digest"] for item in digests),
@@ -385,11 +389,22 @@ def check_rows(table: Dataset, table_name: str = "the table") -> tuple[str, tupl
     for item in same:
         if item["rows"] == len(table):
             return "altered", (
-                f"{table_name[0].upper()}{table_name[1:]} has as many rows as were scored ({len(table)}), but their "
+                f"{_capitalized(table_name)} has as many rows as were scored ({len(table)}), but their "
                 f"digest is {digest[:12]}… instead of {item['digest'][:12]}…: since scoring, rows were exchanged, or "
                 f"values changed in {', '.join(columns)}.",
             )
-    return "unverified", ()
+    scored = " or ".join(sorted({str(item["rows"]) for item in same}))
+    return _unverified(table_name, f"has {len(table)} rows, and its digest is that of {scored}")
+
+
+def _unverified(table_name: str, why: str) -> tuple[str, tuple[str, ...]]:
+    return "unverified", (
+        f"{_capitalized(table_name)} {why}: whether values were changed since scoring is not checked.",
+    )
+
+
+def _capitalized(name: str) -> str:
+    return name[0].upper() + name[1:]
 
 
 def _compared(teacher: str, entries: list[dict[str, Any]]) -> str:

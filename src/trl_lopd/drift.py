@@ -9,6 +9,9 @@ weights `w` of mean 1. The gradient itself is at most `G * sqrt(E[A^2])`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .fingerprint import content_id
 
 # Here chi2 is 1, and the bound on the bias is as large as that on the gradient: it says nothing any more.
 MIN_ESS = 0.5
@@ -33,18 +36,23 @@ def describe_weights(metrics: Mapping[str, float]) -> str:
     ).format(**{name: metrics[f"importance_weight/{name}"] for name in names})
 
 
-def remedy(output_dir: str, teachers: Iterable[str]) -> str:
+def remedy(output_dir: str, teachers: Iterable[str], known: Iterable[Mapping[str, Any]] = ()) -> str:
     """What to do when the student has left its rollouts, with the command.
 
     Args:
         output_dir: where the student is saved.
         teachers: ids of those that scored its rollouts.
+        known: what cards say of teachers. Of a teacher from the Hub they have the `model_id`; of one from a directory
+            only the last component of its path, which cannot be loaded.
     """
-    names = sorted({teacher.partition("@")[0] for teacher in teachers})
-    teacher = names[0] if len(names) == 1 else "TEACHER"
+    hub_ids = {content_id(entry["id"]): entry["model_id"] for entry in known if "/" in entry.get("model_id", "")}
+    teachers = sorted({*teachers})
+    teacher = hub_ids.get(content_id(teachers[0])) if len(teachers) == 1 else None
+    where = "" if teacher else f" (TEACHER is {' or '.join(teachers)}, wherever you keep it)"
+    teacher = teacher or "TEACHER"
     return (
         f"Below {MIN_ESS:.0%} nothing bounds the bias of the gradient any more: the student has left its rollouts. "
-        "Save it, let it answer PROMPTS afresh, and train on from there:\n"
+        f"Save it, let it answer PROMPTS afresh, and train on from there{where}:\n"
         f"trl-lopd rollout --model_name_or_path {output_dir} --dataset_name PROMPTS --output_dir {output_dir}/rollouts"
         f" && trl-lopd score --dataset_name {output_dir}/rollouts --teacher_name_or_path {teacher}"
         f" --output_dir {output_dir}/table"

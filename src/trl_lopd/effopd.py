@@ -111,8 +111,8 @@ class EffOPDCallback(TrainerCallback):
             For a gate with one value a row: chance, at most, of taking a candidate that is no better than `W`; see
             [`paired_p_value`].
         greater_is_better (`bool`, *optional*):
-            Whether higher values of the gate are better. Known of the gates here: for a metric as in
-            `TrainingArguments`, not for losses and divergences. To be given with a function of your own.
+            Whether higher values of the gate are better. Known of the gates here and of the metrics of
+            [`OfflineOPDTrainer`]; to be given with a function or a metric of your own.
         base_device (`str`, *optional*, defaults to `"cpu"`):
             Where `W_base` is kept between searches: one copy of this process's shard, in its dtype; pinned on a CPU
             beside a GPU. During a search there is a second one, to return to.
@@ -163,7 +163,7 @@ class EffOPDCallback(TrainerCallback):
         self.trainer, self.scales, self.search, self.schedule = trainer, tuple(scales), search, schedule
         self.min_improvement, self.significance, self.base_device = min_improvement, significance, base_device
         self.parameters = parameters
-        self.gate = resolve_gate(trainer, gate, gate_dataset, gate_rows)
+        self.gate = resolve_gate(trainer, gate, gate_dataset, gate_rows, greater_is_better)
         if greater_is_better is None:
             greater_is_better = getattr(self.gate, "greater_is_better", None)
         if greater_is_better is None:
@@ -262,8 +262,8 @@ class EffOPDCallback(TrainerCallback):
             last = search["step"]
             if last <= _SHORT:
                 interval = last
-            elif search["accepted"] == 1:
-                interval *= 2
+            else:
+                interval = _SHORT if search["accepted"] > 1 else 2 * interval
         return last + interval
 
     def _search(self, step: int) -> None:

@@ -142,6 +142,9 @@ class SaveOnSigterm(TrainerCallback):
     clock, so that they may stop at different steps, and which saves in the middle of a step, when DeepSpeed has taken
     it already but the trainer has not counted it.
 
+    Handles the signal inside `with callback:`, however often training begins there. A signal that training did not
+    answer, because an error ended it first, goes to the handler that was there before.
+
     Args:
         accelerator ([`~accelerate.Accelerator`]): The processes, which decide together.
     """
@@ -150,9 +153,15 @@ class SaveOnSigterm(TrainerCallback):
         self.accelerator = accelerator
         self.received = self.stopped = False
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def __enter__(self) -> None:
         self.received = self.stopped = False
         self._handler = signal.signal(signal.SIGTERM, self._receive)
+
+    def __exit__(self, error: type[BaseException] | None, *args: object) -> None:
+        # `None` is a handler that was not installed from Python, which `signal` does not take.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if self._handler is None else self._handler)
+        if error is not None and self.received:
+            signal.raise_signal(signal.SIGTERM)
 
     def _receive(self, signum, frame) -> None:
         self.received = True
@@ -163,6 +172,3 @@ class SaveOnSigterm(TrainerCallback):
             self.stopped = control.should_training_stop = control.should_save = True
             # It would be paid for out of the time that is left until SIGKILL.
             control.should_evaluate = False
-
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, self._handler)

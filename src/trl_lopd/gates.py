@@ -14,15 +14,13 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl.data_utils import is_conversational
 
+from .criteria import direction
 from .models import eos_token_ids
 from .rollouts import encode_prompts
 from .samplers import Sampling, TransformersSampler
 
 if TYPE_CHECKING:
     from torch import nn
-
-# Metrics that fall while the student gets worse, see `objective.summarize`.
-_MISLEADING = ("huber", "frozen_log_ratio")
 
 
 class ReverseKLGate:
@@ -52,12 +50,16 @@ class MetricGate:
         trainer ([`~transformers.Trainer`]): Whose model is judged.
         key (`str`): Which value, for instance `"eval_loss"`.
         rows ([`~datasets.Dataset`], *optional*): What to evaluate on, instead of the trainer's `eval_dataset`.
+        greater_is_better (`bool`, *optional*): Needed for a value that [`criteria.direction`] does not know.
+
+    Raises:
+        ValueError: If the value does not tell which model is better, or in which direction is not known.
     """
 
-    def __init__(self, trainer: Trainer, key: str, rows: Dataset | None = None):
+    def __init__(self, trainer: Trainer, key: str, rows: Dataset | None = None, greater_is_better: bool | None = None):
         self.trainer, self.key, self.rows = trainer, key, rows
-        # As `TrainingArguments` has it, and divergences.
-        self.greater_is_better = not (key.endswith("loss") or "kl" in key or "perplexity" in key)
+        ours, sampled = hasattr(trainer, "reverse_kl_of_rows"), getattr(trainer, "loss_type", None) == "sampled"
+        self.greater_is_better = direction(key, greater_is_better, ours=ours, sampled=ours and sampled)
 
     def __call__(self, model: nn.Module) -> float:
         with _muted(self.trainer):
@@ -125,7 +127,9 @@ class RewardGate:
         return [reward for of_process in rewards for reward in of_process][: len(self.prompts)]
 
 
-def resolve_gate(trainer: Trainer, gate: Any, rows: Dataset | None, num_rows: int) -> Callable[[nn.Module], Any]:
+def resolve_gate(
+    trainer: Trainer, gate: Any, rows: Dataset | None, num_rows: int, greater_is_better: bool | None = None
+) -> Callable[[nn.Module], Any]:
     """
     The gate that an `EffOPDCallback` was given, or the default one.
 
@@ -134,14 +138,8 @@ def resolve_gate(trainer: Trainer, gate: Any, rows: Dataset | None, num_rows: in
     """
     if callable(gate):
         return gate
-    sampled = getattr(trainer, "loss_type", None) == "sampled"
     if gate is not None:
-        if any(gate.endswith(name) for name in _MISLEADING) or (sampled and gate.endswith("loss")):
-            raise ValueError(
-                f"{gate!r} can fall while the student gets worse, so it is no gate. Score held-out rows with "
-                "`top_k=8` for the default gate, or grade answers: `RewardGate`."
-            )
-        return MetricGate(trainer, gate, rows)
+        return MetricGate(trainer, gate, rows, greater_is_better)
     rows = trainer.eval_dataset if rows is None else rows
     if not hasattr(trainer, "reverse_kl_of_rows"):
         raise ValueError(
@@ -190,9 +188,12 @@ def _muted(trainer: Trainer) -> Iterator[None]:
     collected = {name: copy.deepcopy(value) for name in ("_metrics", "_window") if (value := vars(trainer).get(name))}
     handler.callbacks = []
     trainer.log = lambda *args, **kwargs: None
+    # With persistent workers `Trainer` keeps a dataloader for all evaluations, whatever rows they are given.
+    persistent, trainer.args.dataloader_persistent_workers = trainer.args.dataloader_persistent_workers, False
     try:
         yield
     finally:
         handler.callbacks = callbacks
+        trainer.args.dataloader_persistent_workers = persistent
         del trainer.log
         vars(trainer).update(collected)

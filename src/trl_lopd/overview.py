@@ -177,7 +177,8 @@ def about_rows(rows: Dataset, worst: int = 3, tokenizer: PreTrainedTokenizerBase
     for key, column in (("teachers", "teacher_fingerprint"), ("students", "student_fingerprint")):
         about[key] = dict(column_counts(rows, column))
     record = record_of(rows)
-    status, problems = check_rows(rows)
+    status, changed = check_rows(rows)
+    problems = changed if status == "altered" else ()  # otherwise the status says all
     about |= {"scored": "teacher_logprobs" in rows.column_names, "integrity": status, "card": record}
     claimed = record.get("teachers") or []
     contradicted = contradictions("The card of the table", claimed, about["teachers"], status)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from .fingerprint import TeacherFingerprint, fingerprint_loaded, fingerprint_tea
 from .table import column_counts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Trainer
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -47,60 +48,56 @@ class TeacherStampCallback(TrainerCallback):
             callback comes between the writing of a card and its upload.
         dataset ([`~datasets.Dataset`], *optional*):
             The training data as it was before the trainer prepared it: packing drops the column. Defaults to
-            `trainer.train_dataset`.
+            `trainer.train_dataset`, whose rows decide where they still have the column.
         parent (`str` or `Path`, *optional*):
             Directory or Hub id of what the training starts from, whose card says what it learnt before. Defaults to
             where the model was loaded from; give it for an adapter that is trained on.
 
     Raises:
         `TypeError`: if the data is a stream: its rows cannot be counted beforehand.
-        `ValueError`: if it has no `teacher_fingerprint` column, if a value in it is no fingerprint, or if no row names
-            a teacher.
+        `ValueError`: if it has no `teacher_fingerprint` column, if a value in it is no fingerprint, if no row names a
+            teacher, or if the trainer trains on another number of rows, here or when training begins.
     """
 
     def __init__(self, trainer: Trainer, dataset: Dataset | None = None, parent: str | Path | None = None):
-        dataset = trainer.train_dataset if dataset is None else dataset
-        if not isinstance(dataset, Dataset):
-            raise TypeError(
-                f"The teachers of a `{type(dataset).__name__}` cannot be counted. Give the rows as a `Dataset`, or "
-                "stamp the result: `stamp_model_card(directory, sft_teachers=[...])`."
-            )
-        if COLUMN not in dataset.column_names:
-            raise ValueError(
-                f"The training data has no `{COLUMN}` column, only {dataset.column_names}: nothing says who wrote it. "
-                "`generate_sft_data` writes the column; if the trainer dropped it, give the data as it was: "
-                "`TeacherStampCallback(trainer, dataset)`."
-            )
-        counts = column_counts(dataset, COLUMN)
-        if unknown := [value for value in counts if value and not is_id(value)]:
-            raise ValueError(
-                f"The training data has {unknown[0]!r} in its `{COLUMN}` column, which is no fingerprint. "
-                "`fingerprint_teacher(teacher).id` is; leave the column empty for rows that no teacher wrote."
-            )
-        if not any(counts):
-            raise ValueError(f"No row of the training data names its teacher: the column `{COLUMN}` is empty.")
-        parent = parent or get_config_model_id(trainer.model.config)
+        self._trainer, self._given = trainer, dataset
+        # What a loaded model learnt before is said by the card of the checkpoint that it still is.
+        start, parent = parent or trainer.model, parent or get_config_model_id(trainer.model.config)
         before = read_model_card(parent) if parent else {}
         earlier = []
         if before.get("sft_teachers"):
             consequence = f"{parent} cannot be fingerprinted, so what its card says counts as declared"
-            own = fingerprint_or_none(parent, consequence)
+            own = fingerprint_or_none(start, consequence)
             earlier = inherited_teachers(before, own and own.id)
-        for entry in earlier:
-            counts[with_evidence(entry["id"], entry["evidence"])] += entry.get("rows", 0)
-        counts[None] += max(before.get("sft_rows", 0) - sum(entry.get("rows", 0) for entry in earlier), 0)
-        self.sft_rows = sum(counts.values())
-        self.sft_teachers = count_teachers(counts, [*record_of(dataset).get("sft_teachers", ()), *earlier])
+        self._earlier, self._earlier_rows = earlier, before.get("sft_rows", 0)
         self.opd_rounds = before.get("opd_rounds") or []
+        self._count()
+
+        self._fingerprints: dict[str, tuple[int, TeacherFingerprint | None]] = {}
+        trainer.save_model = self._stamping_save(trainer, trainer.save_model)
+        trainer.create_model_card = self._stamping_card(trainer, trainer.create_model_card)
+
+    def _count(self) -> None:
+        """Counts the rows of each teacher."""
+        trained = self._trained = self._trainer.train_dataset
+        given = trained if self._given is None else self._given
+        counts = _teachers_of(given)
+        if given is not trained:
+            counts = _of_those_trained_on(counts, trained, self._trainer.args)
+        for entry in self._earlier:
+            counts[with_evidence(entry["id"], entry["evidence"])] += entry.get("rows", 0)
+        counts[None] += max(self._earlier_rows - sum(entry.get("rows", 0) for entry in self._earlier), 0)
+        self.sft_rows = sum(counts.values())
+        self.sft_teachers = count_teachers(counts, [*record_of(given).get("sft_teachers", ()), *self._earlier])
         if unnamed := counts[None] + counts[""]:
             logger.warning(
                 f"{unnamed} of {self.sft_rows} SFT rows do not name a teacher. The card will give the others their "
                 "share of all rows."
             )
 
-        self._fingerprints: dict[str, tuple[int, TeacherFingerprint | None]] = {}
-        trainer.save_model = self._stamping_save(trainer, trainer.save_model)
-        trainer.create_model_card = self._stamping_card(trainer, trainer.create_model_card)
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if self._trainer.train_dataset is not self._trained:
+            self._count()
 
     def _stamping_save(self, trainer: Trainer, save_model):
         @functools.wraps(save_model)
@@ -140,6 +137,61 @@ class TeacherStampCallback(TrainerCallback):
             checkpoint=fingerprint,
             opd_rounds=self.opd_rounds or None,
         )
+
+
+def _teachers_of(dataset: Dataset) -> Counter[str | None]:
+    """Rows of each teacher."""
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"The teachers of a `{type(dataset).__name__}` cannot be counted. Give the rows as a `Dataset`, or "
+            "stamp the result: `stamp_model_card(directory, sft_teachers=[...])`."
+        )
+    if COLUMN not in dataset.column_names:
+        raise ValueError(
+            f"The training data has no `{COLUMN}` column, only {dataset.column_names}: nothing says who wrote it. "
+            "`generate_sft_data` writes the column; if the trainer dropped it, give the data as it was: "
+            "`TeacherStampCallback(trainer, dataset)`."
+        )
+    counts = column_counts(dataset, COLUMN)
+    if unknown := [value for value in counts if value and not is_id(value)]:
+        raise ValueError(
+            f"The training data has {unknown[0]!r} in its `{COLUMN}` column, which is no fingerprint. "
+            "`fingerprint_teacher(teacher).id` is; leave the column empty for rows that no teacher wrote."
+        )
+    if not any(counts):
+        raise ValueError(f"No row of the training data names its teacher: the column `{COLUMN}` is empty.")
+    return counts
+
+
+def _of_those_trained_on(given: Counter[str | None], trained: Any, args: TrainingArguments) -> Counter[str | None]:
+    """The counts of the data given, if that may be what is trained on, or what the rows trained on say themselves."""
+    columns = trained.column_names if isinstance(trained, Dataset) else ()
+    if COLUMN in columns:
+        counts = _teachers_of(trained)
+        if counts != given:
+            logger.warning(
+                f"The teachers of the {counts.total()} rows that are trained on are not those of the data given to "
+                f"`TeacherStampCallback`, {given.total()} rows: the card gets those of the rows trained on."
+            )
+        return counts
+    if "seq_lengths" in columns:  # packed by TRL, which keeps the bounds of rows
+        rows = sum(map(len, trained["seq_lengths"]))
+    else:
+        rows = len(trained) if hasattr(trained, "__len__") else None
+    # Rows are put together, or cut into several.
+    packed = getattr(args, "packing", False) and getattr(args, "packing_strategy", "") != "bfd"
+    if rows is None or packed:
+        logger.warning(
+            f"The rows that are trained on cannot be compared with those given to `TeacherStampCallback`: the card "
+            f"will say that the model was trained on the latter, {given.total()} rows."
+        )
+    elif rows != given.total():
+        raise ValueError(
+            f"The trainer trains on {rows} rows, and the data given to `TeacherStampCallback` has {given.total()}: "
+            "give it the data that the trainer was made with. Where the trainer leaves out rows, let it have the "
+            f"`{COLUMN}` column, too: it then says which are left."
+        )
+    return given
 
 
 def checkpoint_fingerprint(directory: str) -> TeacherFingerprint | None:

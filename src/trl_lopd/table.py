@@ -611,7 +611,13 @@ def _check_top_k_values(columns: dict[str, _Column]) -> None:
         remedy = "Score with `score_rollouts`, which normalises over the full vocabulary at temperature 1."
         raise logprobs.error_at(entry, f"the top-k probabilities sum to {total[entry]:.4f}, above 1", remedy)
 
-    entries, ranks = np.nonzero(ids.values == columns["completion_ids"].values[:, None])
+    is_sampled = ids.values == columns["completion_ids"].values[:, None]
+    alone = np.where(is_sampled.any(axis=-1), 0.0, np.exp(sampled.values))
+    if (entry := _first(total + alone > 1 + TOLERANCE + rounding)) is not None:
+        problem = f"the sampled token has probability {alone[entry]:.4f}, but the top-k without it leaves"
+        raise sampled.error_at(entry, f"{problem} {max(1 - total[entry], 0):.4f}", _RESCORE)
+
+    entries, ranks = np.nonzero(is_sampled)
     # The sampled score has float32, the top-k float16: equal or adjacent float16 numbers are the same score. Near 0
     # float16 is finer than the noise of two float32 sums, hence the tolerance.
     with np.errstate(over="ignore", invalid="ignore"):

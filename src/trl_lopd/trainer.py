@@ -15,13 +15,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
-import pyarrow as pa
 import torch
 import transformers.integrations
-from accelerate import ParallelismConfig
-from accelerate.utils import DistributedType, is_peft_model, send_to_device
+from accelerate import ParallelismConfig, PartialState
+from accelerate.utils import DistributedType, gather_object, is_peft_model, send_to_device
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, IterableDataset
 from transformers import (
@@ -36,14 +36,14 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import find_adapter_config_file
 from trl.trainer.utils import create_model_from_path, generate_model_card, get_config_model_id
 
-from .cards import count_teachers, read_model_card, stamp_model_card
+from .cards import count_teachers, read_model_card, record_of, stamp_model_card
 from .collator import OfflineOPDCollator, padded_length, too_long
 from .config import OfflineOPDConfig
 from .consistency import Verdict, check_teacher_consistency, inherited_teachers, written_for
 from .drift import describe_weights, has_left, remedy
 from .effopd import EffOPDCallback
 from .failures import LossCheck, SaveOnSigterm, out_of_memory_advice
-from .fingerprint import TeacherFingerprint, is_sharded
+from .fingerprint import TeacherFingerprint, is_id, is_sharded, with_evidence
 from .head import Targets, TokenOutput, add_distillation_head, assert_adapters_are_seen, check_head
 from .models import as_name, check_positions, load_tokenizer, positions_of
 from .objective import (
@@ -58,16 +58,14 @@ from .objective import (
 from .packing import PackedRows, best_fit_decreasing, check_architecture, check_boundaries
 from .processes import on_main_process
 from .stamp import checkpoint_fingerprint, fingerprint_or_none
+from .streams import FILLER, RowCheck, WholeStream, columns_of
 from .table import (
-    REQUIRED_COLUMNS,
-    TOKEN_COLUMNS,
     TRAINED_ROWS,
     TableError,
     TableRows,
     column_counts,
     lengths,
     row_hashes,
-    validate_rows,
     validate_table,
     vocab_limits,
 )
@@ -89,6 +87,11 @@ _PAPER = {
     archivePrefix = {arXiv},
 }""",  # noqa: E501
 }
+
+_NO_TENSOR_PARALLELISM = (
+    "Tensor parallelism is not supported: processes that read the same rows would be counted as if they had read "
+    "others. Set `tp_size` to 1. For models that do not fit, use ZeRO-3 or FSDP2."
+)
 
 
 class OfflineOPDTrainer(Trainer):
@@ -183,6 +186,8 @@ class OfflineOPDTrainer(Trainer):
                 "use `activation_checkpointing=True`, with `activation_checkpointing_kwargs={'offload': True}` if it "
                 "takes that, `max_tokens_per_device`, a `peft_config`, and ZeRO-3 or FSDP2."
             )
+        if parallelism.tp_enabled:
+            raise ValueError(_NO_TENSOR_PARALLELISM)
         if args.use_liger_kernel:
             liger = args.liger_kernel_config or {}
             if liger.get("fused_linear_cross_entropy"):
@@ -239,12 +244,12 @@ class OfflineOPDTrainer(Trainer):
             "student": student,
             "student_fingerprint": own_id,
             "mode": args.teacher_consistency,
-            "floor": args.teacher_logprob_floor,
-            "vocab": vocab_limits(processing_class, config),
             "tokenizer": processing_class,
         }
         # Two, so that the card names the teachers that trained the model and not those that only evaluated it.
-        self._check, self._eval_check = _TableCheck(**check_args), _TableCheck(**check_args)
+        self._check, self._eval_check = _TeacherCheck(**check_args), _TeacherCheck(**check_args)
+        # Of each stream, what validates its rows.
+        self._row_checks: WeakKeyDictionary[IterableDataset, RowCheck] = WeakKeyDictionary()
         self._off_policy = self._left = False
         self._positions = positions_of(config, trust_remote_code=init_kwargs["trust_remote_code"])
         self._table_args = {"tokenizer": processing_class, "model_config": config}
@@ -321,6 +326,8 @@ class OfflineOPDTrainer(Trainer):
                 "`nn.DataParallel` is not supported. Launch with `accelerate launch` or `torchrun`, or make a single "
                 "GPU visible with `CUDA_VISIBLE_DEVICES`."
             )
+        if self.get_tp_size() > 1:  # as the model was loaded, or by DeepSpeed
+            raise ValueError(_NO_TENSOR_PARALLELISM)
         self._window: dict[str, torch.Tensor] = {}
         self._tried = False
         self._check_loss = LossCheck(self)
@@ -341,16 +348,24 @@ class OfflineOPDTrainer(Trainer):
     # ---- Data ----
 
     def _prepare(
-        self, dataset: Dataset | IterableDataset, args: OfflineOPDConfig, name: str, check: _TableCheck
+        self, dataset: Dataset | IterableDataset, args: OfflineOPDConfig, name: str, check: _TeacherCheck
     ) -> set[str]:
         """Validates a `Dataset` whole, or the head of a stream, against the objective; returns the columns."""
         if isinstance(dataset, IterableDataset):
             row = next(iter(dataset), None)
             if row is None:
                 raise TableError(f"`{name}` is an empty stream.")
-            check.verdict = on_main_process(args.distributed_state, lambda: replace(check).judge_row(row))
-            self._off_policy |= check is self._check and check.verdict.off_policy and "ref_logprobs" in row
-            columns = set(row)
+            columns = columns_of(row)
+            limits = vocab_limits(self._table_args["tokenizer"], self._table_args["model_config"])
+
+            def judge() -> tuple[RowCheck, Verdict]:
+                rows = RowCheck(args.teacher_logprob_floor, limits, columns)
+                rows([row])
+                teachers, samplers = ([row.get(column)] for column in ("teacher_fingerprint", "student_fingerprint"))
+                return replace(rows, rows=0), check.judge(teachers, "the stream", sampled_by=samplers)
+
+            self._row_checks[dataset], check.verdict = on_main_process(args.distributed_state, judge)
+            self._off_policy |= check is self._check and check.verdict.off_policy and "ref_logprobs" in columns
             self.loss_type = _resolve_loss_type(args, columns, self.loss_type)
             return columns
         if not isinstance(dataset, Dataset):
@@ -359,7 +374,7 @@ class OfflineOPDTrainer(Trainer):
             summary = validate_table(dataset, **self._table_args, teacher_logprob_floor=args.teacher_logprob_floor)
         except TableError as error:
             raise TableError(f"`{name}`: {error}") from None
-        check.seen.update(summary.teacher_fingerprints)
+        check.teachers.update(summary.teacher_fingerprints)
         if args.teacher_consistency != "off":
             check.verdict = on_main_process(args.distributed_state, lambda: check.judge(dataset, name))
         if check is self._check and check.verdict is not None and check.verdict.off_policy:
@@ -408,25 +423,32 @@ class OfflineOPDTrainer(Trainer):
         )
         return PackedRows(rows, packs)
 
-    def get_train_dataloader(self):
+    def _get_dataloader(self, dataset, description, *args, **kwargs):
+        training, collator = description == "Training", self.data_collator
         # Training alone is read in micro-batches: evaluation has a batch size of its own.
-        whole = self.data_collator
-        self.data_collator = replace(whole, max_tokens=self.args.max_tokens_per_device)
+        self.data_collator = replace(collator, max_tokens=self.args.max_tokens_per_device if training else None)
+        if isinstance(dataset, IterableDataset):
+            self.data_collator.validate = replace(self._row_checks[dataset])
+            if (processes := self.accelerator.num_processes) > 1:
+                dataset = WholeStream(dataset, fill=1 if training else self.args.eval_batch_size * processes)
+        # Evaluation reads all rows that it is given, in their order. With persistent workers `Trainer` would keep the
+        # dataloader for all later evaluations, whatever their rows.
+        evaluation = {"persistent_workers": False, "drop_last": False, "in_order": True}
+        changes = {} if training else {f"dataloader_{name}": value for name, value in evaluation.items()}
+        before = {name: getattr(self.args, name) for name in changes}
+        vars(self.args).update(changes)
         try:
-            return super().get_train_dataloader()
+            return super()._get_dataloader(dataset, description, *args, **kwargs)
         finally:
-            self.data_collator = whole
+            vars(self.args).update(before)
+            self.data_collator = collator
 
     def _get_collator_with_removed_columns(self, data_collator, description: str | None = None):
-        # Called for streams, whose rows nobody has validated yet.
-        return replace(data_collator, validate=self._check if description == "Training" else self._eval_check)
+        return data_collator  # it reads the columns that it knows
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy == "group_by_length" and isinstance(self.train_dataset, Dataset):
-            return LengthGroupedSampler(
-                self.args.train_batch_size * self.args.gradient_accumulation_steps,
-                lengths=_row_lengths(self.train_dataset, self.args).tolist(),
-            )
+            return _GroupedByLength(self)
         return super()._get_train_sampler(train_dataset)
 
     def _get_eval_sampler(self, eval_dataset):
@@ -448,9 +470,10 @@ class OfflineOPDTrainer(Trainer):
                 "This trainer has evaluated or trained with DeepSpeed already, whose engine is made once. Make "
                 "another trainer; to evaluate before the first step, set `eval_on_start=True`."
             )
-        self._window = {}
+        self._attempts = 0
         try:
-            output = super().train(*args, **kwargs)
+            with self._save_on_sigterm or contextlib.nullcontext():
+                output = super().train(*args, **kwargs)
         except RuntimeError as error:
             if should_reduce_batch_size(error) and self._last_shape is not None:
                 error.args = (f"{error}\n{out_of_memory_advice(self, self._last_shape)}",)
@@ -461,7 +484,19 @@ class OfflineOPDTrainer(Trainer):
         return output
 
     def _inner_training_loop(self, *args, **kwargs):
+        self._attempts += 1
+        if self._attempts > 1 and (steps := self.state.global_step - self._initial_global_step):
+            raise RuntimeError(
+                f"Memory ran out after {steps} steps. `auto_find_batch_size` would begin again at the first step with "
+                "weights that these steps have changed. Set a smaller `per_device_train_batch_size`, or "
+                "`max_tokens_per_device` if only long rows are too large, and start again or from a checkpoint."
+            )
+        # Of steps that were not finished.
+        self._window = {}
         self._check_loss.reset()
+        checkpoint = kwargs.get("resume_from_checkpoint")
+        if checkpoint is not None and isinstance(self.train_dataset, IterableDataset):
+            self._check.resume(checkpoint, len(self._student_card.get("opd_rounds") or []))
         return super()._inner_training_loop(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -476,6 +511,8 @@ class OfflineOPDTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """A batch, or, within `max_tokens_per_device`, one after another the micro-batches that the collator made."""
+        for part in _parts(inputs):
+            self._check.meet(part)
         if isinstance(inputs, list):
             loss = self._train_on_parts(model, inputs, num_items_in_batch)
         else:
@@ -537,7 +574,9 @@ class OfflineOPDTrainer(Trainer):
         return super().floating_point_ops(_together(inputs))
 
     def _track_num_input_tokens(self, inputs):
-        super()._track_num_input_tokens(_together(inputs))
+        read = _together(inputs)
+        # Otherwise tokens with the id of padding are taken for it.
+        super()._track_num_input_tokens({"attention_mask": torch.ones_like(read["input_ids"]), **read})
 
     # ---- Loss ----
 
@@ -562,9 +601,9 @@ class OfflineOPDTrainer(Trainer):
         self, model, inputs: dict[str, torch.Tensor], num_items: torch.Tensor | int
     ) -> tuple[TokenOutput, dict[str, torch.Tensor]]:
         """The batch's share of a loss over `num_items`, and the totals behind every metric; see `objective`."""
+        self._last_shape = tuple(inputs["input_ids"].shape)
         if not self.is_deepspeed_enabled:  # ZeRO-3 takes the first forward for the order of its modules
             self._try_once(model)
-        self._last_shape = tuple(inputs["input_ids"].shape)
         labels, teacher, ref = inputs["labels"], inputs["teacher_logprobs"], inputs.get("ref_logprobs")
         sequences, num_sequences = inputs["sequences"], len(inputs["truncated"])
         topk_ids, topk_logprobs = inputs.get("teacher_topk_ids"), inputs.get("teacher_topk_logprobs")
@@ -626,15 +665,22 @@ class OfflineOPDTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
+        self._eval_check.meet(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             _, totals = self._forward(model, inputs, self._num_items(inputs))
         self._try_once(model)
+        if FILLER in inputs:
+            totals[FILLER] = inputs[FILLER]
         # Gathered a sequence at a time, so that rows repeated to fill the last batch are dropped.
         names, num_sequences = sorted(totals), len(totals["truncated"])
         columns = [totals[name].float().reshape(num_sequences, -1) for name in names]
         gathered = self.accelerator.gather_for_metrics(torch.cat(columns, dim=-1))
         parts = gathered.split([column.shape[1] for column in columns], dim=-1)
-        self._eval_batches.append({name: part.squeeze(-1) for name, part in zip(names, parts, strict=True)})
+        totals = {name: part.squeeze(-1) for name, part in zip(names, parts, strict=True)}
+        if FILLER in totals:
+            evaluated = totals.pop(FILLER) == 0
+            totals = {name: values[evaluated] for name, values in totals.items()}
+        self._eval_batches.append(totals)
         # `Trainer` averages losses over batches; `evaluation_loop` adds the exact one.
         return None, None, None
 
@@ -691,7 +737,9 @@ class OfflineOPDTrainer(Trainer):
         if (left or self._off_policy) and self.is_world_process_zero():
             message = f"Off-policy rollouts, measured up to step {self.state.global_step}: {describe_weights(logs)}"
             if left:
-                message += f" {remedy(self.args.output_dir, self._check.seen)}"
+                known = [self._student_card.get("sft_teachers"), record_of(self.train_dataset).get("teachers")]
+                known = [entry for entries in known for entry in entries or ()]
+                message += f" {remedy(self.args.output_dir, self._check.teachers, known)}"
             logger.warning(message)
         self._off_policy, self._left = False, self._left or left
 
@@ -709,6 +757,7 @@ class OfflineOPDTrainer(Trainer):
         else:
             super().save_model(output_dir, _internal_call)
         output_dir = output_dir or self.args.output_dir
+        self._check.gather()
         if self.is_world_process_zero():
             os.makedirs(output_dir, exist_ok=True)  # sharded weights are not in there yet
             self._saved = (output_dir, self.state.global_step, checkpoint_fingerprint(output_dir))
@@ -795,24 +844,27 @@ class OfflineOPDTrainer(Trainer):
 
     def _round(self) -> dict[str, Any]:
         """This round of training, as cards keep it."""
-        verdict, table, mode = self._check.verdict, self.train_dataset, self.args.teacher_consistency
+        check, table, mode = self._check, self.train_dataset, self.args.teacher_consistency
         round = {
-            "student": self._check.student_fingerprint or Path(get_config_model_id(self.model.config)).name,
+            "student": check.student_fingerprint or Path(get_config_model_id(self.model.config)).name,
             "objective": self.loss_type,
-            "teacher_consistency": "off" if mode == "off" else verdict.evidence or f"overridden ({mode})",
         }
         if isinstance(table, Dataset):
-            round |= {"rows": len(table), "teachers": count_teachers(self._check.seen)}
-            if samplers := column_counts(table, "student_fingerprint"):
-                round["sampled_by"] = count_teachers(samplers)
+            verdict, teachers, samplers = check.verdict, check.teachers, column_counts(table, "student_fingerprint")
         else:
-            round["teachers"] = count_teachers(dict.fromkeys(self._check.seen, 0))
+            teachers, samplers = check.of_all
+            verdict = check.judge(teachers, "the stream", samplers, mode="off") if teachers else check.verdict
+        round["teacher_consistency"] = "off" if mode == "off" else verdict.evidence or f"overridden ({mode})"
+        round |= {"rows": sum(teachers.values()), "teachers": count_teachers(teachers)}
+        if sampled_by := count_teachers(samplers):
+            round["sampled_by"] = sampled_by
         return round
 
     def describe_round(self) -> dict[str, Any]:
         """
         Who is trained on whose scores: `student`, `objective`, `teacher_consistency` (the evidence), `teachers` with
-        their rows, `sft_teachers`, and more, as the model card will say. Rows of a stream are counted as they arrive.
+        their rows, `sft_teachers`, and more, as the model card will say. Rows of a stream are counted when they are
+        trained on; on several processes those of the others when a model is saved.
         """
         sft_teachers = inherited_teachers(self._student_card, self._check.student_fingerprint)
         return {**self._round(), "sft_teachers": sft_teachers}
@@ -825,25 +877,39 @@ def _load_adapter(path: str, adapter: PeftConfig, init_kwargs: dict[str, Any]) -
     return PeftModel.from_pretrained(base, path, revision=init_kwargs.get("revision"), is_trainable=True)
 
 
+class _GroupedByLength(LengthGroupedSampler):
+    """Draws an order for each epoch that all processes draw, and again if a run is resumed in it."""
+
+    def __init__(self, trainer: OfflineOPDTrainer):
+        args = trainer.args
+        self.trainer, self.seed = trainer, args.seed if args.data_seed is None else args.data_seed
+        super().__init__(
+            args.train_batch_size * args.gradient_accumulation_steps,
+            lengths=_row_lengths(trainer.train_dataset, args).tolist(),
+            generator=torch.Generator(),
+        )
+
+    def __iter__(self):
+        self.generator.manual_seed(self.seed + int(self.trainer.state.epoch or 0))
+        return super().__iter__()
+
+
 @dataclass
-class _TableCheck:
-    """What makes a row fit for this student; called with the rows of a stream as they arrive."""
+class _TeacherCheck:
+    """Whether this student may learn from the rows, and, of a stream, who scored and who sampled those it met."""
 
     card: dict[str, Any]
     student: str
     student_fingerprint: str | None
     mode: str
-    floor: float | None
-    vocab: tuple[int | None, int | None]
     tokenizer: PreTrainedTokenizerBase
-    seen: Counter[str] = field(default_factory=Counter)
-    samplers: set[str | None] = field(default_factory=set)
     verdict: Verdict | None = None
-    rows: int = 0
-    top_k: int = 0
+    teachers: Counter[str] = field(default_factory=Counter)
+    samplers: Counter[str | None] = field(default_factory=Counter)
+    gathered: tuple[Counter[str], Counter[str | None]] | None = None
 
     def judge(
-        self, table: Dataset | Iterable[str], name: str = "the stream", sampled_by: Iterable[str] = ()
+        self, table: Dataset | Iterable[str], name: str, sampled_by: Iterable[str] = (), mode: str | None = None
     ) -> Verdict:
         """Applies the consistency rule to a table, or to the teachers and students of some rows."""
         return check_teacher_consistency(
@@ -851,37 +917,51 @@ class _TableCheck:
             table,
             sampled_by=sampled_by,
             student_fingerprint=self.student_fingerprint,
-            mode=self.mode,
+            mode=mode or self.mode,
             student=self.student,
             table_name=name,
             tokenizer=self.tokenizer,
         )
 
-    def judge_row(self, row: dict[str, Any]) -> Verdict:
-        """Validates the first row of a stream too."""
-        self([row])
-        return self.verdict
+    def meet(self, batch: dict[str, Any]) -> None:
+        """Judges and counts the rows of a stream's batch, and takes their fingerprints out of it."""
+        teachers, samplers = (batch.pop(name, None) for name in ("teacher_fingerprint", "student_fingerprint"))
+        if teachers is None:
+            return
+        if not ({*teachers} <= self.teachers.keys() and {*samplers} <= self.samplers.keys()):
+            met = sorted({*self.teachers, *teachers})
+            self.verdict = self.judge(met, "the stream", sampled_by={*self.samplers, *samplers})
+        self.teachers.update(teachers)
+        self.samplers.update(samplers)
 
-    def __call__(self, rows: list[dict[str, Any]]) -> None:
-        known = (*REQUIRED_COLUMNS, *TOKEN_COLUMNS)
-        try:
-            summary = validate_rows(
-                pa.Table.from_pylist([{name: row[name] for name in known if name in row} for row in rows]),
-                first_row=self.rows,
-                vocab_size=self.vocab[0],
-                topk_vocab_size=self.vocab[1],
-                top_k=self.top_k,
-                teacher_logprob_floor=self.floor,
+    def resume(self, checkpoint: str, earlier: int) -> None:
+        """Counts on from the rows that trained a checkpoint, as its card has them after those of `earlier` rounds."""
+        self.teachers, self.samplers = Counter(), Counter()
+        if not PartialState().is_main_process:
+            return  # in the sum of all processes they count once
+        rounds = read_model_card(checkpoint).get("opd_rounds") or []
+        if len(rounds) <= earlier or "rows" not in rounds[earlier]:
+            logger.warning(
+                f"{checkpoint} has no card that says which rows of the stream trained it: the card of this run will "
+                "only have those of the steps from here on."
             )
-        except TableError as error:
-            raise TableError(f"{error} (Rows are counted in the order in which this process read them.)") from None
-        self.rows, self.top_k = self.rows + len(rows), summary.top_k
-        samplers = {row.get("student_fingerprint") for row in rows}
-        if not (summary.teacher_fingerprints.keys() <= self.seen.keys() and samplers <= self.samplers):
-            teachers = sorted({*self.seen, *summary.teacher_fingerprints})
-            self.verdict = self.judge(teachers, sampled_by=self.samplers | samplers)
-        self.seen.update(summary.teacher_fingerprints)
-        self.samplers |= samplers
+            return
+        for counts, entries in ((self.teachers, "teachers"), (self.samplers, "sampled_by")):
+            for entry in rounds[earlier].get(entries) or []:
+                name = with_evidence(entry["id"], entry["evidence"]) if is_id(entry["id"]) else entry["id"]
+                counts[name] += entry["rows"]
+        self.samplers[None] += self.teachers.total() - self.samplers.total()
+
+    @property
+    def of_all(self) -> tuple[Counter[str], Counter[str | None]]:
+        """Rows of each teacher and of each student, of all processes as far as they were gathered."""
+        return self.gathered or (self.teachers, self.samplers)
+
+    def gather(self) -> None:
+        """Called on all processes."""
+        if PartialState().num_processes > 1:
+            parts = gather_object([(self.teachers, self.samplers)])
+            self.gathered = tuple(sum(counts, Counter()) for counts in zip(*parts, strict=True))
 
 
 def _resolve_loss_type(args: OfflineOPDConfig, columns: set[str], required: str | None = None) -> str:

@@ -1,0 +1,58 @@
+"""Which metrics of an evaluation may select a model, and in which direction. Best models and gates go by this list."""
+
+from __future__ import annotations
+
+import re
+
+# Whether more is better, of what `OfflineOPDTrainer.evaluate` gives on held-out rows; see `objective.summarize`.
+_CRITERIA = {"reverse_kl_topk": False, "reverse_kl_weighted": False, "loss": False, "top1_agreement": True}
+# What else it gives. On frozen rollouts these fall, rise or can be driven without bound while the student gets worse.
+_NOT_CRITERIA = (
+    *("huber", "frozen_log_ratio", "k3", "entropy", "mean_token_accuracy", r"advantage/\w+", r"importance_weight/\w+"),
+    *("truncated_completions", "padding"),
+)
+# What `Trainer` adds to the metrics of any model.
+_NO_QUALITY = (
+    *("runtime", "samples_per_second", "steps_per_second", "tokens_per_second", "epoch", "num_input_tokens_seen"),
+    *("model_preparation_time", "jit_compilation_time", r"mem_\w+"),
+)
+
+
+def direction(metric: str, greater_is_better: bool | None = None, *, ours: bool = True, sampled: bool = False) -> bool:
+    """
+    Whether more of a metric is better, for choosing between models.
+
+    Args:
+        metric (`str`): With or without `eval_` and the name of an evaluation dataset.
+        greater_is_better (`bool`, *optional*): What the user says of it. Needed for a metric that is not known here.
+        ours (`bool`, *optional*, defaults to `True`): Whether an [`OfflineOPDTrainer`] evaluates. Of other trainers
+            only `loss` is known.
+        sampled (`bool`, *optional*, defaults to `False`): Whether `loss` is that of the sampled objective.
+
+    Raises:
+        ValueError: If the metric does not tell which model is better, if `greater_is_better` contradicts what is known
+            of it, or is needed.
+    """
+    refused = (*_NO_QUALITY, *(_NOT_CRITERIA if ours else ()), *(("loss",) if sampled else ()))
+    if _is_one_of(metric, refused):
+        raise ValueError(
+            f"{metric!r} does not tell whether the student got better: it can improve while the student gets worse. "
+            "Select by 'eval_reverse_kl_topk' on held-out rows with the teacher's top-k (`score_rollouts(..., "
+            "top_k=8)`). A gate of EffOPD can also grade answers: `RewardGate`."
+        )
+    for name, known in _CRITERIA.items() if ours else [("loss", False)]:
+        if _is_one_of(metric, (name,)):
+            if greater_is_better not in (None, known):
+                raise ValueError(
+                    f"{metric!r} is better if {'greater' if known else 'lower'}: leave `greater_is_better` unset."
+                )
+            return known
+    if greater_is_better is None:
+        raise ValueError(
+            f"{metric!r} is no metric that is known here: say whether more of it is better, with `greater_is_better`."
+        )
+    return greater_is_better
+
+
+def _is_one_of(metric: str, names: tuple[str, ...]) -> bool:
+    return re.search(rf"(^|_)({'|'.join(names)})$", metric) is not None

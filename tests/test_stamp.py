@@ -1,0 +1,132 @@
+"""The stamp of SFT teachers goes by the rows that are trained on, however TRL's trainer prepared them."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from conftest import make_model
+from datasets import Dataset, concatenate_datasets
+from trl import SFTConfig, SFTTrainer
+
+from trl_lopd import TeacherStampCallback, read_model_card
+
+A, B = (f"{name}@1-{i:012x}-{i:08x}-{i:08x}" for i, name in enumerate("ab", start=1))
+
+
+def make_rows(teacher, count=16, start=3):
+    """As `generate_sft_data` writes them, with prompts of one token and longer completions."""
+    return Dataset.from_dict(
+        {
+            "prompt": [f"w{start + i % 20}" for i in range(count)],
+            "completion": [" ".join([f"w{start + i % 7}"] * (i % 9 + 1)) for i in range(count)],
+            "teacher_fingerprint": [teacher] * count,
+        }
+    )
+
+
+def make_trainer(tmp_path, tokenizer, rows, formatting_func=None, **options):
+    args = SFTConfig(
+        str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, max_steps=1,
+        per_device_train_batch_size=2, save_strategy="no", **{"max_length": 64} | options,
+    )  # fmt: skip
+    return SFTTrainer(
+        make_model(seed=6), args, train_dataset=rows, eval_dataset=rows.select(range(2)), processing_class=tokenizer,
+        formatting_func=formatting_func,
+    )  # fmt: skip
+
+
+def stamped(tmp_path, trainer, *given):
+    trainer.add_callback(TeacherStampCallback(trainer, *given))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    record = read_model_card(tmp_path / "final")
+    return {t["id"]: (t["rows"], t["share"], t["evidence"]) for t in record["sft_teachers"]}, record["sft_rows"]
+
+
+def as_text(row):
+    return f"{row['prompt']} {row['completion']}"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_length": None},
+        {"packing": True},
+        {"packing": True, "max_length": 8},  # sequences are cut
+        {"packing": True, "packing_strategy": "wrapped"},
+        {"packing": True, "packing_strategy": "bfd_split", "max_length": 4},
+        {"formatting_func": as_text, "completion_only_loss": False},
+        {"formatting_func": as_text, "completion_only_loss": False, "packing": True},
+        {"shuffle_dataset": True},
+    ],
+)
+@pytest.mark.parametrize("column", [True, False])
+def test_what_trl_does_to_the_rows_is_no_other_data(tmp_path, tokenizer, options, column, caplog):
+    rows = make_rows(A)
+    trainer = make_trainer(
+        tmp_path, tokenizer, rows if column else rows.remove_columns("teacher_fingerprint"), **options
+    )
+    with caplog.at_level(logging.WARNING, logger="trl_lopd"):
+        assert stamped(tmp_path, trainer, rows) == ({A: (16, 1.0, "verified")}, 16)
+    compared = options.get("packing_strategy") is None
+    assert ("cannot be compared" in caplog.text) is not compared
+
+
+def test_rows_that_truncation_leaves_nothing_of_are_not_counted(tmp_path, tokenizer):
+    """TRL drops those whose prompt alone fills `max_length`."""
+    rows = make_rows(A).map(
+        lambda row, i: {"prompt": " ".join([row["prompt"]] * (9 if i < 3 else 1))}, with_indices=True
+    )
+    rows = concatenate_datasets([rows, make_rows(B, 13)])
+    trainer = make_trainer(tmp_path, tokenizer, rows, max_length=6)
+    assert stamped(tmp_path, trainer, rows) == ({A: (13, 0.5, "verified"), B: (13, 0.5, "verified")}, 26)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_other_rows_than_are_trained_on_are_refused(tmp_path, tokenizer, packing):
+    trained = make_rows(B, 40).remove_columns("teacher_fingerprint")
+    trainer = make_trainer(tmp_path, tokenizer, trained, packing=packing)
+    with pytest.raises(ValueError, match="trains on 40 rows.*has 16.*`teacher_fingerprint`"):
+        TeacherStampCallback(trainer, make_rows(A))
+
+
+def test_rows_that_name_their_teacher_speak_for_themselves(tmp_path, tokenizer, caplog):
+    """The data given may be other data, or a part of a mixture."""
+    for trained, expected in (
+        (make_rows(B), {B: (16, 1.0, "verified")}),
+        (
+            concatenate_datasets([make_rows(A), make_rows(B, 48)]),
+            {B: (48, 0.75, "verified"), A: (16, 0.25, "verified")},
+        ),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="trl_lopd"):
+            found, rows = stamped(tmp_path, make_trainer(tmp_path, tokenizer, trained), make_rows(A))
+        assert found == expected and rows == len(trained)
+        assert "not those of the data given" in caplog.text
+
+
+def test_data_that_is_exchanged_before_training_is_looked_at_again(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, make_rows(A))
+    other = make_trainer(tmp_path, tokenizer, make_rows(B)).train_dataset
+    trainer.add_callback(TeacherStampCallback(trainer, make_rows(A)))
+    trainer.train_dataset = other
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    assert [t["id"] for t in read_model_card(tmp_path / "final")["sft_teachers"]] == [B]
+    trainer.train_dataset = other.remove_columns("teacher_fingerprint").select(range(4))
+    with pytest.raises(ValueError, match="trains on 4 rows"):
+        trainer.train()
+
+
+def test_a_stream_cannot_be_compared(tmp_path, tokenizer, caplog):
+    rows = make_rows(A)
+    args = SFTConfig(str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, max_steps=1)
+    trainer = SFTTrainer(
+        make_model(seed=6), args, train_dataset=rows.to_iterable_dataset(), processing_class=tokenizer
+    )
+    with caplog.at_level(logging.WARNING, logger="trl_lopd"):
+        TeacherStampCallback(trainer, rows)
+    assert "cannot be compared" in caplog.text

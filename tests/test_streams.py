@@ -1,0 +1,176 @@
+"""Tables that are streamed: what the card claims of them, and rows that are not alike."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from conftest import make_model, make_rollouts, without_topk
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from test_trainer import make_args
+
+from trl_lopd import OfflineOPDTrainer, TableError, TeacherConsistencyError, read_model_card, score_rollouts
+
+
+@pytest.fixture(scope="module")
+def foreign(tokenizer, student_dir):
+    """Rows that another teacher scored."""
+    return score_rollouts(
+        make_rollouts(24, seed=5), make_model(seed=9), tokenizer=tokenizer, top_k=4, ref_model=str(student_dir)
+    )
+
+
+def train_on(stream, tmp_path, student_dir, resume=None, **options):
+    trainer = OfflineOPDTrainer(str(student_dir), make_args(tmp_path, **options), stream)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    (card,) = read_model_card(tmp_path / "out")["opd_rounds"]
+    return card, trainer
+
+
+def rows_of(card):
+    return {teacher["id"]: teacher["rows"] for teacher in card["teachers"]}
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("max_tokens_per_device", [None, 64])
+def test_the_card_names_the_teachers_of_the_rows_trained_on_whoever_read_them(
+    tmp_path, student_dir, table, foreign, workers, max_tokens_per_device, caplog
+):
+    """With two workers, each reads one of two shards: a batch of the table, one of the other teacher, and so on."""
+    (own,), (other,) = table.unique("teacher_fingerprint"), foreign.unique("teacher_fingerprint")
+    stream = concatenate_datasets([table, foreign]).to_iterable_dataset(num_shards=2)
+    options = {"dataloader_num_workers": workers, "max_tokens_per_device": max_tokens_per_device}
+    with caplog.at_level(logging.WARNING):
+        card, _ = train_on(stream, tmp_path, student_dir, max_steps=7, teacher_consistency="warn", **options)
+    assert "Teacher mismatch" in caplog.text
+    rows = {own: 16, other: 12} if workers == 2 else {own: 24, other: 4}
+    assert rows_of(card) == rows and card["rows"] == 28
+    assert card["teacher_consistency"] == "overridden (warn)"
+
+
+def test_rows_that_were_read_ahead_or_only_evaluated_are_not_in_the_card(tmp_path, student_dir, table, foreign):
+    """Batches are read one ahead of training, and workers read further."""
+    rows = concatenate_datasets([table.select(range(8)), foreign])
+    for workers in (0, 1):
+        args = make_args(
+            tmp_path / str(workers), max_steps=2, dataloader_num_workers=workers, eval_strategy="steps", eval_steps=1,
+            teacher_consistency="warn",
+        )  # fmt: skip
+        trainer = OfflineOPDTrainer(
+            str(student_dir), args, rows.to_iterable_dataset(), eval_dataset=foreign.to_iterable_dataset()
+        )
+        trainer.train()
+        trainer.save_model()
+        (card,) = read_model_card(args.output_dir)["opd_rounds"]
+        assert rows_of(card) == {table[0]["teacher_fingerprint"]: 8}
+        assert (card["rows"], card["teacher_consistency"]) == (8, "verified")
+
+
+def test_a_row_counts_each_time_that_it_is_trained_on(tmp_path, student_dir, table):
+    stream = table.map(lambda row, i: {"student_fingerprint": "mine@1" if i % 2 else None}, with_indices=True)
+    card, _ = train_on(
+        stream.to_iterable_dataset(), tmp_path, student_dir, max_steps=8, gradient_accumulation_steps=2,
+        teacher_consistency="off",
+    )  # fmt: skip
+    assert card["rows"] == 64  # of 24
+    assert [(s["id"], s["rows"], s["share"]) for s in card["sampled_by"]] == [("mine@1", 32, 0.5)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_run_claims_what_was_trained_on_before_it_was_interrupted(
+    tmp_path, student_dir, table, foreign, workers
+):
+    (own,), (other,) = table.unique("teacher_fingerprint"), foreign.unique("teacher_fingerprint")
+    stream = concatenate_datasets([foreign.select(range(8)), table]).to_iterable_dataset()
+    options = dict(max_steps=6, save_strategy="steps", save_steps=4, dataloader_num_workers=workers)
+    whole, _ = train_on(stream, tmp_path / "a", student_dir, teacher_consistency="warn", **options)
+    checkpoint = tmp_path / "a" / "out" / "checkpoint-4"
+    resumed, _ = train_on(
+        stream, tmp_path / "b", student_dir, resume=str(checkpoint), teacher_consistency="warn", **options
+    )
+    assert whole == resumed and rows_of(whole) == {other: 8, own: 16}
+    assert whole["teacher_consistency"] == "overridden (warn)"
+
+
+def test_a_checkpoint_without_its_card_is_resumed_with_a_warning(tmp_path, student_dir, table, caplog):
+    options = dict(max_steps=6, save_strategy="steps", save_steps=4)
+    train_on(table.to_iterable_dataset(), tmp_path, student_dir, **options)
+    checkpoint = tmp_path / "out" / "checkpoint-4"
+    (checkpoint / "README.md").unlink()
+    with caplog.at_level(logging.WARNING):
+        card, _ = train_on(table.to_iterable_dataset(), tmp_path, student_dir, resume=str(checkpoint), **options)
+    assert "has no card that says which rows" in caplog.text and card["rows"] == 8
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_foreign_row_stops_training_and_evaluation(tmp_path, student_dir, table, foreign, workers):
+    mixed = concatenate_datasets([table.select(range(8)), foreign]).to_iterable_dataset()
+    args = make_args(tmp_path, dataloader_num_workers=workers)
+    with pytest.raises(TeacherConsistencyError, match="Teacher mismatch"):
+        OfflineOPDTrainer(str(student_dir), args, mixed).train()
+    trainer = OfflineOPDTrainer(str(student_dir), args, table, eval_dataset=mixed)
+    with pytest.raises(TeacherConsistencyError, match="Teacher mismatch"):
+        trainer.evaluate()
+
+
+# ---- Rows that are not alike ----
+
+
+def stream_of(*tables):
+    """Rows with the columns of their table only, as from JSON lines."""
+
+    def rows():
+        for rows in tables:
+            yield from rows
+
+    return IterableDataset.from_generator(rows)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("where", ["first", "later"])
+@pytest.mark.parametrize("column", ["ref_logprobs", "teacher_topk_ids"])
+def test_a_column_is_in_every_row_of_a_stream_or_in_none(tmp_path, student_dir, table, column, where, workers):
+    """In the same batch, or in another one."""
+    columns = [name for name in table.column_names if name.startswith("teacher_topk")]
+    some = table.remove_columns(columns if column in columns else [column])
+    for rows in (2, 8):
+        parts = [some.select(range(rows)), table] if where == "first" else [table.select(range(rows)), some]
+        trainer = OfflineOPDTrainer(
+            str(student_dir), make_args(tmp_path, dataloader_num_workers=workers), stream_of(*parts)
+        )
+        with pytest.raises(TableError, match=rf"[Rr]ow {rows}\b, column `{column}`"):
+            trainer.train()
+        with pytest.raises(TableError, match=rf"[Rr]ow {rows}\b, column `{column}`"):
+            trainer.evaluate(stream_of(*parts))
+
+
+def test_workers_that_read_different_k_are_found_out(tmp_path, student_dir, teacher_dir, table):
+    """Each worker reads one shard, in which k is the same."""
+    wide = score_rollouts(make_rollouts(24), str(teacher_dir), top_k=6, ref_model=str(student_dir))
+
+    def rows(tables):
+        for rows in tables:
+            yield from rows
+
+    stream = IterableDataset.from_generator(rows, gen_kwargs={"tables": [list(table), list(wide)]})
+    trainer = OfflineOPDTrainer(str(student_dir), make_args(tmp_path, dataloader_num_workers=2), stream)
+    with pytest.raises(TableError, match="6 top-k values, where 4 are needed"):
+        trainer.train()
+
+
+def test_several_streams_may_have_different_columns(tmp_path, student_dir, table):
+    """Each is held against its own first row."""
+    bare = table.remove_columns("ref_logprobs")
+    streams = {"a": table.to_iterable_dataset(), "b": bare.to_iterable_dataset()}
+    args = make_args(tmp_path, eval_strategy="steps", eval_steps=2, max_steps=2)
+    trainer = OfflineOPDTrainer(str(student_dir), args, bare.to_iterable_dataset(), eval_dataset=streams)
+    metrics = trainer.evaluate()
+    assert "eval_a_importance_weight/ess" in metrics and "eval_b_importance_weight/ess" not in metrics
+    assert trainer.evaluate(without_topk(table).to_iterable_dataset() if trainer.loss_type == "sampled" else bare)
+    trainer.train()
+
+
+def test_a_table_that_is_streamed_as_it_is_stays_valid(tmp_path, student_dir, table):
+    rows = Dataset.from_list(table.to_list(), features=table.features)
+    assert OfflineOPDTrainer(str(student_dir), make_args(tmp_path), rows.to_iterable_dataset()).train()
