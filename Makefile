@@ -2,11 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Its defaults, which accelerate would list on every start.
+ONE := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 .PHONY: train test
 
 train: $(VENV)/.installed
-	$(BIN)/accelerate launch examples/train.py
+	$(BIN)/accelerate launch $(ONE) examples/train.py
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """
 Trains a student on a table of scored rollouts, without its teacher, and shows what that changed.
 
-The bundled quickstart, about two minutes on two CPU cores:
+The bundled quickstart, less than two minutes on a CPU core:
 
     accelerate launch examples/train.py
     accelerate launch examples/train.py --compare
@@ -11,11 +11,13 @@ Your own student and table (Hub ids or local paths); options of `OfflineOPDConfi
     accelerate launch examples/train.py --model_name_or_path my-org/student-sft --dataset_name my-org/scored-rollouts \
         --output_dir student-opd --learning_rate 2e-6 --max_steps 150
 
-With `--eval_prompts` (JSON lines of `prompt` and `answer`), greedy accuracy is measured before and after; with
+A line for each evaluation and a table is what it prints; `-v`, or `TRL_LOPD_VERBOSE=1`, adds what the libraries behind
+it say. With `--eval_prompts` (JSON lines of `prompt` and `answer`), greedy accuracy is measured before and after; with
 `--teacher` too, so is the reverse KL divergence on rollouts sampled afresh.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -23,6 +25,8 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import datasets
+import transformers
 from rich.console import Console
 from rich.table import Table
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -46,6 +50,17 @@ class TrainScriptArguments(ScriptArguments):
         default=None, metadata={"help": "Teacher to measure the reverse KL divergence on fresh rollouts against."}
     )
     eval_max_completion_length: int = field(default=1024, metadata={"help": "Tokens an answer may have."})
+    verbose: bool = field(
+        default=bool(os.environ.get("TRL_LOPD_VERBOSE")),
+        metadata={"help": "Also show what the libraries behind it say.", "aliases": ["-v"]},
+    )
+
+
+def hide_what_libraries_say() -> None:
+    """Their bars for things done in seconds, and that there is no GPU."""
+    datasets.disable_progress_bars()  # `evaluate_model` goes by this, too
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator" not in record.getMessage())
 
 
 def quickstart_flags() -> list[str]:
@@ -83,6 +98,7 @@ def report(
     for name, path in models.items():
         directory = Path(trainer.args.output_dir, "evaluations", re.sub(r"\W+", "-", name).strip("-").lower())
         if trainer.is_world_process_zero():
+            print(f"Evaluating: {name}", flush=True)
             shutil.rmtree(directory, ignore_errors=True)  # of another run
         trainer.accelerator.wait_for_everyone()
         result = evaluate_model(
@@ -182,5 +198,7 @@ if __name__ == "__main__":
         flags = quickstart_flags() + flags
     elif given & wanted and not given >= wanted and "--config" not in given:
         raise SystemExit("Give both `--model_name_or_path` and `--dataset_name`, or neither for the quickstart.")
+    if not {"-v", "--verbose"} & given and not TrainScriptArguments.verbose:
+        hide_what_libraries_say()
     parser = TrlParser((TrainScriptArguments, OfflineOPDConfig, ModelConfig))
     main(*parser.parse_args_and_config(flags, fail_with_unknown_args=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 
@@ -265,13 +266,14 @@ def test_a_server_of_another_tokenizer_is_refused(student_dir):
 # ---- On disk ----
 
 
-def test_rollouts_on_disk_are_those_in_memory(tmp_path, student_dir, teacher_dir, capsys):
+def test_rollouts_on_disk_are_those_in_memory(tmp_path, student_dir, teacher_dir, caplog):
+    caplog.set_level(logging.INFO, "trl_lopd")
     prompts = Dataset.from_dict({"prompt": PROMPTS * 3, "answer": list("abcdefghijkl")})
     options = dict(num_generations=2, max_completion_length=6, rows_per_shard=5)
     in_memory = collect_rollouts(prompts, str(student_dir), **options)
     on_disk = collect_rollouts(prompts, str(student_dir), output_dir=tmp_path / "rollouts", **options)
     assert on_disk.features == in_memory.features and on_disk.to_dict() == in_memory.to_dict()
-    totals = json.loads(capsys.readouterr().out.splitlines()[-1])
+    totals = json.loads(next(line for line in reversed(caplog.messages) if line.startswith("{")))
     tokens, cut = sum(map(len, on_disk["completion_ids"])), on_disk["finish_reason"].count("length")
     counts = {"rows": 24, "answers": 24, "truncated": cut, "dropped": 0, "completion_tokens": tokens}
     assert counts.items() <= totals.items()
@@ -287,13 +289,14 @@ def test_rollouts_on_disk_are_those_in_memory(tmp_path, student_dir, teacher_dir
     assert record_of(scored)["students"] == record_of(rollouts)["students"]
 
 
-def test_finished_rollouts_are_given_back_without_loading_a_model(tmp_path, student_dir, monkeypatch, capsys):
+def test_finished_rollouts_are_given_back_without_loading_a_model(tmp_path, student_dir, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "trl_lopd")
     options = dict(output_dir=tmp_path / "rollouts", max_completion_length=6)
     first = collect_rollouts(PROMPTS, str(student_dir), **options)
     monkeypatch.setattr("trl_lopd.rollouts.load_model", lambda *args: pytest.fail("a model was loaded"))
     again = collect_rollouts(PROMPTS, str(student_dir), **options)
     assert again.to_dict() == first.to_dict() and record_of(again) == record_of(first)
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens_this_run"] == 0
+    assert json.loads(next(line for line in reversed(caplog.messages) if line.startswith("{")))["tokens_this_run"] == 0
 
 
 @pytest.mark.parametrize(

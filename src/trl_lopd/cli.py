@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,8 @@ def _run(job: str, does: str, options: list[str]) -> int:
                 parser.error("argument --config: expected one argument")
             commands.check_config(options[options.index("--config") + 1], arguments)
         (args,) = parser.parse_args_and_config(options)
-        getattr(commands, job)(args)
+        with _printed_totals():
+            getattr(commands, job)(args)
     except KeyboardInterrupt:
         print("trl-lopd: stopped. The same command goes on after the last shard.", file=sys.stderr)
         return 130
@@ -149,6 +151,21 @@ def _run(job: str, does: str, options: list[str]) -> int:
         print(f"trl-lopd: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextlib.contextmanager
+def _printed_totals() -> Iterator[None]:
+    """Prints the totals that sampling and scoring log."""
+    from . import runs
+
+    handler, level = logging.StreamHandler(sys.stdout), runs.logger.level
+    runs.logger.addHandler(handler)
+    runs.logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        runs.logger.removeHandler(handler)
+        runs.logger.setLevel(level)
 
 
 # Exit code, what `--json` prints, and what prints it for a person.

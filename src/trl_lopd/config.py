@@ -230,6 +230,8 @@ class OfflineOPDConfig(TrainingArguments):
                 "`max_tokens_per_device` bounds memory."
             )
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is no device to copy to, and torch would say so
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("`fp16=True` has no effect on a CPU. Set `bf16=True`, or neither.")
         for name, value, why in (

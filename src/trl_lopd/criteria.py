@@ -54,5 +54,11 @@ def direction(metric: str, greater_is_better: bool | None = None, *, ours: bool 
     return greater_is_better
 
 
+def is_known(metric: str) -> bool:
+    """Whether a metric is one that [`OfflineOPDTrainer`] or `Trainer` logs, in training or in evaluation."""
+    logged = ("learning_rate", "grad_norm", "total_flos", "train_loss")
+    return _is_one_of(metric, (*_CRITERIA, *_NOT_CRITERIA, *_NO_QUALITY, *logged))
+
+
 def _is_one_of(metric: str, names: tuple[str, ...]) -> bool:
     return re.search(rf"(^|_)({'|'.join(names)})$", metric) is not None

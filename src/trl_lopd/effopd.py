@@ -277,7 +277,8 @@ class EffOPDCallback(TrainerCallback):
             desc=f"EffOPD, step {step}",
             unit="candidate",
             leave=False,
-            disable=not self.trainer.is_local_process_zero() or self.trainer.args.disable_tqdm,
+            # `None`: where nobody is at a terminal.
+            disable=not self.trainer.is_local_process_zero() or self.trainer.args.disable_tqdm or None,
         )
         try:
             for scale in progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections import Counter
@@ -14,10 +15,13 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
+from datasets.utils import are_progress_bars_disabled
 from tqdm.auto import tqdm
 
 from .processes import on_main_process, processes, wait_for_everyone
 from .shards import ShardStore
+
+logger = logging.getLogger(__name__)
 
 
 def check_whole_numbers(least: int, **options: Any) -> None:
@@ -43,9 +47,10 @@ class ShardedRun:
 
     On disk (`output_dir`), shards that are done are not computed again, and the processes of an `accelerate launch`
     share the others; see [`ShardStore`]. All processes make the same calls. While it runs, a progress bar shows tokens
-    a second and the time left, of this process's share. At the end, with `output_dir`, one line of JSON is printed
-    with the totals: the counts given to `write`, of all processes and of earlier runs, and what this run added.
-    If a wandb run is active, it gets the same under `scoring/` or `sampling/`.
+    a second and the time left, of this process's share, unless `datasets` has its own disabled. At the end, with
+    `output_dir`, one line of JSON is logged, which the command line prints: the counts given to `write`, of all
+    processes and of earlier runs, and what this run added. If a wandb run is active, it gets the same under
+    `scoring/` or `sampling/`.
 
     Args:
         title (`str`): "Scoring" or "Sampling".
@@ -106,7 +111,7 @@ class ShardedRun:
                     desc=self.title,
                     unit=self.unit,
                     unit_scale=self.unit == "token",
-                    disable=not self.state.is_local_main_process,
+                    disable=not self.state.is_local_main_process or are_progress_bars_disabled(),
                 )
             )
             self.start = time.perf_counter()
@@ -175,6 +180,6 @@ class ShardedRun:
                 "tokens_per_second": round(tokens / seconds, 1),
                 "processes": self.state.num_processes,
             }
-            print(json.dumps(totals), flush=True)
+            logger.info(json.dumps(totals))
             self._report({name: value for name, value in totals.items() if not isinstance(value, str)})
         return table

@@ -32,6 +32,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import find_adapter_config_file
 from trl.trainer.utils import create_model_from_path, generate_model_card, get_config_model_id
@@ -40,6 +41,7 @@ from .cards import count_teachers, read_model_card, record_of, stamp_model_card
 from .collator import OfflineOPDCollator, padded_length, too_long
 from .config import OfflineOPDConfig
 from .consistency import Verdict, check_teacher_consistency, inherited_teachers, written_for
+from .console import ConsoleCallback
 from .drift import describe_weights, has_left, remedy
 from .effopd import EffOPDCallback
 from .failures import LossCheck, SaveOnSigterm, out_of_memory_advice
@@ -321,6 +323,9 @@ class OfflineOPDTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        # The last of its own; in notebooks it is another.
+        if type(self.callback_handler.callbacks[-1]) in (PrinterCallback, ProgressCallback):
+            self.callback_handler.callbacks[-1] = ConsoleCallback()
         if args.n_gpu > 1:
             raise ValueError(
                 "`nn.DataParallel` is not supported. Launch with `accelerate launch` or `torchrun`, or make a single "
