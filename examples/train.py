@@ -77,14 +77,13 @@ def load_splits(script_args: ScriptArguments):
     """A table and, if there is one, its held-out split: from the Hub, a directory or a parquet file."""
     name = script_args.dataset_name
     table = load_table(name, script_args.dataset_config, streaming=script_args.dataset_streaming)
-    if not isinstance(table, dict):
-        return table, None
-    if script_args.dataset_train_split not in table:
+    splits = table if isinstance(table, dict) else {str(table.split or "train"): table}
+    if script_args.dataset_train_split not in splits:
         raise SystemExit(
-            f"{name} has no split {script_args.dataset_train_split!r}, only {sorted(table)}: set "
+            f"{name} has no split {script_args.dataset_train_split!r}, only {sorted(splits)}: set "
             "`--dataset_train_split`."
         )
-    return table[script_args.dataset_train_split], table.get(script_args.dataset_test_split)
+    return splits[script_args.dataset_train_split], splits.get(script_args.dataset_test_split)
 
 
 def report(

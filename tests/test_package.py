@@ -103,6 +103,8 @@ def test_the_main_job_runs(tmp_path):
         (["--dataset_name", "x"], "Give both"),
         (["--model_name_or_path", "m", "--dataset_name", str(QUICKSTART / "table"), "--dataset_train_split", "trian"],
          "no split 'trian'.*test.*train"),
+        (["--model_name_or_path", "m", "--dataset_name", str(QUICKSTART / "table" / "train.parquet"),
+          "--dataset_train_split", "trian"], "no split 'trian', only .'train'."),
     ],
 )  # fmt: skip
 def test_the_main_job_says_what_is_wrong_with_its_flags(flags, message, tmp_path):

@@ -13,8 +13,8 @@ import trl_lopd
 from trl_lopd.processes import on_main_process, processes
 
 
-def missing_teacher(directory):
-    trl_lopd.score_rollouts(make_rollouts(), f"{directory}/nowhere", tokenizer=make_tokenizer())
+def missing_weights(directory):
+    trl_lopd.score_rollouts(make_rollouts(), f"{directory}/empty", tokenizer=make_tokenizer())
 
 
 def no_server(directory):
@@ -53,7 +53,7 @@ def of_a_library(directory):
 
 
 CASES = {
-    **{case.__name__: case for case in (missing_teacher, no_server, used_directory, invalid_stream)},
+    **{case.__name__: case for case in (missing_weights, no_server, used_directory, invalid_stream)},
     **{
         case.__name__: lambda directory, case=case: on_main_process(processes(), lambda: case(directory))
         for case in (hub, undecodable, of_a_library)

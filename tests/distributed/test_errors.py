@@ -15,7 +15,7 @@ SCRIPT = TESTS / "distributed" / "errors_script.py"
 
 # The most special class that all processes can name, whether it is this library's, and how its message begins.
 EXPECTED = {
-    "missing_teacher": ("FileNotFoundError", False, "There is no directory"),
+    "missing_weights": ("FileNotFoundError", False, ""),
     "no_server": ("ServerError", True, "The self-test of http://127.0.0.1:9 fails."),
     "used_directory": ("ShardError", True, ""),
     "invalid_stream": ("TableError", True, "Row 0, column `teacher_logprobs`, token 0: 0.5"),
@@ -41,6 +41,7 @@ def launch(script, *words):
 def directory(tmp_path_factory, student_dir):
     path = tmp_path_factory.mktemp("errors")
     (path / "student").symlink_to(student_dir)
+    (path / "empty").mkdir()
     return path
 
 
