@@ -78,8 +78,9 @@ def best(kind, student, rows, out):
     trainer = make_trainer(
         *(kind, student, rows, out),
         **{"max_steps": 4, "save_steps": 2, "eval_steps": 2, "save_strategy": "steps", "eval_strategy": "steps"},
-        **{"load_best_model_at_end": True, "metric_for_best_model": "reverse_kl_topk", "greater_is_better": True},
+        **{"load_best_model_at_end": True, "metric_for_best_model": "reverse_kl_topk"},
     )
+    trainer.args.greater_is_better = True
     keep = Keep()
     keep.trainer, keep.out = trainer, out
     trainer.add_callback(keep)
