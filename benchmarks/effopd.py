@@ -35,7 +35,7 @@ from trl_lopd import (
     load_table,
     score_rollouts,
 )
-from trl_lopd.effopd import powers_of_two
+from trl_lopd.effopd.callback import powers_of_two
 
 QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart"
 sys.path.insert(0, str(QUICKSTART))

@@ -30,7 +30,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trl_lopd import fingerprint, fingerprint_teacher
+from trl_lopd import fingerprint_teacher
+from trl_lopd.identity import fingerprint
 
 # The second read asks for as much at a time as the fingerprint does: what the disk can give.
 VARIANTS = ("read", "read, in threads", "sha256sum", "fingerprint", "fingerprint, cached")

@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
-from trl_lopd.head import LogitTransform, Targets, TokenLoss
-from trl_lopd.objective import reverse_kl_topk, sampled_loss, teacher_support
+from trl_lopd.training.head import LogitTransform, Targets, TokenLoss
+from trl_lopd.training.objective import reverse_kl_topk, sampled_loss, teacher_support
 
 
 class Case:

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trl_lopd import stamp_model_card, table_features
-from trl_lopd.report import write_report
+from trl_lopd.evaluation.report.report import write_report
 
 VOCABULARY = 151_936
 TEACHER = "teacher@1-0123456789ab-01234567-01234567"

@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from trl_lopd import teachers
-from trl_lopd.teachers import LocalTeacher
+from trl_lopd.generation import teachers
+from trl_lopd.generation.teachers import LocalTeacher
 
 OURS, LOOP, FORWARD = "LocalTeacher.score", "padded loop, full log_softmax", "bare forward, our batches"
 SHARED, UNSHARED = "n completions, prompts shared", "n completions, not shared"

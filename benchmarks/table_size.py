@@ -32,11 +32,11 @@ from rich.console import Console
 from rich.table import Table
 
 from trl_lopd import table_features, validate_table
-from trl_lopd.collator import OfflineOPDCollator
-from trl_lopd.scoring import _with_scores
-from trl_lopd.shards import ShardStore
-from trl_lopd.table import TableRows
-from trl_lopd.teachers import Scores
+from trl_lopd.generation.scoring import _with_scores
+from trl_lopd.generation.teachers import Scores
+from trl_lopd.table.schema import TableRows
+from trl_lopd.table.store import ShardStore
+from trl_lopd.training.collator import OfflineOPDCollator
 
 VOCABULARY = 151_936
 KS = (0, 4, 8)

@@ -19,9 +19,9 @@ from conftest import make_tokenizer
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from trl_lopd.head import Targets, add_distillation_head, check_head
-from trl_lopd.samplers import Sampling, TransformersSampler
-from trl_lopd.teachers import LocalTeacher
+from trl_lopd.generation.samplers import Sampling, TransformersSampler
+from trl_lopd.generation.teachers import LocalTeacher
+from trl_lopd.training.head import Targets, add_distillation_head, check_head
 
 VOCAB = 96
 POSITIONS = 64

@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trl_lopd import score_rollouts, stamp_model_card
-from trl_lopd.fingerprint import fingerprint_teacher
+from trl_lopd.identity.fingerprint import fingerprint_teacher
 
 VOCAB = 32
 

@@ -19,7 +19,7 @@ import datasets
 from accelerate import PartialState
 
 from trl_lopd import collect_rollouts, load_table, score_rollouts
-from trl_lopd.cards import record_of
+from trl_lopd.identity.cards import record_of
 
 
 def score(out: str, rollouts: str, teacher: str, student: str) -> datasets.Dataset:

@@ -10,57 +10,57 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _MODULE_OF = {
-    "EffOPDCallback": "effopd",
-    "OfflineOPDConfig": "config",
+    "EffOPDCallback": "effopd.callback",
+    "OfflineOPDConfig": "training.config",
     "OfflineOPDError": "errors",
-    "OfflineOPDTrainer": "trainer",
-    "RewardGate": "gates",
-    "SGLangServer": "served",
-    "ShardError": "shards",
-    "TableError": "table",
-    "TableSummary": "table",
-    "TeacherConsistencyError": "consistency",
-    "ServerError": "served",
-    "TeacherFingerprint": "fingerprint",
-    "TeacherStampCallback": "stamp",
-    "VLLMServer": "served",
-    "Verdict": "consistency",
-    "check_teacher_consistency": "consistency",
-    "collect_rollouts": "rollouts",
-    "evaluate_model": "evaluation",
-    "fingerprint_teacher": "fingerprint",
-    "generate_sft_data": "rollouts",
-    "load_benchmark": "evaluation",
-    "load_table": "cards",
-    "read_dataset_card": "cards",
-    "read_model_card": "cards",
-    "score_rollouts": "scoring",
-    "stamp_dataset_card": "cards",
-    "stamp_model_card": "cards",
-    "table_features": "table",
-    "validate_table": "table",
-    "verify_served_teacher": "probes",
+    "OfflineOPDTrainer": "training.trainer",
+    "RewardGate": "effopd.gates",
+    "SGLangServer": "generation.servers",
+    "ShardError": "table.store",
+    "TableError": "table.schema",
+    "TableSummary": "table.schema",
+    "TeacherConsistencyError": "identity.consistency",
+    "ServerError": "generation.servers",
+    "TeacherFingerprint": "identity.fingerprint",
+    "TeacherStampCallback": "identity.stamp",
+    "VLLMServer": "generation.servers",
+    "Verdict": "identity.consistency",
+    "check_teacher_consistency": "identity.consistency",
+    "collect_rollouts": "generation.rollouts",
+    "evaluate_model": "evaluation.evaluate",
+    "fingerprint_teacher": "identity.fingerprint",
+    "generate_sft_data": "generation.rollouts",
+    "load_benchmark": "evaluation.evaluate",
+    "load_table": "identity.cards",
+    "read_dataset_card": "identity.cards",
+    "read_model_card": "identity.cards",
+    "score_rollouts": "generation.scoring",
+    "stamp_dataset_card": "identity.cards",
+    "stamp_model_card": "identity.cards",
+    "table_features": "table.schema",
+    "validate_table": "table.schema",
+    "verify_served_teacher": "identity.probes",
 }
 
 __all__ = list(_MODULE_OF)
 
 if TYPE_CHECKING:
-    from .cards import load_table, read_dataset_card, read_model_card, stamp_dataset_card, stamp_model_card
-    from .config import OfflineOPDConfig
-    from .consistency import TeacherConsistencyError, Verdict, check_teacher_consistency
-    from .effopd import EffOPDCallback
+    from .effopd.callback import EffOPDCallback
+    from .effopd.gates import RewardGate
     from .errors import OfflineOPDError
-    from .evaluation import evaluate_model, load_benchmark
-    from .fingerprint import TeacherFingerprint, fingerprint_teacher
-    from .gates import RewardGate
-    from .probes import verify_served_teacher
-    from .rollouts import collect_rollouts, generate_sft_data
-    from .scoring import score_rollouts
-    from .served import ServerError, SGLangServer, VLLMServer
-    from .shards import ShardError
-    from .stamp import TeacherStampCallback
-    from .table import TableError, TableSummary, table_features, validate_table
-    from .trainer import OfflineOPDTrainer
+    from .evaluation.evaluate import evaluate_model, load_benchmark
+    from .generation.rollouts import collect_rollouts, generate_sft_data
+    from .generation.scoring import score_rollouts
+    from .generation.servers import ServerError, SGLangServer, VLLMServer
+    from .identity.cards import load_table, read_dataset_card, read_model_card, stamp_dataset_card, stamp_model_card
+    from .identity.consistency import TeacherConsistencyError, Verdict, check_teacher_consistency
+    from .identity.fingerprint import TeacherFingerprint, fingerprint_teacher
+    from .identity.probes import verify_served_teacher
+    from .identity.stamp import TeacherStampCallback
+    from .table.schema import TableError, TableSummary, table_features, validate_table
+    from .table.store import ShardError
+    from .training.config import OfflineOPDConfig
+    from .training.trainer import OfflineOPDTrainer
 
 
 def __getattr__(name: str):

@@ -13,10 +13,11 @@ from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError
 
-from . import __version__, overview
-from .cards import read_model_card, stamp_model_card
-from .fingerprint import TeacherFingerprint, fingerprint_teacher, is_id
-from .overview import print_line as _line
+from . import __version__
+from .evaluation import inspect as overview
+from .evaluation.inspect import print_line as _line
+from .identity.cards import read_model_card, stamp_model_card
+from .identity.fingerprint import TeacherFingerprint, fingerprint_teacher, is_id
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -156,7 +157,7 @@ def _run(job: str, does: str, options: list[str]) -> int:
 @contextlib.contextmanager
 def _printed_totals() -> Iterator[None]:
     """Prints the totals that sampling and scoring log."""
-    from . import runs
+    from .generation import runs
 
     handler, level = logging.StreamHandler(sys.stdout), runs.logger.level
     runs.logger.addHandler(handler)
@@ -180,8 +181,8 @@ def _fingerprint(args: argparse.Namespace) -> Answer:
     fingerprint = fingerprint_teacher(args.model, use_cache=not args.no_cache, **options)
     record = fingerprint.to_dict()
     if args.probes:
+        from .identity.probes import probe_model
         from .models import load_model, load_tokenizer
-        from .probes import probe_model
 
         record["probes"] = probe_model(load_model(args.model, options), load_tokenizer(args.model, **options))
 
@@ -193,8 +194,8 @@ def _fingerprint(args: argparse.Namespace) -> Answer:
 
 
 def _stamp(args: argparse.Namespace) -> Answer:
+    from .identity.stamp import checkpoint_fingerprint
     from .models import as_name
-    from .stamp import checkpoint_fingerprint
 
     local = Path(args.model).exists()
     if local and not overview.is_model(args.model):
@@ -239,13 +240,13 @@ def _inspect(args: argparse.Namespace) -> Answer:
 
 
 def _report(args: argparse.Namespace) -> Answer:
-    from .report import write_report
+    from .evaluation.report.report import write_report
 
     written = write_report(
         args.run, table=args.table, split=args.split, student=args.student, rows=args.rows, output=args.output
     )
     if args.report_to == "wandb":
-        from .reporting import log_report
+        from .training.monitoring.reporters import log_report
 
         settings = Path(args.run, "training_args.json")
         trained = json.loads(settings.read_text()).get("wandb_run") if settings.is_file() else None

@@ -16,14 +16,21 @@ import yaml
 from datasets import Dataset
 from trl.data_utils import maybe_convert_to_chatml
 
-from .cards import load_rows, load_table, read_model_card, stamp_dataset_card
-from .evaluation import evaluate_model, load_benchmark, show
-from .fingerprint import fingerprint_teacher
-from .metrics import flatten
+from .evaluation.evaluate import evaluate_model, load_benchmark, show
+from .evaluation.metrics import flatten
+from .generation.rollouts import (
+    ENGINES,
+    SFT_COLUMNS,
+    TEMPLATE_COLUMNS,
+    WRITTEN_COLUMNS,
+    collect_rollouts,
+    generate_sft_data,
+)
+from .generation.runs import check_whole_numbers
+from .generation.scoring import score_rollouts
+from .identity.cards import load_rows, load_table, read_model_card, stamp_dataset_card
+from .identity.fingerprint import fingerprint_teacher
 from .processes import processes
-from .rollouts import ENGINES, SFT_COLUMNS, TEMPLATE_COLUMNS, WRITTEN_COLUMNS, collect_rollouts, generate_sft_data
-from .runs import check_whole_numbers
-from .scoring import score_rollouts
 
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
 
@@ -246,7 +253,7 @@ def score(args: ScoreArguments) -> Dataset:
         options = {name: value for name in names if (value := getattr(args, name)) is not None}
         teacher: Any = args.teacher_name_or_path
         if args.teacher_url:
-            from .served import SGLangServer, VLLMServer
+            from .generation.servers import SGLangServer, VLLMServer
 
             server = {"vllm": VLLMServer, "sglang": SGLangServer}[args.teacher_server]
             teacher = _server(server, args.teacher_url, args.server_kwargs)
@@ -413,7 +420,7 @@ def _check_engine_options(args: RolloutArguments | EvaluateArguments) -> None:
 def _engine(args: RolloutArguments | EvaluateArguments) -> Any:
     if not args.server_kwargs:
         return args.engine
-    from .served import VLLMServer
+    from .generation.servers import VLLMServer
 
     return _server(VLLMServer, args.engine, args.server_kwargs)
 

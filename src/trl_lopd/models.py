@@ -21,9 +21,9 @@ from transformers import (
 from transformers.utils import cached_file, find_adapter_config_file
 from trl.trainer.utils import create_model_from_path
 
-from .cards import refuse_missing
+from .identity.cards import refuse_missing
 from .own_logits import difference, own_logprobs, trial_rows
-from .table import TableError
+from .table.schema import TableError
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer
-from trl_lopd.effopd import EffOPDCallback
-from trl_lopd.gates import ReverseKLGate
+from trl_lopd.effopd.callback import EffOPDCallback
+from trl_lopd.effopd.gates import ReverseKLGate
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0"))

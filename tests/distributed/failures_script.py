@@ -16,7 +16,7 @@ from datasets import load_from_disk
 from effopd_script import fsdp_on_cpu, make_trainer
 from transformers import TrainerCallback
 
-from trl_lopd.collator import OfflineOPDCollator
+from trl_lopd.training.collator import OfflineOPDCollator
 
 LAST = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
 

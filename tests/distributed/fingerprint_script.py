@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from trl_lopd.fingerprint import fingerprint_teacher
+from trl_lopd.identity.fingerprint import fingerprint_teacher
 
 
 def shard_fsdp2(model):

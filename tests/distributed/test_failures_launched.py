@@ -82,7 +82,7 @@ def test_a_bad_row_that_one_process_reads_is_named(tmp_path, student_dir, rows):
     done = launch("ddp", "row", student_dir, tmp_path / "rows", tmp_path / "out")
     assert done.returncode != 0 and "TRAINED" not in done.stdout
     assert re.search(
-        r"\[rank1\]: trl_lopd.table.TableError: Row 3, column `teacher_logprobs`, token 0: nan", done.stderr
+        r"\[rank1\]: trl_lopd.table.schema.TableError: Row 3, column `teacher_logprobs`, token 0: nan", done.stderr
     )
 
 

@@ -14,7 +14,7 @@ from conftest import make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from trl_lopd.fingerprint import TeacherFingerprint, fingerprint_teacher
+from trl_lopd.identity.fingerprint import TeacherFingerprint, fingerprint_teacher
 
 SCRIPT = Path(__file__).parent / "fingerprint_script.py"
 

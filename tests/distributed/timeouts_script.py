@@ -9,11 +9,11 @@ from datetime import timedelta
 import torch
 from accelerate import PartialState
 
-import trl_lopd.rollouts
+import trl_lopd.generation.rollouts
 from trl_lopd import cli
 
 SECONDS = 3
-fingerprint_teacher = trl_lopd.rollouts.fingerprint_teacher
+fingerprint_teacher = trl_lopd.generation.rollouts.fingerprint_teacher
 
 
 def fingerprint_slowly(*args, **kwargs):
@@ -25,7 +25,7 @@ if __name__ == "__main__":
     student, output_dir, mode = sys.argv[1:]
     if mode == "short":
         PartialState(cpu=True, timeout=timedelta(seconds=SECONDS))
-        trl_lopd.rollouts.fingerprint_teacher = fingerprint_slowly
+        trl_lopd.generation.rollouts.fingerprint_teacher = fingerprint_slowly
         trl_lopd.collect_rollouts(["w5", "w6"], student, output_dir=output_dir, max_completion_length=2)
         rank = PartialState().process_index
         print(f"process {rank} has sampled", flush=True)

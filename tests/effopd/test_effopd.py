@@ -15,8 +15,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 
 from trl_lopd import EffOPDCallback, OfflineOPDTrainer, RewardGate, read_model_card
-from trl_lopd.effopd import HISTORY, powers_of_two
-from trl_lopd.gates import MetricGate, paired_p_value
+from trl_lopd.effopd.callback import HISTORY, powers_of_two
+from trl_lopd.effopd.gates import MetricGate, paired_p_value
 
 # ---- A quadratic, and a trainer that is not ours ----
 

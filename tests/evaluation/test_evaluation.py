@@ -26,7 +26,7 @@ from trl_lopd import (
     load_benchmark,
     score_rollouts,
 )
-from trl_lopd.metrics import estimate_reverse_kl
+from trl_lopd.evaluation.metrics import estimate_reverse_kl
 
 # A small model talks in words of a letter and a number; its answer is the last.
 PROBLEMS = [{"question": f"w{i} w7", "answer": f"so 3 + 4\n#### w{6 + i % 3}"} for i in range(8, 20)]
@@ -278,7 +278,7 @@ def test_a_served_model_is_evaluated(tmp_path, benchmark_file, student_dir):
     ],
 )
 def test_what_cannot_be_evaluated_is_said_before_a_model_is_loaded(student_dir, monkeypatch, changes, error, words):
-    monkeypatch.setattr("trl_lopd.rollouts.load_model", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("trl_lopd.generation.rollouts.load_model", lambda *args: pytest.fail("a model was loaded"))
     from datasets import Dataset
 
     answers = changes.pop("answers", ["1", "2"])

@@ -16,9 +16,9 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer
 
-import trl_lopd.metrics
+import trl_lopd.evaluation.metrics
 from trl_lopd import collect_rollouts, score_rollouts
-from trl_lopd.metrics import (
+from trl_lopd.evaluation.metrics import (
     check_math_answers,
     estimate_reverse_kl,
     flatten,
@@ -29,7 +29,7 @@ from trl_lopd.metrics import (
     summarize_samples,
 )
 
-MODULES = Path(trl_lopd.metrics.__file__).parent
+MODULES = Path(trl_lopd.evaluation.metrics.__file__).parent
 VOCAB, LENGTH, EOS = 6, 4, 1
 
 # ---- Reverse KL ----

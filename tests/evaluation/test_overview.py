@@ -13,8 +13,9 @@ from conftest import make_rollouts
 from datasets import Dataset, Value
 from rich.console import Console
 
-from trl_lopd import OfflineOPDConfig, TableError, overview
-from trl_lopd.cards import attach_record, record_of
+from trl_lopd import OfflineOPDConfig, TableError
+from trl_lopd.evaluation import inspect as overview
+from trl_lopd.identity.cards import attach_record, record_of
 
 HOSTILE = "[bold red]x[/]\x1b[2J\x1b]0;owned\x07\u202e:smile:\r\nnext\ttab \udc80"
 

@@ -28,7 +28,7 @@ from trl_lopd import (
     stamp_model_card,
 )
 from trl_lopd.cli import main
-from trl_lopd.report import _pieces, write_report
+from trl_lopd.evaluation.report.report import _pieces, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian package `chromium`)")

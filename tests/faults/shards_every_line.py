@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-import trl_lopd.shards
-from trl_lopd.shards import ShardStore
+import trl_lopd.table.store
+from trl_lopd.table.store import ShardStore
 
 SHARDS = 2
 
@@ -39,7 +39,7 @@ def killed_at(line: int, directory: Path) -> bool:
 
         def trace(frame, event, argument):
             nonlocal left
-            if frame.f_code.co_filename != trl_lopd.shards.__file__:
+            if frame.f_code.co_filename != trl_lopd.table.store.__file__:
                 return None
             if event == "line":
                 left -= 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shards_job import NUM_SHARDS, open_store, work
 
-from trl_lopd.shards import ShardError
+from trl_lopd.table.store import ShardError
 
 disk = Path(sys.argv[1])
 with open_store(disk / "out") as store:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from trl_lopd.shards import ShardStore
+from trl_lopd.table.store import ShardStore
 
 ROWS, ROWS_PER_SHARD, NUM_SHARDS = 191, 4, 48
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import architectures
 import pytest
 
-PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
+PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -12,7 +12,7 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
 
 from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer, collect_rollouts, score_rollouts
-from trl_lopd.fingerprint import fingerprint_teacher
+from trl_lopd.identity.fingerprint import fingerprint_teacher
 
 
 class ScaledLogits(LlamaForCausalLM):

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer, TableError, collect_rollouts, score_rollouts
-from trl_lopd.table import lengths
+from trl_lopd.table.schema import lengths
 
 POSITIONS = 64
 

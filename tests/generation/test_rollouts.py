@@ -30,7 +30,7 @@ from trl_lopd import (
     read_model_card,
     score_rollouts,
 )
-from trl_lopd.cards import record_of
+from trl_lopd.identity.cards import record_of
 
 PROMPTS = ["w5 w6", "w7", "w8 w9 w10 w11", "w12 w13"]
 
@@ -293,7 +293,7 @@ def test_finished_rollouts_are_given_back_without_loading_a_model(tmp_path, stud
     caplog.set_level(logging.INFO, "trl_lopd")
     options = dict(output_dir=tmp_path / "rollouts", max_completion_length=6)
     first = collect_rollouts(PROMPTS, str(student_dir), **options)
-    monkeypatch.setattr("trl_lopd.rollouts.load_model", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("trl_lopd.generation.rollouts.load_model", lambda *args: pytest.fail("a model was loaded"))
     again = collect_rollouts(PROMPTS, str(student_dir), **options)
     assert again.to_dict() == first.to_dict() and record_of(again) == record_of(first)
     assert json.loads(next(line for line in reversed(caplog.messages) if line.startswith("{")))["tokens_this_run"] == 0
@@ -442,7 +442,7 @@ def test_what_is_not_complete_or_not_whole_is_not_read(tmp_path, student_dir, te
 def test_a_run_that_came_to_nothing_does_not_bind_the_next(tmp_path, student_dir, monkeypatch):
     out = tmp_path / "rollouts"
     with monkeypatch.context() as broken:
-        broken.setattr("trl_lopd.rollouts.load_model", lambda *args: 1 / 0)
+        broken.setattr("trl_lopd.generation.rollouts.load_model", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             collect_rollouts(PROMPTS, str(student_dir), output_dir=out, max_completion_length=3)
     collect_rollouts(PROMPTS, str(student_dir), output_dir=out, max_completion_length=4)

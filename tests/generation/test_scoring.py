@@ -25,8 +25,8 @@ from trl_lopd import (
     teachers,
     validate_table,
 )
-from trl_lopd.cards import record_of
-from trl_lopd.fingerprint import same_teacher
+from trl_lopd.identity.cards import record_of
+from trl_lopd.identity.fingerprint import same_teacher
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_the_table_on_disk_is_the_table_in_memory(tmp_path, teacher_dir, student
 
 def test_a_finished_table_is_given_back_without_loading_a_model(tmp_path, teacher_dir, rollouts, monkeypatch):
     first = score_rollouts(rollouts, str(teacher_dir), output_dir=tmp_path / "table", top_k=2)
-    monkeypatch.setattr("trl_lopd.scoring.load_model", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("trl_lopd.generation.scoring.load_model", lambda *args: pytest.fail("a model was loaded"))
     again = score_rollouts(rollouts, str(teacher_dir), output_dir=tmp_path / "table", top_k=2)
     assert again.to_dict() == first.to_dict() and record_of(again) == record_of(first)
 

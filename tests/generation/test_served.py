@@ -22,9 +22,10 @@ import torch
 from conftest import VOCAB, make_model, make_rollouts
 from servers import changed, honest, status, stub_server, trl_client
 
-from trl_lopd import score_rollouts, served
-from trl_lopd.probes import probe_model
-from trl_lopd.served import ServerError, SGLangServer, VLLMServer
+from trl_lopd import score_rollouts
+from trl_lopd.generation import servers as served
+from trl_lopd.generation.servers import ServerError, SGLangServer, VLLMServer
+from trl_lopd.identity.probes import probe_model
 
 TEACHER_ID = "teacher@1-0123456789ab-01234567-89abcdef"
 TEACHERS = {"vllm": VLLMServer, "sglang": SGLangServer}

@@ -11,8 +11,8 @@ import transformers
 from conftest import make_model
 from transformers import modeling_flash_attention_utils as flash
 
-from trl_lopd import teachers
-from trl_lopd.teachers import LocalTeacher, RowError
+from trl_lopd.generation import teachers
+from trl_lopd.generation.teachers import LocalTeacher, RowError
 
 VOCAB, TOP_K = 32, 4
 COMMON = {

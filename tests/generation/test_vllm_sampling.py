@@ -20,10 +20,10 @@ import vllm_stub
 from conftest import VOCAB, make_model
 from servers import changed, full_logprobs, honest, status, stub_server
 
-from trl_lopd import served
-from trl_lopd.samplers import Sampling
-from trl_lopd.served import ServerError, VLLMServer
-from trl_lopd.vllm_offline import VLLMEngine
+from trl_lopd.generation import servers as served
+from trl_lopd.generation.samplers import Sampling
+from trl_lopd.generation.servers import ServerError, VLLMServer
+from trl_lopd.generation.vllm_engine import VLLMEngine
 
 KEY = "sk-very-secret-0123456789"
 EOS = 1

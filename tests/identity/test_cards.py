@@ -5,8 +5,8 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from trl_lopd.cards import read_model_card, stamp_model_card
-from trl_lopd.fingerprint import TeacherFingerprint
+from trl_lopd.identity.cards import read_model_card, stamp_model_card
+from trl_lopd.identity.fingerprint import TeacherFingerprint
 
 A = TeacherFingerprint(weights="1" * 64, tokenizer="2" * 64, chat_template="3" * 64, model_id="org/teacher-a")
 B = TeacherFingerprint(weights="4" * 64, tokenizer="5" * 64, chat_template="6" * 64, model_id="org/teacher-b")
@@ -245,7 +245,10 @@ def test_no_record(tmp_path, card):
             {"sft_teachers": [{"id": OLD}, OLD]},
             r"each of trl_lopd.sft_teachers must be a mapping, not 'old@",
         ),
-        ({"teachers": [{"name": "a"}]}, r"README.md: trl_lopd.teachers\[0\]: None is not the id of a model"),
+        (
+            {"teachers": [{"name": "a"}]},
+            r"README.md: trl_lopd.teachers\[0\]: None is not the id of a model",
+        ),
         ({"sft_teachers": [{"id": 7}]}, r"README.md: trl_lopd.sft_teachers\[0\]: 7 is not the id"),
         ({"sft_teachers": [{"id": "a@1"}]}, r"README.md: trl_lopd.sft_teachers\[0\]: 'a@1' is not the id"),
         (
@@ -292,7 +295,7 @@ def test_hub_id(tmp_path, monkeypatch):
         calls.append((repo_id, filename, revision))
         return str(tmp_path / filename)
 
-    monkeypatch.setattr("trl_lopd.cards.hf_hub_download", hf_hub_download)
+    monkeypatch.setattr("trl_lopd.identity.cards.hf_hub_download", hf_hub_download)
     assert read_model_card("org/student", revision="abc") == {"sft_teachers": [declared(A)]}
     assert calls == [("org/student", "README.md", "abc")]
 
@@ -301,7 +304,7 @@ def test_card_out_of_reach_counts_as_none_and_says_so(monkeypatch, caplog):
     def hf_hub_download(*args, **kwargs):
         raise LocalEntryNotFoundError("no network")
 
-    monkeypatch.setattr("trl_lopd.cards.hf_hub_download", hf_hub_download)
+    monkeypatch.setattr("trl_lopd.identity.cards.hf_hub_download", hf_hub_download)
     assert read_model_card("org/student") == {}
     assert "org/student: no network" in caplog.text
 

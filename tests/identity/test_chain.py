@@ -25,9 +25,9 @@ from trl_lopd import (
     score_rollouts,
     stamp_model_card,
 )
-from trl_lopd.cards import record_of
-from trl_lopd.consistency import TeacherConsistencyError
-from trl_lopd.fingerprint import same_teacher
+from trl_lopd.identity.cards import record_of
+from trl_lopd.identity.consistency import TeacherConsistencyError
+from trl_lopd.identity.fingerprint import same_teacher
 
 SCRIPT = Path(__file__).parent / "chain_script.py"
 

@@ -6,7 +6,12 @@ import logging
 
 import pytest
 
-from trl_lopd.consistency import TeacherConsistencyError, Verdict, check_teacher_consistency, inherited_teachers
+from trl_lopd.identity.consistency import (
+    TeacherConsistencyError,
+    Verdict,
+    check_teacher_consistency,
+    inherited_teachers,
+)
 
 
 def fid(name="teacher", weights=1, tokenizer=2, template=3, evidence=""):
@@ -206,7 +211,7 @@ def test_warn_and_off(caplog, mode, records, record):
         verdict = check_teacher_consistency(record, [A], mode=mode)
     assert not verdict.accepted("strict") and len(caplog.records) == records
     assert all(
-        (r.name, r.levelname, r.getMessage()) == ("trl_lopd.consistency", "WARNING", verdict.reason)
+        (r.name, r.levelname, r.getMessage()) == ("trl_lopd.identity.consistency", "WARNING", verdict.reason)
         for r in caplog.records
     )
 

@@ -28,8 +28,8 @@ from transformers import (
     core_model_loading,
 )
 
-from trl_lopd import fingerprint as fingerprint_module
-from trl_lopd.fingerprint import (
+from trl_lopd.identity import fingerprint as fingerprint_module
+from trl_lopd.identity.fingerprint import (
     EVIDENCE,
     SAFETENSORS_DTYPES,
     TeacherFingerprint,

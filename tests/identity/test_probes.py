@@ -17,7 +17,7 @@ from servers import changed, full_logprobs, stub_server, trl_client
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from trl_lopd.probes import PROBE_VERSION, probe_model, probe_sequences, verify_served_teacher
+from trl_lopd.identity.probes import PROBE_VERSION, probe_model, probe_sequences, verify_served_teacher
 
 TEACHER_ID = "teacher@1-0123456789ab-01234567-89abcdef"
 OTHER_ID = "other@1-ba9876543210-01234567-89abcdef"

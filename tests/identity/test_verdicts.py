@@ -26,7 +26,7 @@ from trl_lopd import (
     stamp_dataset_card,
     stamp_model_card,
 )
-from trl_lopd.cards import attach_record, record_of
+from trl_lopd.identity.cards import attach_record, record_of
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 

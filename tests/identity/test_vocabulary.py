@@ -17,8 +17,8 @@ from trl_lopd import (
     read_model_card,
     score_rollouts,
 )
-from trl_lopd.cards import attach_record, record_of
-from trl_lopd.fingerprint import fingerprint_teacher
+from trl_lopd.identity.cards import attach_record, record_of
+from trl_lopd.identity.fingerprint import fingerprint_teacher
 
 
 def tokenizer_with(swap=(), added=(), special=()):

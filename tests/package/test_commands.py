@@ -18,10 +18,10 @@ from servers import stub_server
 from trl import TrlParser
 
 from trl_lopd import cli, load_table
-from trl_lopd.cards import record_of
 from trl_lopd.commands import RolloutArguments, ScoreArguments, load_prompts
+from trl_lopd.identity.cards import record_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "examples" / "qwen3"
 
 TEMPLATE = "{% for m in messages %}w3 {{ m['content'] }} w4 {% endfor %}{% if add_generation_prompt %}w30{% endif %}"

@@ -20,7 +20,7 @@ from trl import TrlParser
 import trl_lopd
 from trl_lopd import cli, commands
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 SOURCE = ROOT / "src" / "trl_lopd"
 QUICKSTART = ROOT / "examples" / "quickstart"

@@ -29,7 +29,7 @@ from trl_lopd import (
     stamp_model_card,
     validate_table,
 )
-from trl_lopd.report import write_report
+from trl_lopd.evaluation.report.report import write_report
 
 TEMPLATE = "{% for m in messages %}w3 {{ m['content'] }} w4 {% endfor %}{% if add_generation_prompt %}w30{% endif %}"
 
@@ -161,7 +161,7 @@ def test_rollouts_of_another_type(teacher_dir, column):
 
 @pytest.mark.parametrize("column", ["completion_mask", "ref_logprobs"])
 def test_columns_of_another_length_are_found_before_scoring(monkeypatch, teacher_dir, column):
-    monkeypatch.setattr("trl_lopd.scoring.load_model", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("trl_lopd.generation.scoring.load_model", lambda *args: pytest.fail("a model was loaded"))
     rollouts = make_rollouts(3)
     values = [[column == "completion_mask" or -1.0] * len(ids) for ids in rollouts["completion_ids"]]
     values[2].append(values[2][0])

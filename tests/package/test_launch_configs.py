@@ -13,7 +13,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 PAGE = (ROOT / "docs" / "launching.md").read_text()
 

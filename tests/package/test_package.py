@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoTokenizer
 
 import trl_lopd
 from trl_lopd import check_teacher_consistency, fingerprint_teacher, load_table, read_model_card, validate_table
-from trl_lopd.fingerprint import same_teacher
+from trl_lopd.identity.fingerprint import same_teacher
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart"
 
 

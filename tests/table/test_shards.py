@@ -20,10 +20,11 @@ import pytest
 from datasets import load_dataset
 from hub import Hub
 
-from trl_lopd import shards, stamp_dataset_card, table_features
-from trl_lopd.shards import ShardError, ShardStore
+from trl_lopd import stamp_dataset_card, table_features
+from trl_lopd.table import store as shards
+from trl_lopd.table.store import ShardError, ShardStore
 
-FAULTS = Path(__file__).parent / "faults"
+FAULTS = Path(__file__).parents[1] / "faults"
 sys.path.insert(0, str(FAULTS))
 
 import shards_job  # noqa: E402
@@ -424,9 +425,7 @@ def enter(job):
 
 def test_the_job_loads_only_what_it_needs():
     """Or the kill test would kill imports."""
-    code = (
-        "import sys, trl_lopd.shards; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
-    )
+    code = "import sys, trl_lopd.table.store; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

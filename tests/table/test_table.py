@@ -21,10 +21,9 @@ from datasets import (
 )
 from hub import Hub
 
-from trl_lopd.collator import OfflineOPDCollator
-from trl_lopd.scoring import _with_scores
-from trl_lopd.shards import ShardStore
-from trl_lopd.table import (
+from trl_lopd.generation.scoring import _with_scores
+from trl_lopd.generation.teachers import Scores
+from trl_lopd.table.schema import (
     OPTIONAL_COLUMNS,
     REQUIRED_COLUMNS,
     TOKEN_COLUMNS,
@@ -39,7 +38,8 @@ from trl_lopd.table import (
     validate_table,
     vocab_limits,
 )
-from trl_lopd.teachers import Scores
+from trl_lopd.table.store import ShardStore
+from trl_lopd.training.collator import OfflineOPDCollator
 
 FEATURES = table_features(top_k=2, ref_logprobs=True, completion_mask=True)
 # What other tools write, and what `score_rollouts` once did.
@@ -210,7 +210,7 @@ def test_lengths():
 
 
 def test_import_needs_neither_torch_nor_transformers():
-    code = "import sys, trl_lopd.table; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    code = "import sys, trl_lopd.table.schema; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
@@ -761,7 +761,7 @@ def test_shards_keep_fixed_lists(tmp_path, rows):
 PUSHED = """
 import sys
 from datasets import load_dataset, load_from_disk
-from trl_lopd.table import rows_digest
+from trl_lopd.table.schema import rows_digest
 table = load_from_disk(sys.argv[1])
 table.push_to_hub("tester/table", num_shards=2)
 loaded = load_dataset("tester/table", split="train")

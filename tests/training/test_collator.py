@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from trl_lopd.collator import OfflineOPDCollator
-from trl_lopd.table import TableError
+from trl_lopd.table.schema import TableError
+from trl_lopd.training.collator import OfflineOPDCollator
 
 ROWS = [
     {

@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from trl_lopd import EffOPDCallback, OfflineOPDTrainer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SIX = r"loss [\d.e-]+, reverse KL [\d.e-]+, entropy [\d.e-]+, importance ESS [\d.e-]+"
 TRAINED = rf"step (\d+)/4: {SIX}, learning rate [\d.e-]+, gradient norm [\d.e-]+"
 EVALUATED = rf"step (\d+), eval: {SIX}"

@@ -7,7 +7,7 @@ from test_effopd import make_quadratic
 from test_trainer import make_args, make_trainer
 
 from trl_lopd import EffOPDCallback, OfflineOPDTrainer
-from trl_lopd.gates import MetricGate
+from trl_lopd.effopd.gates import MetricGate
 
 SELECT = {"loss": False, "reverse_kl_topk": False, "reverse_kl_weighted": False, "top1_agreement": True}
 

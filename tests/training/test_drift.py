@@ -12,10 +12,10 @@ import pytest
 import torch
 from test_trainer import make_trainer
 
-from trl_lopd.cards import attach_record, record_of
 from trl_lopd.commands import RolloutArguments, ScoreArguments
-from trl_lopd.drift import MIN_ESS, has_left
-from trl_lopd.objective import sequence_totals, summarize
+from trl_lopd.identity.cards import attach_record, record_of
+from trl_lopd.training.monitoring.drift import MIN_ESS, has_left
+from trl_lopd.training.objective import sequence_totals, summarize
 
 
 def metrics_of(log_weights, windows=3):

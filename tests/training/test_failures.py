@@ -13,8 +13,8 @@ from datasets import concatenate_datasets
 from test_trainer import make_trainer
 from transformers import TrainerCallback
 
-from trl_lopd.collator import OfflineOPDCollator
-from trl_lopd.failures import rows_with
+from trl_lopd.training.collator import OfflineOPDCollator
+from trl_lopd.training.monitoring.failures import rows_with
 
 
 def spoil(monkeypatch, at, value):

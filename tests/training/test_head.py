@@ -9,9 +9,9 @@ import torch
 from conftest import VOCAB, make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from trl_lopd import head
-from trl_lopd.head import Targets, add_distillation_head, score_tokens
-from trl_lopd.objective import reverse_kl_topk, sampled_loss, teacher_support
+from trl_lopd.training import head
+from trl_lopd.training.head import Targets, add_distillation_head, score_tokens
+from trl_lopd.training.objective import reverse_kl_topk, sampled_loss, teacher_support
 
 SMALL = {
     "vocab_size": VOCAB,

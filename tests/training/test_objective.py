@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-from trl_lopd.objective import (
+from trl_lopd.training.objective import (
     advantage,
     huber,
     mean_loss,

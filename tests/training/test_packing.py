@@ -15,9 +15,9 @@ from test_trainer import make_args, make_trainer
 from transformers import TrainerCallback
 
 from trl_lopd import OfflineOPDTrainer, TableError
-from trl_lopd.collator import OfflineOPDCollator
-from trl_lopd.packing import PackedRows, best_fit_decreasing, check_architecture, check_boundaries
-from trl_lopd.table import TableRows
+from trl_lopd.table.schema import TableRows
+from trl_lopd.training.collator import OfflineOPDCollator
+from trl_lopd.training.packing import PackedRows, best_fit_decreasing, check_architecture, check_boundaries
 
 CPU = torch.device("cpu")
 

@@ -401,7 +401,7 @@ def test_another_teacher_is_refused_before_the_model_is_loaded(tmp_path, student
         raise AssertionError("the model was loaded")
 
     with monkeypatch.context() as m:
-        m.setattr("trl_lopd.trainer.create_model_from_path", fail)
+        m.setattr("trl_lopd.training.trainer.create_model_from_path", fail)
         with pytest.raises(TeacherConsistencyError) as error:
             make_trainer(tmp_path, student_dir, other)
     for teacher in (table["teacher_fingerprint"][0], other["teacher_fingerprint"][0]):

@@ -12,7 +12,7 @@ from wandb.proto import wandb_internal_pb2
 
 from trl_lopd import EffOPDCallback, fingerprint_teacher
 from trl_lopd.cli import main
-from trl_lopd.reporting import WORST_ROWS
+from trl_lopd.training.monitoring.reporters import WORST_ROWS
 
 
 def records(path):

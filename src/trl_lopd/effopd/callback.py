@@ -38,8 +38,8 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from ..table.store import replacing
 from .gates import paired_p_value, resolve_gate
-from .shards import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

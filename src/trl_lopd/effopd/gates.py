@@ -14,10 +14,10 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl.data_utils import is_conversational
 
-from .criteria import direction
-from .models import eos_token_ids
-from .rollouts import encode_prompts
-from .samplers import Sampling, TransformersSampler
+from ..generation.rollouts import encode_prompts
+from ..generation.samplers import Sampling, TransformersSampler
+from ..models import eos_token_ids
+from ..training.criteria import direction
 
 if TYPE_CHECKING:
     from torch import nn

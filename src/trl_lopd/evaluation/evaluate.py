@@ -13,22 +13,22 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__
-from .cards import record_of
-from .fingerprint import fingerprint_teacher
+from .. import __version__
+from ..generation.rollouts import collect_rollouts
+from ..generation.runs import check_whole_numbers
+from ..generation.scoring import score_rollouts
+from ..identity.cards import record_of
+from ..identity.fingerprint import fingerprint_teacher
+from ..models import as_name, hub_kwargs, pinned_kwargs
+from ..processes import on_main_process, processes
+from ..table.schema import describe, lengths, refuse_no_dataset
+from ..table.store import replacing
 from .metrics import check_math_answers, estimate_reverse_kl, grade_exact, grade_math, summarize_samples
-from .models import as_name, hub_kwargs, pinned_kwargs
-from .processes import on_main_process, processes
-from .rollouts import collect_rollouts
-from .runs import check_whole_numbers
-from .scoring import score_rollouts
-from .shards import replacing
-from .table import describe, lengths, refuse_no_dataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .samplers import Sampler
+    from ..generation.samplers import Sampler
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from .cards import load_table, read_model_card, record_of, refuse_missing
-from .consistency import check_rows, check_teacher_consistency, contradictions, written_for
-from .fingerprint import fingerprint_teacher
+from ..identity.cards import load_table, read_model_card, record_of, refuse_missing
+from ..identity.consistency import check_rows, check_teacher_consistency, contradictions, written_for
+from ..identity.fingerprint import fingerprint_teacher
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -163,7 +163,7 @@ def about_rows(rows: Dataset, worst: int = 3, tokenizer: PreTrainedTokenizerBase
         `problems`, `statistics` (see [`statistics`]; `None` without token ids, or if the rows are not valid, which is
         then among the problems) and `worst_rows` (see [`worst_rows`]).
     """
-    from .table import TableError, column_counts
+    from ..table.schema import TableError, column_counts
 
     about: dict[str, Any] = {"rows": len(rows)}
     found, shown, invalid = None, [], []
@@ -248,7 +248,7 @@ def statistics(rows: Dataset) -> dict[str, Any] | None:
 
 def _statistics(rows: Dataset, worst: int) -> tuple[dict[str, Any], list[tuple[int, float]]] | None:
     """[`statistics`], and the index and mean score of the `worst` rows of lowest advantage, or teacher score."""
-    from .table import (
+    from ..table.schema import (
         OPTIONAL_COLUMNS,
         REQUIRED_COLUMNS,
         column_counts,
@@ -471,8 +471,8 @@ def find_tokenizer(
     Raises:
         OSError, ValueError: There is no tokenizer at `name`.
     """
-    from .models import load_tokenizer
-    from .vocabulary import tokenizer_of
+    from ..identity.vocabulary import tokenizer_of
+    from ..models import load_tokenizer
 
     if name is not None:
         return load_tokenizer(name, trust_remote_code=False), name

@@ -14,9 +14,10 @@ import numpy as np
 from datasets import Dataset, DatasetInfo, Features, List, Value, concatenate_datasets
 from trl.data_utils import is_conversational
 
-from .cards import attach_record, entry, read_dataset_card, read_model_card, write_record
-from .fingerprint import fingerprint_teacher, with_evidence
-from .models import (
+from ..identity.cards import attach_record, entry, read_dataset_card, read_model_card, write_record
+from ..identity.fingerprint import fingerprint_teacher, with_evidence
+from ..identity.probes import probes_of_run
+from ..models import (
     as_name,
     check_positions,
     eos_token_ids,
@@ -26,17 +27,16 @@ from .models import (
     pinned_kwargs,
     positions_of,
 )
-from .probes import probes_of_run
-from .processes import on_main_process, own_device, processes, wait_for_everyone
+from ..processes import on_main_process, own_device, processes, wait_for_everyone
+from ..table.schema import describe, lengths, refuse_no_dataset
 from .runs import ShardedRun, check_whole_numbers
 from .samplers import ContinuousBatchingSampler, Sample, Sampler, Sampling, TransformersSampler
-from .table import describe, lengths, refuse_no_dataset
 from .teachers import LocalTeacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .fingerprint import TeacherFingerprint
+    from ..identity.fingerprint import TeacherFingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -284,7 +284,7 @@ def _collect(
     if truncated not in ("keep", "drop"):
         raise ValueError(f'`truncated` is "keep" or "drop", not {truncated!r}.')
     if isinstance(engine, str) and engine.startswith(("http://", "https://")):
-        from .served import VLLMServer
+        from .servers import VLLMServer
 
         engine = VLLMServer(engine)
     _check_engine(engine, model)
@@ -346,7 +346,7 @@ def _collect(
         if engine == "continuous_batching":
             return ContinuousBatchingSampler(load(), tokenizer)
         if engine == "vllm":
-            from .vllm_offline import VLLMEngine
+            from .vllm_engine import VLLMEngine
 
             return VLLMEngine(model, **kwargs)
         return engine

@@ -18,8 +18,8 @@ from datasets import Dataset, concatenate_datasets
 from datasets.utils import are_progress_bars_disabled
 from tqdm.auto import tqdm
 
-from .processes import on_main_process, processes, wait_for_everyone
-from .shards import ShardStore
+from ..processes import on_main_process, processes, wait_for_everyone
+from ..table.store import ShardStore
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from .own_logits import TrialRow, difference, not_causal, own_logprobs, reads_ahead, trial_rows
+from ..own_logits import TrialRow, difference, not_causal, own_logprobs, reads_ahead, trial_rows
 from .runs import check_whole_numbers
 
 if TYPE_CHECKING:

@@ -14,14 +14,13 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset, concatenate_datasets
 
-from .cards import attach_record, entry, read_dataset_card, record_of, write_record
-from .fingerprint import fingerprint_teacher, is_id, tokenizer_digest, tokenizer_part, with_evidence
-from .models import as_name, check_positions, hub_kwargs, load_model, load_tokenizer, pinned_kwargs, positions_of
-from .probes import probes_of_run
-from .processes import on_main_process, own_device, processes, wait_for_everyone
-from .runs import ShardedRun, check_whole_numbers
-from .shards import read_pins
-from .table import (
+from ..identity.cards import attach_record, entry, read_dataset_card, record_of, write_record
+from ..identity.fingerprint import fingerprint_teacher, is_id, tokenizer_digest, tokenizer_part, with_evidence
+from ..identity.probes import probes_of_run
+from ..identity.vocabulary import contradicting_text, different_tokens, distinct_ids, say, tokenizer_of
+from ..models import as_name, check_positions, hub_kwargs, load_model, load_tokenizer, pinned_kwargs, positions_of
+from ..processes import on_main_process, own_device, processes, wait_for_everyone
+from ..table.schema import (
     TOPK_COLUMNS,
     TableError,
     TableRows,
@@ -36,13 +35,14 @@ from .table import (
     validate_table,
     vocab_limits,
 )
+from ..table.store import read_pins
+from .runs import ShardedRun, check_whole_numbers
 from .teachers import DEFAULT_BUDGET, LocalTeacher, RowError, Scores, Teacher
-from .vocabulary import contradicting_text, different_tokens, distinct_ids, say, tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .fingerprint import TeacherFingerprint
+    from ..identity.fingerprint import TeacherFingerprint
 
 logger = logging.getLogger(__name__)
 

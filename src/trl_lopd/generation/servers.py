@@ -24,10 +24,10 @@ import httpx
 import numpy as np
 from anyio.from_thread import start_blocking_portal
 
-from .errors import OfflineOPDError
-from .probes import probe_sequences, probed_entries, verify_served_teacher
+from ..errors import OfflineOPDError
+from ..identity.probes import probe_sequences, probed_entries, verify_served_teacher
+from ..table.schema import TOLERANCE
 from .samplers import Sample, Sampling
-from .table import TOLERANCE
 from .teachers import Scores
 
 if TYPE_CHECKING:

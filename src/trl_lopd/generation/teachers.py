@@ -14,9 +14,9 @@ from accelerate.utils import is_peft_model
 from transformers import DynamicCache
 from transformers.utils.generic import is_flash_attention_requested
 
-from .errors import OfflineOPDError
-from .head import LogitTransform, backbone, score_logits, score_tokens
-from .own_logits import difference, not_causal, own_logprobs, reads_ahead, trial_rows
+from ..errors import OfflineOPDError
+from ..own_logits import difference, not_causal, own_logprobs, reads_ahead, trial_rows
+from ..training.head import LogitTransform, backbone, score_logits, score_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,7 +9,7 @@ import numpy as np
 from transformers.utils import find_adapter_config_file
 
 from .samplers import Sample, Sampling
-from .served import Failure, checked_sample, sampling_parameters
+from .servers import Failure, checked_sample, sampling_parameters
 
 
 class VLLMEngine:

@@ -242,7 +242,7 @@ def stamp_dataset_card(
     Raises:
         `ValueError`: if the card's front matter or record is malformed or cannot be edited in place.
     """
-    from .table import refuse_no_dataset
+    from ..table.schema import refuse_no_dataset
 
     splits = dict(dataset) if isinstance(dataset, dict) else {None: dataset}
     for part in splits.values():
@@ -338,7 +338,7 @@ def load_table(
     """
     from datasets import load_from_disk
 
-    from .shards import check_complete
+    from ..table.store import check_complete
 
     path, name = Path(name), str(name)
     if path.is_file() and path.suffix != ".parquet":
@@ -409,7 +409,7 @@ def attach_record(dataset: Dataset | IterableDataset, record: dict[str, Any]) ->
 
 def _dataset_record(splits: dict[str | None, Dataset]) -> dict[str, Any]:
     """What the card of a dataset with these splits says."""
-    from .table import add_digests, column_counts, lengths, rows_digest
+    from ..table.schema import add_digests, column_counts, lengths, rows_digest
 
     records = [record_of(part) for part in splits.values()]
     # The parts of one table all carry its record; parts of several tables carry theirs.

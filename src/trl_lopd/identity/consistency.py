@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..errors import OfflineOPDError
 from .cards import record_of
-from .errors import OfflineOPDError
 from .fingerprint import (
     EVIDENCE,
     SCHEMA_DIFFERS,
@@ -129,7 +129,7 @@ def check_teacher_consistency(
     own_id = student_fingerprint.id if isinstance(student_fingerprint, TeacherFingerprint) else student_fingerprint
     rows, altered, claimed, dataset = "unverified", (), [], None
     if hasattr(table, "column_names"):
-        from .table import column_counts
+        from ..table.schema import column_counts
 
         dataset = table
         columns = [column_counts(table, name) for name in ("teacher_fingerprint", "student_fingerprint")]
@@ -367,7 +367,7 @@ def contradictions(
 
 def check_rows(table: Dataset, table_name: str = "the table") -> tuple[str, tuple[str, ...]]:
     """`Verdict.rows` of a table, and a warning unless they are known to be those that were scored."""
-    from .table import add_digests, rows_digest
+    from ..table.schema import add_digests, rows_digest
 
     record = record_of(table)
     digests, columns = record.get("digests") or [], record.get("columns") or []

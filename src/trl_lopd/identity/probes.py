@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 
+from ..training.head import LogitTransform, score_tokens
 from .fingerprint import with_evidence
-from .head import LogitTransform, score_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

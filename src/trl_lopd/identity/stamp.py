@@ -14,10 +14,10 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
+from ..table.schema import column_counts
 from .cards import count_teachers, read_model_card, record_of, stamp_model_card
 from .consistency import inherited_teachers
 from .fingerprint import TeacherFingerprint, fingerprint_loaded, fingerprint_teacher, is_id, with_evidence
-from .table import column_counts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer, TrainingArguments

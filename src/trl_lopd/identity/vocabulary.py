@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.compute as pc
 
+from ..models import load_tokenizer
 from .fingerprint import tokenizer_digest
-from .models import load_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -33,7 +33,7 @@ import pyarrow.compute as pc
 from blake3 import blake3
 from datasets import Dataset, Features, IterableDataset, List, Value
 
-from .errors import OfflineOPDError
+from ..errors import OfflineOPDError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

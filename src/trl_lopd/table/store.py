@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 from blake3 import blake3
 from filelock import FileLock, Timeout
 
-from .errors import OfflineOPDError
+from ..errors import OfflineOPDError
 
 if TYPE_CHECKING:
     from datasets import Dataset

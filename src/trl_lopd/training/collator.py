@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .models import Positions
+from ..generation.teachers import batches_of_like_length
+from ..models import Positions
+from ..table.schema import TOPK_COLUMNS, TableError
 from .packing import best_fit_decreasing
 from .streams import FILLER
-from .table import TOPK_COLUMNS, TableError
-from .teachers import batches_of_like_length
 
 logger = logging.getLogger(__name__)
 

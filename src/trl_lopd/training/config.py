@@ -8,7 +8,7 @@ from typing import Any
 from transformers import SchedulerType, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from .consistency import MODES
+from ..identity.consistency import MODES
 from .criteria import direction
 
 _NO_PREDICTIONS = "evaluation makes no predictions, and the trainer takes no `compute_metrics`."

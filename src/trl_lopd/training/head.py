@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from .own_logits import TrialRow, difference, not_causal, own_logprobs, reads_ahead, trial_rows
+from ..own_logits import TrialRow, difference, not_causal, own_logprobs, reads_ahead, trial_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from transformers.utils.generic import is_flash_attention_requested
 
-from .teachers import only_attends
+from ..generation.teachers import only_attends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .table import TableRows
+    from ..table.schema import TableRows
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 from datasets import IterableDataset
 
-from .table import REQUIRED_COLUMNS, TOKEN_COLUMNS, TableError, validate_rows
+from ..table.schema import REQUIRED_COLUMNS, TOKEN_COLUMNS, TableError, validate_rows
 
 Row = dict[str, Any]
 

@@ -37,17 +37,29 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import find_adapter_config_file
 from trl.trainer.utils import create_model_from_path, generate_model_card, get_config_model_id
 
-from .cards import count_teachers, read_model_card, record_of, stamp_model_card
+from ..effopd.callback import EffOPDCallback
+from ..identity.cards import count_teachers, read_model_card, record_of, stamp_model_card
+from ..identity.consistency import Verdict, check_teacher_consistency, inherited_teachers, written_for
+from ..identity.fingerprint import TeacherFingerprint, is_id, is_sharded, with_evidence
+from ..identity.stamp import checkpoint_fingerprint, fingerprint_or_none
+from ..models import as_name, check_positions, load_tokenizer, positions_of
+from ..processes import on_main_process
+from ..table.schema import (
+    TRAINED_ROWS,
+    TableError,
+    TableRows,
+    column_counts,
+    lengths,
+    row_hashes,
+    validate_table,
+    vocab_limits,
+)
 from .collator import OfflineOPDCollator, padded_length, too_long
 from .config import OfflineOPDConfig
-from .consistency import Verdict, check_teacher_consistency, inherited_teachers, written_for
-from .console import ConsoleCallback
-from .drift import describe_weights, has_left, remedy
-from .effopd import EffOPDCallback
-from .failures import LossCheck, SaveOnSigterm, out_of_memory_advice
-from .fingerprint import TeacherFingerprint, is_id, is_sharded, with_evidence
 from .head import Targets, TokenOutput, add_distillation_head, assert_adapters_are_seen, check_head
-from .models import as_name, check_positions, load_tokenizer, positions_of
+from .monitoring.console import ConsoleCallback
+from .monitoring.drift import describe_weights, has_left, remedy
+from .monitoring.failures import LossCheck, SaveOnSigterm, out_of_memory_advice
 from .objective import (
     mean_loss,
     reverse_kl_topk,
@@ -58,19 +70,7 @@ from .objective import (
     token_weights,
 )
 from .packing import PackedRows, best_fit_decreasing, check_architecture, check_boundaries
-from .processes import on_main_process
-from .stamp import checkpoint_fingerprint, fingerprint_or_none
 from .streams import FILLER, RowCheck, WholeStream, columns_of
-from .table import (
-    TRAINED_ROWS,
-    TableError,
-    TableRows,
-    column_counts,
-    lengths,
-    row_hashes,
-    validate_table,
-    vocab_limits,
-)
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -346,7 +346,7 @@ class OfflineOPDTrainer(Trainer):
         self._eval_batches: list[dict[str, torch.Tensor]] = []
         self.model.add_model_tags(self._tag_names)
         if self.pop_callback(transformers.integrations.WandbCallback) is not None:
-            from .reporting import WandbCallback
+            from .monitoring.reporters import WandbCallback
 
             self.add_callback(WandbCallback(self))
 

@@ -26,16 +26,24 @@ from datasets import Dataset, disable_progress_bars
 from markupsafe import Markup
 from transformers.trainer_utils import get_last_checkpoint
 
-from . import __version__
-from .cards import load_table, read_model_card, record_of
-from .consistency import written_for
-from .effopd import DIRECTORY, HISTORY
-from .fingerprint import fingerprint_teacher, same_teacher
-from .models import as_name, load_model
-from .overview import ADVANTAGE_CLIP, find_tokenizer, visible
-from .stamp import fingerprint_or_none
-from .table import TOPK_COLUMNS, TRAINED_ROWS, TableError, TableRows, column_counts, row_hashes, validate_table
-from .teachers import LocalTeacher, RowError
+from ... import __version__
+from ...effopd.callback import DIRECTORY, HISTORY
+from ...generation.teachers import LocalTeacher, RowError
+from ...identity.cards import load_table, read_model_card, record_of
+from ...identity.consistency import written_for
+from ...identity.fingerprint import fingerprint_teacher, same_teacher
+from ...identity.stamp import fingerprint_or_none
+from ...models import as_name, load_model
+from ...table.schema import (
+    TOPK_COLUMNS,
+    TRAINED_ROWS,
+    TableError,
+    TableRows,
+    column_counts,
+    row_hashes,
+    validate_table,
+)
+from ..inspect import ADVANTAGE_CLIP, find_tokenizer, visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -194,7 +202,7 @@ def write_report(
 
 
 def _render(content: dict[str, Any]) -> str:
-    here = files("trl_lopd")
+    here = files("trl_lopd.evaluation.report")
     script, style = ((here / f"report.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
 
     def digest(text: str) -> Markup:
@@ -341,7 +349,7 @@ def _drift(logs: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _settings(settings: dict[str, Any]) -> list[tuple[str, str]]:
-    from .config import OfflineOPDConfig
+    from ...training.config import OfflineOPDConfig
 
     defaults = {}
     for field in dataclasses.fields(OfflineOPDConfig):

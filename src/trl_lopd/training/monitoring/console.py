@@ -8,7 +8,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers.trainer_callback import ProgressCallback
 
-from .criteria import is_known
+from ..criteria import is_known
 
 # How they are called in a line, and beside a bar, where 80 columns have to do.
 _SHOWN = {

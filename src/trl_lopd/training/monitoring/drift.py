@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .fingerprint import content_id
+from ...identity.fingerprint import content_id
 
 # Here chi2 is 1, and the bound on the bias is as large as that on the gradient: it says nothing any more.
 MIN_ESS = 0.5

@@ -13,10 +13,10 @@ from accelerate import Accelerator
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from .table import TableRows, lengths
+from ...table.schema import TableRows, lengths
 
 if TYPE_CHECKING:
-    from .trainer import OfflineOPDTrainer
+    from ..trainer import OfflineOPDTrainer
 
 
 class LossCheck:

@@ -11,7 +11,7 @@ import transformers.integrations
 from datasets import Dataset
 
 if TYPE_CHECKING:
-    from .trainer import OfflineOPDTrainer
+    from ..trainer import OfflineOPDTrainer
 
 WORST_ROWS = 16
 

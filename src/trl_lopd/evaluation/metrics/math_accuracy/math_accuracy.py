@@ -2,7 +2,6 @@
 
 import datasets
 import evaluate
-
 from trl_lopd.metrics import grade_math, summarize_completions
 
 _DESCRIPTION = """Share of mathematical answers that are right, compared by math-verify, with one or several samples a

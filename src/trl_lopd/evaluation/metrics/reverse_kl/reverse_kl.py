@@ -2,7 +2,6 @@
 
 import datasets
 import evaluate
-
 from trl_lopd.metrics import estimate_reverse_kl, flatten
 
 _DESCRIPTION = """Reverse KL divergence of a student from its teacher, a sequence and a token, with standard errors:

@@ -1,0 +1,1 @@
+"""EffOPD: fewer steps, by following the direction that a few of them took."""

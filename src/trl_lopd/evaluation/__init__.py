@@ -1,0 +1,1 @@
+"""Whether it worked and what changed: evaluation, metrics, inspection of tables, reports of runs."""

@@ -1,0 +1,1 @@
+"""`trl-lopd report`: a run as one HTML file."""

@@ -1,0 +1,1 @@
+"""What is seen of a training run, and what ends it before its time."""
