@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trl_lopd import score_rollouts, stamp_model_card
+from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer, score_rollouts, stamp_model_card
 from trl_lopd.identity.fingerprint import fingerprint_teacher
 
 VOCAB = 32
@@ -105,3 +105,32 @@ def table(teacher_dir, student_dir):
 
 def without_topk(table: Dataset) -> Dataset:
     return table.remove_columns(["teacher_topk_ids", "teacher_topk_logprobs"])
+
+
+def make_args(tmp_path, **kwargs):
+    defaults = dict(
+        output_dir=str(tmp_path / "out"),
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        learning_rate=1e-3,
+        max_steps=6,
+        logging_steps=1,
+        save_strategy="no",
+        bf16=False,
+        activation_checkpointing=False,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    return OfflineOPDConfig(**defaults | kwargs)
+
+
+def make_trainer(tmp_path, student_dir, table, eval_dataset=None, callbacks=None, peft_config=None, **kwargs):
+    return OfflineOPDTrainer(
+        model=str(student_dir),
+        args=make_args(tmp_path, **kwargs),
+        train_dataset=table,
+        eval_dataset=eval_dataset,
+        callbacks=callbacks,
+        peft_config=peft_config,
+    )

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_trainer import make_args
+from conftest import make_args
 
 from trl_lopd import OfflineOPDTrainer
 

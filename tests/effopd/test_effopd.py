@@ -8,9 +8,8 @@ import logging
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_rollouts, without_topk
+from conftest import make_args, make_model, make_rollouts, without_topk
 from datasets import Dataset
-from test_trainer import make_args
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 

@@ -881,5 +881,5 @@ def test_a_cache_that_cannot_be_written_is_ignored(tmp_path, cache):
 
 @pytest.mark.parametrize("module", ["fingerprint", "cards", "consistency"])
 def test_import_is_light(module):
-    code = f"import sys, trl_lopd.{module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    code = f"import sys, trl_lopd.identity.{module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

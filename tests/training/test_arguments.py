@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from test_trainer import make_args, make_trainer
+from conftest import make_args, make_trainer
 from transformers import TrainerCallback, TrainingArguments
 
 from trl_lopd import OfflineOPDConfig

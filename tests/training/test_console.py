@@ -13,7 +13,7 @@ import termios
 from pathlib import Path
 
 import pytest
-from test_trainer import make_trainer, without_topk
+from conftest import make_trainer, without_topk
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 

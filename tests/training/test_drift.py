@@ -10,7 +10,7 @@ import shlex
 import numpy as np
 import pytest
 import torch
-from test_trainer import make_trainer
+from conftest import make_trainer
 
 from trl_lopd.commands import RolloutArguments, ScoreArguments
 from trl_lopd.identity.cards import attach_record, record_of

@@ -8,10 +8,9 @@ import sys
 import pytest
 import torch
 from accelerate import ParallelismConfig
-from conftest import make_model, save_student
+from conftest import make_args, make_model, make_trainer, save_student
 from hub import Hub
 from peft import AutoPeftModelForCausalLM, LoraConfig
-from test_trainer import make_args, make_trainer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_lopd import OfflineOPDTrainer, read_model_card

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 
 import pytest
-from conftest import make_model, make_rollouts, without_topk
+from conftest import make_args, make_model, make_rollouts, without_topk
 from datasets import Dataset, IterableDataset, concatenate_datasets
-from test_trainer import make_args
 
 from trl_lopd import OfflineOPDTrainer, TableError, TeacherConsistencyError, read_model_card, score_rollouts
 

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_model, make_rollouts, make_tokenizer, without_topk
+from conftest import make_args, make_model, make_rollouts, make_tokenizer, make_trainer, without_topk
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -22,35 +22,6 @@ from trl_lopd import (
     read_model_card,
     score_rollouts,
 )
-
-
-def make_args(tmp_path, **kwargs):
-    defaults = dict(
-        output_dir=str(tmp_path / "out"),
-        per_device_train_batch_size=4,
-        per_device_eval_batch_size=4,
-        learning_rate=1e-3,
-        max_steps=6,
-        logging_steps=1,
-        save_strategy="no",
-        bf16=False,
-        activation_checkpointing=False,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    return OfflineOPDConfig(**defaults | kwargs)
-
-
-def make_trainer(tmp_path, student_dir, table, eval_dataset=None, callbacks=None, peft_config=None, **kwargs):
-    return OfflineOPDTrainer(
-        model=str(student_dir),
-        args=make_args(tmp_path, **kwargs),
-        train_dataset=table,
-        eval_dataset=eval_dataset,
-        callbacks=callbacks,
-        peft_config=peft_config,
-    )
 
 
 def plain_losses(model, row, loss_type, clip=10.0):

@@ -4,7 +4,8 @@ import functools
 
 import datasets
 import evaluate
-from trl_lopd.metrics import grade_exact, summarize_completions
+
+from trl_lopd.evaluation.metrics import grade_exact, summarize_completions
 
 _DESCRIPTION = """Share of completions in which the text after the last marker is the answer, with one or several
 samples a problem: mean over samples, unbiased pass@k, truncation rate, mean response tokens; intervals by bootstrap

@@ -2,7 +2,8 @@
 
 import datasets
 import evaluate
-from trl_lopd.metrics import grade_math, summarize_completions
+
+from trl_lopd.evaluation.metrics import grade_math, summarize_completions
 
 _DESCRIPTION = """Share of mathematical answers that are right, compared by math-verify, with one or several samples a
 problem: mean over samples, unbiased pass@k, truncation rate, mean response tokens; intervals by bootstrap over

@@ -2,7 +2,8 @@
 
 import datasets
 import evaluate
-from trl_lopd.metrics import estimate_reverse_kl, flatten
+
+from trl_lopd.evaluation.metrics import estimate_reverse_kl, flatten
 
 _DESCRIPTION = """Reverse KL divergence of a student from its teacher, a sequence and a token, with standard errors:
 Monte-Carlo means of log student - log teacher over sequences that the student sampled at temperature 1."""
