@@ -16,11 +16,11 @@ _MODULE_OF = {
     "OfflineOPDTrainer": "training.trainer",
     "RewardGate": "effopd.gates",
     "SGLangServer": "generation.servers",
-    "ShardError": "table.store",
-    "TableError": "table.schema",
+    "ShardError": "errors",
+    "TableError": "errors",
     "TableSummary": "table.schema",
-    "TeacherConsistencyError": "identity.consistency",
-    "ServerError": "generation.servers",
+    "TeacherConsistencyError": "errors",
+    "ServerError": "errors",
     "TeacherFingerprint": "identity.fingerprint",
     "TeacherStampCallback": "identity.stamp",
     "VLLMServer": "generation.servers",
@@ -47,18 +47,17 @@ __all__ = list(_MODULE_OF)
 if TYPE_CHECKING:
     from .effopd.callback import EffOPDCallback
     from .effopd.gates import RewardGate
-    from .errors import OfflineOPDError
+    from .errors import OfflineOPDError, ServerError, ShardError, TableError, TeacherConsistencyError
     from .evaluation.evaluate import evaluate_model, load_benchmark
     from .generation.rollouts import collect_rollouts, generate_sft_data
     from .generation.scoring import score_rollouts
-    from .generation.servers import ServerError, SGLangServer, VLLMServer
+    from .generation.servers import SGLangServer, VLLMServer
     from .identity.cards import load_table, read_dataset_card, read_model_card, stamp_dataset_card, stamp_model_card
-    from .identity.consistency import TeacherConsistencyError, Verdict, check_teacher_consistency
+    from .identity.consistency import Verdict, check_teacher_consistency
     from .identity.fingerprint import TeacherFingerprint, fingerprint_teacher
     from .identity.probes import verify_served_teacher
     from .identity.stamp import TeacherStampCallback
-    from .table.schema import TableError, TableSummary, table_features, validate_table
-    from .table.store import ShardError
+    from .table.schema import TableSummary, table_features, validate_table
     from .training.config import OfflineOPDConfig
     from .training.trainer import OfflineOPDTrainer
 

@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub.errors import HfHubHTTPError
 
 from . import __version__
+from .errors import OfflineOPDError
 from .evaluation import inspect as overview
 from .evaluation.inspect import print_line as _line
 from .identity.cards import read_model_card, stamp_model_card
@@ -121,7 +122,6 @@ def _run(job: str, does: str, options: list[str]) -> int:
     from trl import TrlParser
 
     from . import commands
-    from .errors import OfflineOPDError
     from .processes import is_repeated
 
     arguments = {

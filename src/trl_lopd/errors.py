@@ -1,5 +1,32 @@
-"""The base class of this library's errors. Each is defined where it is raised."""
+"""The errors that this library defines. Each is a builtin error too, such as `ValueError`."""
+
+from __future__ import annotations
 
 
 class OfflineOPDError(Exception):
     """Base class of the errors that trl-lopd defines; each of them is a builtin error too, such as `ValueError`."""
+
+
+class TableError(OfflineOPDError, ValueError):
+    """A table that cannot be trained on; the message names the row, the column, the value and the remedy."""
+
+
+class ShardError(OfflineOPDError, ValueError):
+    """A store that cannot be used as asked; the message says why, where, and what to do."""
+
+
+class TeacherConsistencyError(OfflineOPDError, ValueError):
+    """The teacher that scored the table is not known to be the one that wrote the student's SFT data."""
+
+
+class ServerError(OfflineOPDError, RuntimeError):
+    """
+    A server cannot be used: it refuses or does not answer, its answers are wrong, or it is another model.
+
+    Attributes:
+        row (`int`, *optional*): Position in the call, of `score` or `sample`, of the sequence or prompt that failed.
+    """
+
+    def __init__(self, message: str, row: int | None = None):
+        super().__init__(message)
+        self.row = row

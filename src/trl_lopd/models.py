@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,31 +20,13 @@ from transformers import (
 from transformers.utils import cached_file, find_adapter_config_file
 from trl.trainer.utils import create_model_from_path
 
-from .identity.cards import refuse_missing
+from .errors import TableError
 from .own_logits import difference, own_logprobs, trial_rows
-from .table.schema import TableError
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 logger = logging.getLogger(__name__)
-
-
-def as_name(model: Any) -> Any:
-    """
-    A model's path as the text that the libraries below take; anything else, such as a loaded model, as it is.
-
-    Raises:
-        FileNotFoundError: If it can only be a path, and nothing is there.
-        ValueError: If it is a file.
-    """
-    if isinstance(model, os.PathLike):
-        model = os.fspath(model)
-    if isinstance(model, str):
-        refuse_missing(model)
-        if os.path.isfile(model):
-            raise ValueError(f"{model} is a file: give the directory of a model, or its Hub id.")
-    return model
 
 
 def load_model(model: str | PreTrainedModel, init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:

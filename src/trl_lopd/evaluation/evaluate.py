@@ -19,7 +19,8 @@ from ..generation.runs import check_whole_numbers
 from ..generation.scoring import score_rollouts
 from ..identity.cards import record_of
 from ..identity.fingerprint import fingerprint_teacher
-from ..models import as_name, hub_kwargs, pinned_kwargs
+from ..models import hub_kwargs, pinned_kwargs
+from ..names import as_name
 from ..processes import on_main_process, processes
 from ..table.schema import describe, lengths, refuse_no_dataset
 from ..table.store import replacing

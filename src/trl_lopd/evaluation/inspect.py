@@ -19,9 +19,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ..identity.cards import load_table, read_model_card, record_of, refuse_missing
+from ..identity.cards import load_table, read_model_card, record_of
 from ..identity.consistency import check_rows, check_teacher_consistency, contradictions, written_for
 from ..identity.fingerprint import fingerprint_teacher
+from ..names import refuse_missing
 
 if TYPE_CHECKING:
     from datasets import Dataset

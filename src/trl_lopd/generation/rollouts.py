@@ -18,7 +18,6 @@ from ..identity.cards import attach_record, entry, read_dataset_card, read_model
 from ..identity.fingerprint import fingerprint_teacher, with_evidence
 from ..identity.probes import probes_of_run
 from ..models import (
-    as_name,
     check_positions,
     eos_token_ids,
     hub_kwargs,
@@ -27,6 +26,7 @@ from ..models import (
     pinned_kwargs,
     positions_of,
 )
+from ..names import as_name
 from ..processes import on_main_process, own_device, processes, wait_for_everyone
 from ..table.schema import describe, lengths, refuse_no_dataset
 from .runs import ShardedRun, check_whole_numbers

@@ -14,15 +14,16 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset, concatenate_datasets
 
+from ..errors import TableError
 from ..identity.cards import attach_record, entry, read_dataset_card, record_of, write_record
 from ..identity.fingerprint import fingerprint_teacher, is_id, tokenizer_digest, tokenizer_part, with_evidence
 from ..identity.probes import probes_of_run
 from ..identity.vocabulary import contradicting_text, different_tokens, distinct_ids, say, tokenizer_of
-from ..models import as_name, check_positions, hub_kwargs, load_model, load_tokenizer, pinned_kwargs, positions_of
+from ..models import check_positions, hub_kwargs, load_model, load_tokenizer, pinned_kwargs, positions_of
+from ..names import as_name
 from ..processes import on_main_process, own_device, processes, wait_for_everyone
 from ..table.schema import (
     TOPK_COLUMNS,
-    TableError,
     TableRows,
     column_counts,
     describe,

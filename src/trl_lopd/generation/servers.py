@@ -24,7 +24,7 @@ import httpx
 import numpy as np
 from anyio.from_thread import start_blocking_portal
 
-from ..errors import OfflineOPDError
+from ..errors import ServerError
 from ..identity.probes import probe_sequences, probed_entries, verify_served_teacher
 from ..table.schema import TOLERANCE
 from .samplers import Sample, Sampling
@@ -66,19 +66,6 @@ _NO_PROBABILITY = -9999.0
 # How vLLM writes a token if asked for ids.
 _ID = "token_id:"
 _OVERFLOWS = "The model overflows on it: serve it in bfloat16 or float32, or drop the row."
-
-
-class ServerError(OfflineOPDError, RuntimeError):
-    """
-    A server cannot be used: it refuses or does not answer, its answers are wrong, or it is another model.
-
-    Attributes:
-        row (`int`, *optional*): Position in the call, of `score` or `sample`, of the sequence or prompt that failed.
-    """
-
-    def __init__(self, message: str, row: int | None = None):
-        super().__init__(message)
-        self.row = row
 
 
 class Failure(Exception):

@@ -15,8 +15,8 @@ from transformers import DynamicCache
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..errors import OfflineOPDError
+from ..logits import LogitTransform, backbone, score_logits, score_tokens
 from ..own_logits import difference, not_causal, own_logprobs, reads_ahead, trial_rows
-from ..training.head import LogitTransform, backbone, score_logits, score_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -73,6 +73,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from ..names import is_missing, refuse_missing
 from .fingerprint import EVIDENCE, TeacherFingerprint, content_id, evidence_of, is_id, with_evidence
 
 if TYPE_CHECKING:
@@ -84,7 +85,6 @@ KEY = "trl_lopd"
 
 # Keys that hold a list of entries, each with an `id`.
 _ENTRY_LISTS = ("sft_teachers", "teachers", "students")
-_FILES = (".parquet", ".json", ".jsonl", ".csv")
 _DESCRIPTION = re.compile(r"```json trl_lopd\n(.*?)\n```\n?", re.DOTALL)
 
 Teacher = TeacherFingerprint | str | dict[str, Any]
@@ -273,22 +273,6 @@ def read_dataset_card(table: str | Path, revision: str | None = None) -> dict[st
         `ValueError`: if the front matter or the record is malformed; the message says where.
     """
     return _read(table, revision, "dataset")
-
-
-def is_missing(name: str) -> bool:
-    """Whether a name can only be a path, and nothing is there: it is not to be looked for on the Hub."""
-    path = Path(name)
-    is_path = path.is_absolute() or name.startswith((".", "~")) or path.suffix in _FILES
-    return is_path and not path.exists()
-
-
-def refuse_missing(name: str) -> None:
-    """
-    Raises:
-        `FileNotFoundError`: see [`is_missing`].
-    """
-    if is_missing(name):
-        raise FileNotFoundError(f"{name} is not there.")
 
 
 def load_rows(name: str, *args: Any, **kwargs: Any) -> Any:

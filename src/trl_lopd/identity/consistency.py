@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..errors import OfflineOPDError
+from ..errors import TeacherConsistencyError
 from .cards import record_of
 from .fingerprint import (
     EVIDENCE,
@@ -36,10 +36,6 @@ logger = logging.getLogger(__name__)
 MODES = ("strict", "declared_ok", "warn", "off")
 
 _OVERRIDE = 'override with teacher_consistency="warn" or "off" at your own risk'
-
-
-class TeacherConsistencyError(OfflineOPDError, ValueError):
-    """The teacher that scored the table is not known to be the one that wrote the student's SFT data."""
 
 
 @dataclass(frozen=True)

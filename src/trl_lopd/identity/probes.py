@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 
-from ..training.head import LogitTransform, score_tokens
+from ..logits import LogitTransform, score_tokens
 from .fingerprint import with_evidence
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ import pyarrow.compute as pc
 from blake3 import blake3
 from datasets import Dataset, Features, IterableDataset, List, Value
 
-from ..errors import OfflineOPDError
+from ..errors import TableError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -64,10 +64,6 @@ _TYPES = {
 }
 
 _RESCORE = "Score the row again with `score_rollouts`, or drop it."
-
-
-class TableError(OfflineOPDError, ValueError):
-    """A table that cannot be trained on; the message names the row, the column, the value and the remedy."""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 from blake3 import blake3
 from filelock import FileLock, Timeout
 
-from ..errors import OfflineOPDError
+from ..errors import ShardError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,10 +51,6 @@ _MAY_BE_THERE = {HIDDEN, "README.md", ".gitattributes", ".git"}
 
 # In memory, before compression. Who reads one row reads its row group.
 _ROW_GROUP_BYTES = 64 * 2**20
-
-
-class ShardError(OfflineOPDError, ValueError):
-    """A store that cannot be used as asked; the message says why, where, and what to do."""
 
 
 class ShardStore:

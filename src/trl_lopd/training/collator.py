@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import TableError
 from ..generation.teachers import batches_of_like_length
 from ..models import Positions
-from ..table.schema import TOPK_COLUMNS, TableError
+from ..table.schema import TOPK_COLUMNS
 from .packing import best_fit_decreasing
 from .streams import FILLER
 

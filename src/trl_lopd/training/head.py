@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from ..logits import LogitTransform, backbone, chunks, logits_of
 from ..own_logits import TrialRow, difference, not_causal, own_logprobs, reads_ahead, trial_rows
 
 if TYPE_CHECKING:
@@ -72,60 +73,6 @@ class TokenOutput(ModelOutput):
     top1_ids: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class LogitTransform:
-    """What an architecture does to `hidden @ weight.T` before the softmax: `softcap * tanh(scale * z / softcap)`."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @classmethod
-    def of(cls, config) -> LogitTransform:
-        """Read from a model config: Cohere, Gemma 2, Granite, Falcon-H1 and their kin name it differently.
-
-        Names do not settle what a model computes: [`check_head`] and `LocalTeacher` hold it against the model.
-        """
-        config = config.get_text_config()
-        scale = next(
-            (
-                getattr(config, name)
-                for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
-                if getattr(config, name, None) is not None
-            ),
-            None,
-        )
-        divisor = getattr(config, "logits_scaling", None)
-        if scale is None and divisor is not None:
-            scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
-        softcaps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-        softcap = next((cap for name in softcaps if (cap := getattr(config, name, None)) is not None), None)
-        return cls(1.0 if scale is None else scale, softcap)
-
-    def __call__(self, z: Tensor) -> Tensor:
-        z = z * self.scale if self.scale != 1.0 else z
-        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
-
-    def backward(self, grad: Tensor, logits: Tensor) -> Tensor:
-        """Gradient with respect to the input, from that of the output and the output itself."""
-        if self.softcap is not None:
-            grad = grad * (1 - (logits / self.softcap) ** 2)
-        return grad * self.scale if self.scale != 1.0 else grad
-
-
-# Logits held at once, in float32: 128 MiB on a CPU, where more gains nothing. A GPU adds to the gradient of the whole
-# head once a chunk: with 512 MiB, a thousand tokens of a large vocabulary, that does not outweigh the matrix products.
-_CHUNK_LOGITS = {"cpu": 2**25, "accelerator": 2**27}
-
-
-def _chunks(num_tokens: int, vocab: int, device: torch.device) -> Iterator[slice]:
-    size = max(1, _CHUNK_LOGITS["cpu" if device.type == "cpu" else "accelerator"] // vocab)
-    return (slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size))
-
-
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
-    return transform(torch.nn.functional.linear(hidden, weight, bias).float())
-
-
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -157,9 +104,9 @@ class TokenLoss(torch.autograd.Function):
         ctx.scale = targets.weights.amax().clamp(min=torch.finfo(torch.float32).tiny)
         with torch.autocast(device.type, enabled=False):
             w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
-            for rows in _chunks(n, vocab, device):
+            for rows in chunks(n, vocab, device):
                 h = hidden[rows].to(dtype)
-                z = _logits(h, w, b, transform)
+                z = logits_of(h, w, b, transform)
                 largest, top1[rows] = z.max(-1)
                 exp = torch.exp(z - largest.unsqueeze(-1))
                 total = exp.sum(-1)
@@ -213,56 +160,6 @@ class TokenLoss(torch.autograd.Function):
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         )
         return hidden, weight, bias, None, None, None
-
-
-@torch.no_grad()
-def score_tokens(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    top_k: int,
-    transform: LogitTransform,
-    num_tokens: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of `ids (n,)` and of the `top_k` most likely of the first `num_tokens` ids, for scoring.
-
-    Returns `logprobs (n,)` float32, `topk_ids (n, top_k)` int64 and `topk_logprobs (n, top_k)` float32, most likely
-    first.
-    """
-    return _scores(
-        lambda rows: _logits(hidden[rows], weight, bias, transform), ids, top_k, weight.shape[0], num_tokens
-    )
-
-
-@torch.no_grad()
-def score_logits(
-    logits: Tensor, ids: Tensor, top_k: int, num_tokens: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """[`score_tokens`] from `logits (n, vocab)`."""
-    return _scores(lambda rows: logits[rows].float(), ids, top_k, logits.shape[-1], num_tokens)
-
-
-def _scores(
-    logits_of: Callable[[slice], Tensor], ids: Tensor, top_k: int, vocab: int, num_tokens: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    logprobs = torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
-    topk_logprobs = logprobs.new_empty((len(ids), top_k))
-    topk_ids = torch.empty((len(ids), top_k), dtype=torch.long, device=ids.device)
-    for rows in _chunks(len(ids), vocab, ids.device):
-        z = logits_of(rows)
-        log_z = z.logsumexp(-1, keepdim=True)
-        logprobs[rows] = (z.gather(-1, ids[rows].unsqueeze(-1)) - log_z).squeeze(-1)
-        if top_k:
-            top = z[:, :num_tokens].topk(top_k)
-            topk_logprobs[rows], topk_ids[rows] = top.values - log_z, top.indices
-    return logprobs, topk_ids, topk_logprobs
-
-
-def backbone(model) -> torch.nn.Module:
-    """The part of a causal language model that gives hidden states."""
-    # Where the prefix names something else, `base_model` is the model itself: Llama 4 and Mllama as text models.
-    return model.base_model if model.base_model is not model else getattr(model, "model", model)
 
 
 def add_distillation_head(model) -> None:

@@ -10,7 +10,8 @@ import pyarrow as pa
 import torch
 from datasets import IterableDataset
 
-from ..table.schema import REQUIRED_COLUMNS, TOKEN_COLUMNS, TableError, validate_rows
+from ..errors import TableError
+from ..table.schema import REQUIRED_COLUMNS, TOKEN_COLUMNS, validate_rows
 
 Row = dict[str, Any]
 

@@ -24,36 +24,22 @@ from accelerate import ParallelismConfig, PartialState
 from accelerate.utils import DistributedType, gather_object, is_peft_model, send_to_device
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, IterableDataset
-from transformers import (
-    AutoConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import find_adapter_config_file
 from trl.trainer.utils import create_model_from_path, generate_model_card, get_config_model_id
 
 from ..effopd.callback import EffOPDCallback
+from ..errors import TableError
 from ..identity.cards import count_teachers, read_model_card, record_of, stamp_model_card
 from ..identity.consistency import Verdict, check_teacher_consistency, inherited_teachers, written_for
 from ..identity.fingerprint import TeacherFingerprint, is_id, is_sharded, with_evidence
 from ..identity.stamp import checkpoint_fingerprint, fingerprint_or_none
-from ..models import as_name, check_positions, load_tokenizer, positions_of
+from ..models import check_positions, load_tokenizer, positions_of
+from ..names import as_name
 from ..processes import on_main_process
-from ..table.schema import (
-    TRAINED_ROWS,
-    TableError,
-    TableRows,
-    column_counts,
-    lengths,
-    row_hashes,
-    validate_table,
-    vocab_limits,
-)
+from ..table.schema import TRAINED_ROWS, TableRows, column_counts, lengths, row_hashes, validate_table, vocab_limits
 from .collator import OfflineOPDCollator, padded_length, too_long
 from .config import OfflineOPDConfig
 from .head import Targets, TokenOutput, add_distillation_head, assert_adapters_are_seen, check_head

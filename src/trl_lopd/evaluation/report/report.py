@@ -28,21 +28,15 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ... import __version__
 from ...effopd.callback import DIRECTORY, HISTORY
+from ...errors import TableError
 from ...generation.teachers import LocalTeacher, RowError
 from ...identity.cards import load_table, read_model_card, record_of
 from ...identity.consistency import written_for
 from ...identity.fingerprint import fingerprint_teacher, same_teacher
 from ...identity.stamp import fingerprint_or_none
-from ...models import as_name, load_model
-from ...table.schema import (
-    TOPK_COLUMNS,
-    TRAINED_ROWS,
-    TableError,
-    TableRows,
-    column_counts,
-    row_hashes,
-    validate_table,
-)
+from ...models import load_model
+from ...names import as_name
+from ...table.schema import TOPK_COLUMNS, TRAINED_ROWS, TableRows, column_counts, row_hashes, validate_table
 from ..inspect import ADVANTAGE_CLIP, find_tokenizer, visible
 
 if TYPE_CHECKING:
