@@ -466,6 +466,29 @@ def test_rows_given_later_are_checked_too(tmp_path, student_dir, table):
     assert trainer.predict(table).metrics["test_loss"] > 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_data_that_is_exchanged_is_checked_too(tmp_path, student_dir, table, stream):
+    rows = table.to_list()
+    rows[2]["teacher_logprobs"].pop()
+    bad = Dataset.from_list(rows, features=table.features)
+    trainer = make_trainer(tmp_path, student_dir, table, eval_dataset=table, eval_strategy="steps", eval_steps=1)
+    for name in ("eval_dataset", "train_dataset"):
+        kept = getattr(trainer, name)
+        setattr(trainer, name, bad.to_iterable_dataset() if stream else bad)
+        with pytest.raises(TableError, match="Row 2"):
+            trainer.train()
+        setattr(trainer, name, kept)
+    with pytest.raises(TableError, match="Row 2"):
+        trainer.reverse_kl_of_rows(bad)
+    trainer.train()
+
+
+def test_a_stream_is_described_before_it_is_trained_on(tmp_path, student_dir, table):
+    trainer = make_trainer(tmp_path, student_dir, table.to_iterable_dataset())
+    described = trainer.describe_round()
+    assert [t["id"] for t in described["teachers"]] == table.unique("teacher_fingerprint") and described["rows"] == 0
+
+
 def test_a_bad_row_says_which_dataset_it_is_in(tmp_path, student_dir, table):
     rows = table.to_list()
     rows[2]["ref_logprobs"].pop()

@@ -400,7 +400,7 @@ def _unverified(table_name: str, why: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _capitalized(name: str) -> str:
-    return name[0].upper() + name[1:]
+    return f"`{name}`" if "_" in name else name[0].upper() + name[1:]
 
 
 def _compared(teacher: str, entries: list[dict[str, Any]]) -> str:

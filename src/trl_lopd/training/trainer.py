@@ -236,8 +236,8 @@ class OfflineOPDTrainer(Trainer):
         }
         # Two, so that the card names the teachers that trained the model and not those that only evaluated it.
         self._check, self._eval_check = _TeacherCheck(**check_args), _TeacherCheck(**check_args)
-        # Of each stream, what validates its rows.
-        self._row_checks: WeakKeyDictionary[IterableDataset, RowCheck] = WeakKeyDictionary()
+        # What was prepared: of streams, with what validates their rows.
+        self._prepared: WeakKeyDictionary[Dataset | IterableDataset, RowCheck | None] = WeakKeyDictionary()
         self._off_policy = self._left = False
         self._positions = positions_of(config, trust_remote_code=init_kwargs["trust_remote_code"])
         self._table_args = {"tokenizer": processing_class, "model_config": config}
@@ -355,7 +355,8 @@ class OfflineOPDTrainer(Trainer):
                 teachers, samplers = ([row.get(column)] for column in ("teacher_fingerprint", "student_fingerprint"))
                 return replace(rows, rows=0), check.judge(teachers, "the stream", sampled_by=samplers)
 
-            self._row_checks[dataset], check.verdict = on_main_process(args.distributed_state, judge)
+            self._prepared[dataset], check.verdict = on_main_process(args.distributed_state, judge)
+            check.first = row.get("teacher_fingerprint")
             self._off_policy |= check is self._check and check.verdict.off_policy and "ref_logprobs" in columns
             self.loss_type = _resolve_loss_type(args, columns, self.loss_type)
             return columns
@@ -400,6 +401,7 @@ class OfflineOPDTrainer(Trainer):
             width = padded_length(int(row_lengths[row]), args.pad_to_multiple_of)
             if width > args.max_tokens_per_device:
                 raise TableError(f"`{name}`, row {row}: {too_long(width, args.max_tokens_per_device)}")
+        self._prepared[dataset] = None
         return columns
 
     def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> TableRows | PackedRows:
@@ -416,10 +418,13 @@ class OfflineOPDTrainer(Trainer):
 
     def _get_dataloader(self, dataset, description, *args, **kwargs):
         training, collator = description == "Training", self.data_collator
+        if not isinstance(dataset, Dataset | IterableDataset) or dataset not in self._prepared:  # given later
+            name = {"Training": "train_dataset", "Evaluation": "eval_dataset"}.get(description, "test_dataset")
+            self._prepare(dataset, self.args, name, self._check if training else self._eval_check)
         # Training alone is read in micro-batches: evaluation has a batch size of its own.
         self.data_collator = replace(collator, max_tokens=self.args.max_tokens_per_device if training else None)
         if isinstance(dataset, IterableDataset):
-            self.data_collator.validate = replace(self._row_checks[dataset])
+            self.data_collator.validate = replace(self._prepared[dataset])
             if (processes := self.accelerator.num_processes) > 1:
                 dataset = WholeStream(dataset, fill=1 if training else self.args.eval_batch_size * processes)
         # Evaluation reads all rows that it is given, in their order. With persistent workers `Trainer` would keep the
@@ -445,15 +450,6 @@ class OfflineOPDTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset):
         # In their order, also where training rows are grouped by length: results are told apart by it.
         return None
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        if isinstance(eval_dataset, Dataset | IterableDataset):
-            self._prepare(eval_dataset, self.args, "eval_dataset", self._eval_check)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
-        self._prepare(test_dataset, self.args, "test_dataset", self._eval_check)
-        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     def train(self, *args, **kwargs):
         if self.is_deepspeed_enabled and self.deepspeed is not None:
@@ -748,7 +744,8 @@ class OfflineOPDTrainer(Trainer):
         else:
             super().save_model(output_dir, _internal_call)
         output_dir = output_dir or self.args.output_dir
-        self._check.gather()
+        if isinstance(self.train_dataset, IterableDataset):
+            self._check.gather()
         if self.is_world_process_zero():
             os.makedirs(output_dir, exist_ok=True)  # sharded weights are not in there yet
             self._saved = (output_dir, self.state.global_step, checkpoint_fingerprint(output_dir))
@@ -858,7 +855,10 @@ class OfflineOPDTrainer(Trainer):
         trained on; on several processes those of the others when a model is saved.
         """
         sft_teachers = inherited_teachers(self._student_card, self._check.student_fingerprint)
-        return {**self._round(), "sft_teachers": sft_teachers}
+        round = {**self._round(), "sft_teachers": sft_teachers}
+        if not round["teachers"]:  # of a stream, before training
+            round["teachers"] = count_teachers({self._check.first: 0})
+        return round
 
 
 def _load_adapter(path: str, adapter: PeftConfig, init_kwargs: dict[str, Any]) -> PeftModel:
@@ -895,6 +895,7 @@ class _TeacherCheck:
     mode: str
     tokenizer: PreTrainedTokenizerBase
     verdict: Verdict | None = None
+    first: str | None = None
     teachers: Counter[str] = field(default_factory=Counter)
     samplers: Counter[str | None] = field(default_factory=Counter)
     gathered: tuple[Counter[str], Counter[str | None]] | None = None
