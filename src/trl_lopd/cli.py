@@ -174,7 +174,7 @@ Answer = tuple[int, dict[str, Any], Callable[[dict[str, Any]], None]]
 
 
 def _fingerprint(args: argparse.Namespace) -> Answer:
-    from .models import as_name
+    from .names import as_name
 
     args.model = as_name(args.model)
     options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
@@ -195,7 +195,7 @@ def _fingerprint(args: argparse.Namespace) -> Answer:
 
 def _stamp(args: argparse.Namespace) -> Answer:
     from .identity.stamp import checkpoint_fingerprint
-    from .models import as_name
+    from .names import as_name
 
     local = Path(args.model).exists()
     if local and not overview.is_model(args.model):

@@ -7,10 +7,10 @@ import sys
 from datasets import load_from_disk
 from trl import TrlParser
 
-import trl_lopd.training.trainer
+import trl_lopd.training.student
 from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer
 
-create_model_from_path = trl_lopd.training.trainer.create_model_from_path
+create_model_from_path = trl_lopd.training.student.create_model_from_path
 
 
 def create_and_say(*args, **kwargs):
@@ -19,7 +19,7 @@ def create_and_say(*args, **kwargs):
 
 
 if __name__ == "__main__":
-    trl_lopd.training.trainer.create_model_from_path = create_and_say
+    trl_lopd.training.student.create_model_from_path = create_and_say
     student, table, catch = sys.argv[1:4]
     (args,) = TrlParser((OfflineOPDConfig,)).parse_args_and_config(sys.argv[4:])
     try:

@@ -22,9 +22,9 @@ from trl_lopd import (
     load_table,
     read_model_card,
     score_rollouts,
-    teachers,
     validate_table,
 )
+from trl_lopd.generation import teachers
 from trl_lopd.identity.cards import record_of
 from trl_lopd.identity.fingerprint import same_teacher
 

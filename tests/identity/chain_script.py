@@ -64,7 +64,7 @@ def distill(student: str, teacher: str, out: str, round: int) -> None:
     stamp_dataset_card(f"tester/table-{round}", table)
     args = OfflineOPDConfig(**common(out, f"tester/student-opd-{round}"), learning_rate=1e-3)
     trainer = OfflineOPDTrainer(student, args, train_dataset=load_table(f"tester/table-{round}", split="train"))
-    print(f"round {round}:", trainer._check.verdict.evidence, trainer._check.verdict.rows)
+    print(f"round {round}:", trainer.rows.trained.verdict.evidence, trainer.rows.trained.verdict.rows)
     trainer.add_callback(WaitForPush(trainer))
     trainer.train()
     trainer.push_to_hub()

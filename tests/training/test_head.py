@@ -9,8 +9,10 @@ import torch
 from conftest import VOCAB, make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from trl_lopd import logits
+from trl_lopd.logits import score_tokens
 from trl_lopd.training import head
-from trl_lopd.training.head import Targets, add_distillation_head, score_tokens
+from trl_lopd.training.head import Targets, add_distillation_head
 from trl_lopd.training.objective import reverse_kl_topk, sampled_loss, teacher_support
 
 SMALL = {
@@ -83,7 +85,7 @@ def plain(model, inputs, targets):
 @pytest.mark.parametrize("chunk", [1000, 3])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_loss_and_gradient_equal_those_of_full_logits(monkeypatch, batch, architecture, chunk, loss_type, k):
-    monkeypatch.setattr(head, "_CHUNK_LOGITS", dict.fromkeys(head._CHUNK_LOGITS, chunk * VOCAB))
+    monkeypatch.setattr(logits, "CHUNK_LOGITS", dict.fromkeys(logits.CHUNK_LOGITS, chunk * VOCAB))
     inputs, trained, teacher = batch
     model = build(architecture)
     targets = make_targets(inputs, trained, teacher, k, loss_type)
@@ -137,7 +139,7 @@ def test_gradients_of_two_batches_add_up(batch):
 
 def apply(hidden, weight, bias, ids, distinct, loss):
     targets = Targets(torch.arange(len(ids)), ids, distinct, torch.ones(len(ids)), loss)
-    return head.TokenLoss.apply(hidden, weight, bias, targets, head.LogitTransform(), True)
+    return head.TokenLoss.apply(hidden, weight, bias, targets, logits.LogitTransform(), True)
 
 
 def test_tail_and_its_gradient_keep_their_precision_when_tiny():
@@ -189,7 +191,7 @@ def test_half_precision_gradients_do_not_vanish(dtype):
     def gradients(dtype):
         leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
         targets = Targets(torch.arange(4), ids, distinct, torch.full((4,), 1e-7), lambda lp, tail, rows: -lp[:, 0])
-        loss = head.TokenLoss.apply(leaves[0], leaves[1], None, targets, head.LogitTransform(), True)[0]
+        loss = head.TokenLoss.apply(leaves[0], leaves[1], None, targets, logits.LogitTransform(), True)[0]
         return torch.autograd.grad(loss * 65536, leaves)
 
     for half, full in zip(gradients(dtype), gradients(torch.float32), strict=True):
@@ -213,12 +215,12 @@ def test_no_tensor_of_tokens_by_vocabulary(monkeypatch):
             return out
 
     tokens, vocab = 64, 5000
-    monkeypatch.setattr(head, "_CHUNK_LOGITS", dict.fromkeys(head._CHUNK_LOGITS, 8 * vocab))
+    monkeypatch.setattr(logits, "CHUNK_LOGITS", dict.fromkeys(logits.CHUNK_LOGITS, 8 * vocab))
     hidden, weight = torch.randn(tokens, 4, requires_grad=True), torch.randn(vocab, 4, requires_grad=True)
     ids, distinct = torch.randint(vocab, (tokens, 3)), torch.ones(tokens, 3, dtype=torch.bool)
     with Largest():
         apply(hidden, weight, None, ids, distinct, lambda logprobs, tail, rows: logprobs.sum(-1) + tail)[0].backward()
-        score_tokens(hidden, weight, None, ids[:, 0], 2, head.LogitTransform())
+        score_tokens(hidden, weight, None, ids[:, 0], 2, logits.LogitTransform())
     assert Largest.elements <= 8 * vocab < tokens * vocab
 
 

@@ -143,7 +143,7 @@ def test_a_step_is_the_same_however_its_rows_are_read(tmp_path, student_dir, mas
             tmp_path, student_dir, masked_table, per_device_train_batch_size=size, gradient_accumulation_steps=2,
             **options,
         )  # fmt: skip
-        return *step_on_all_rows(trainer), trainer._window
+        return *step_on_all_rows(trainer), trainer.window.totals
 
     loss, grads, read, window = step()
     assert len(read) == 2 and max(p.abs().max() for p in grads.values()) > 0.1

@@ -172,7 +172,7 @@ def test_split_sequences_are_refused_before_a_model_is_loaded(tmp_path, student_
         monkeypatch.setenv(f"PARALLELISM_CONFIG_{size.upper()}", "2")
     else:
         options["parallelism_config"] = ParallelismConfig(**{size: 2})
-    monkeypatch.setattr("trl_lopd.training.trainer.create_model_from_path", None)
+    monkeypatch.setattr("trl_lopd.training.student.create_model_from_path", None)
     with pytest.raises(ValueError, match="`cp_size` and `sp_size` to 1.*activation_checkpointing.*max_tokens_per_dev"):
         make_trainer(tmp_path, student_dir, table, **options)
 

@@ -372,7 +372,7 @@ def test_another_teacher_is_refused_before_the_model_is_loaded(tmp_path, student
         raise AssertionError("the model was loaded")
 
     with monkeypatch.context() as m:
-        m.setattr("trl_lopd.training.trainer.create_model_from_path", fail)
+        m.setattr("trl_lopd.training.student.create_model_from_path", fail)
         with pytest.raises(TeacherConsistencyError) as error:
             make_trainer(tmp_path, student_dir, other)
     for teacher in (table["teacher_fingerprint"][0], other["teacher_fingerprint"][0]):
@@ -520,7 +520,7 @@ def test_rows_can_be_grouped_by_length(tmp_path, student_dir, table):
 def test_a_second_training_starts_a_new_window(tmp_path, student_dir, table):
     trainer = make_trainer(tmp_path, student_dir, table, max_steps=3, logging_steps=2)
     trainer.train()
-    assert trainer._window
+    assert trainer.window.totals
     trainer.train()
     log = next(x for x in trainer.state.log_history if "loss" in x)
     fresh = make_trainer(tmp_path, student_dir, table, max_steps=3, logging_steps=2, learning_rate=1e-12)

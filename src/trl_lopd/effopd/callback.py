@@ -239,6 +239,11 @@ class EffOPDCallback(TrainerCallback):
             "seconds_gained": round((equivalent - steps) * a_step - sum(spent), 3),
         }
 
+    def card_record(self) -> dict[str, Any]:
+        """What the model card says of the searches, in the record of the round."""
+        names = ("steps", "equivalent_steps", "searches", "accepted")
+        return {"effopd": {name: self.summary()[name] for name in names}} if self.history else {}
+
     # ---- Search ----
 
     def _is_due(self, step: int) -> bool:

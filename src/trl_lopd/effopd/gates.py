@@ -185,7 +185,7 @@ def _muted(trainer: Trainer) -> Iterator[None]:
     """Evaluation without logs, progress bars, or callbacks that stop training or choose a best model."""
     handler, callbacks = trainer.callback_handler, trainer.callback_handler.callbacks
     # Where TRL's trainers collect what they log with the next training metrics.
-    collected = {name: copy.deepcopy(value) for name in ("_metrics", "_window") if (value := vars(trainer).get(name))}
+    collected = copy.deepcopy(vars(trainer).get("_metrics"))
     handler.callbacks = []
     trainer.log = lambda *args, **kwargs: None
     # With persistent workers `Trainer` keeps a dataloader for all evaluations, whatever rows they are given.
@@ -196,4 +196,5 @@ def _muted(trainer: Trainer) -> Iterator[None]:
         handler.callbacks = callbacks
         trainer.args.dataloader_persistent_workers = persistent
         del trainer.log
-        vars(trainer).update(collected)
+        if collected is not None:
+            trainer._metrics = collected

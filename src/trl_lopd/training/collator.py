@@ -17,11 +17,12 @@ from ..generation.teachers import batches_of_like_length
 from ..models import Positions
 from ..table.schema import TOPK_COLUMNS
 from .packing import best_fit_decreasing
-from .streams import FILLER
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+# What marks a row of a stream that only fills the last batch.
+FILLER = "is_filler"
 Batch = dict[str, Tensor | list[str | None]]
 
 
@@ -61,7 +62,7 @@ class OfflineOPDCollator:
 
     And of each sequence, `truncated` `(sequences,)`: whether its completion was cut on the right to fit the limits,
     together with every per-token column. Of rows that `validate` is for, also `teacher_fingerprint` and
-    `student_fingerprint`, lists of strings, and `is_filler` `(sequences,)`, see [`~streams.WholeStream`].
+    `student_fingerprint`, lists of strings, and `is_filler` `(sequences,)`, see [`~rows.WholeStream`].
 
     Args:
         pad_token_id: pads `input_ids`.

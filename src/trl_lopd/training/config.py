@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from accelerate import ParallelismConfig
 from transformers import SchedulerType, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -259,3 +260,56 @@ class OfflineOPDConfig(TrainingArguments):
         kwargs = settings["model_init_kwargs"] or {}
         settings["model_init_kwargs"] = {name: value for name, value in kwargs.items() if name != "token"}
         return settings
+
+
+def refuse_unsupported(args: OfflineOPDConfig, streams: bool) -> None:
+    """
+    Refuses what this trainer cannot do, in as far as the arguments tell.
+
+    Args:
+        args ([`OfflineOPDConfig`]): The arguments. Those of Liger kernels are completed.
+        streams (`bool`): Whether the training rows are a stream.
+
+    Raises:
+        ValueError: If something is not supported; the message says what to use instead.
+    """
+    if args.packing and streams:
+        raise ValueError(
+            "`packing` needs the lengths of all rows, which a stream does not have. Set `padding_free=True` "
+            "instead, or pass a `Dataset`."
+        )
+    if args.train_sampling_strategy == "group_by_length" and streams:
+        raise ValueError(
+            "`train_sampling_strategy='group_by_length'` needs the lengths of all rows, which a stream does not "
+            "have. Leave it unset, or pass a `Dataset`."
+        )
+    # `accelerate launch` gives it in the environment, which is what a default config reads.
+    parallelism = args.parallelism_config or ParallelismConfig()
+    if parallelism.cp_enabled or parallelism.sp_enabled:
+        raise ValueError(
+            "Context and sequence parallelism are not supported: trained tokens are found by their place in the "
+            "whole sequence, which no process would hold. Set `cp_size` and `sp_size` to 1. For long sequences, "
+            "use `activation_checkpointing=True`, with `activation_checkpointing_kwargs={'offload': True}` if it "
+            "takes that, `max_tokens_per_device`, a `peft_config`, and ZeRO-3 or FSDP2."
+        )
+    if parallelism.tp_enabled:
+        refuse_tensor_parallelism()
+    if args.use_liger_kernel:
+        liger = args.liger_kernel_config or {}
+        if liger.get("fused_linear_cross_entropy"):
+            raise ValueError(
+                "`liger_kernel_config={'fused_linear_cross_entropy': True}` would replace the forward in which "
+                "this trainer computes its loss. Leave it out: Liger's other kernels are used."
+            )
+        args.liger_kernel_config = {**liger, "fused_linear_cross_entropy": False}
+
+
+def refuse_tensor_parallelism() -> None:
+    """
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(
+        "Tensor parallelism is not supported: processes that read the same rows would be counted as if they had read "
+        "others. Set `tp_size` to 1. For models that do not fit, use ZeRO-3 or FSDP2."
+    )

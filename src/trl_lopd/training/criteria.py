@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 # Whether more is better, of what `OfflineOPDTrainer.evaluate` gives on held-out rows; see `objective.summarize`.
 _CRITERIA = {"reverse_kl_topk": False, "reverse_kl_weighted": False, "loss": False, "top1_agreement": True}
@@ -62,3 +69,34 @@ def is_known(metric: str) -> bool:
 
 def _is_one_of(metric: str, names: tuple[str, ...]) -> bool:
     return re.search(rf"(^|_)({'|'.join(names)})$", metric) is not None
+
+
+def choose_best_model_metric(
+    args: TrainingArguments, loss_type: str, eval_columns: dict[str, set[str]], several: bool
+) -> None:
+    """
+    Sets the default criterion of the best model, or says what is wrong with the one there is.
+
+    Args:
+        args ([`OfflineOPDConfig`]): Whose `metric_for_best_model` is set.
+        loss_type (`str`): The objective.
+        eval_columns (`dict[str, set[str]]`): Columns of each evaluation dataset, by its name.
+        several (`bool`): Whether the metrics of evaluations have the names of datasets in them.
+
+    Raises:
+        ValueError: If several datasets are evaluated, and nothing says which one decides.
+    """
+    if several and args.metric_for_best_model_is_default and args.load_best_model_at_end:
+        name = next(iter(eval_columns))
+        raise ValueError(
+            "With several evaluation datasets, `load_best_model_at_end` needs `metric_for_best_model` to say which "
+            f"one decides, for instance 'eval_{name}_reverse_kl_topk'."
+        )
+    has_topk = not several and any("teacher_topk_ids" in columns for columns in eval_columns.values())
+    if args.metric_for_best_model_is_default and has_topk:
+        args.metric_for_best_model, args.greater_is_better = "eval_reverse_kl_topk", False
+    elif args.load_best_model_at_end and loss_type == "sampled" and args.metric_for_best_model.endswith("loss"):
+        logger.warning(
+            "The best model is chosen by the loss of the sampled objective, the Huber value, which can fall while the "
+            "student gets worse. Score the evaluation rows with `top_k=8` and leave `metric_for_best_model` unset."
+        )

@@ -8,7 +8,7 @@ weights `w` of mean 1. The gradient itself is at most `G * sqrt(E[A^2])`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ...identity.fingerprint import content_id
@@ -24,6 +24,37 @@ def has_left(metrics: Mapping[str, float]) -> bool:
         metrics: of [`~objective.summarize`], with `importance_weight/...`.
     """
     return not metrics["importance_weight/ess"] >= MIN_ESS
+
+
+class DriftMonitor:
+    """
+    Finds out where the student is, or has gone, too far from the policy that sampled its rollouts; each once.
+
+    Args:
+        off_policy (`bool`): Whether other weights than the student's sampled them: then the first weights are reported
+            whatever they are.
+    """
+
+    def __init__(self, off_policy: bool):
+        self.off_policy, self.left = off_policy, False
+
+    def message(self, metrics: Mapping[str, float], step: int, advice: Callable[[], str]) -> str | None:
+        """
+        What is to be said of a window, if anything.
+
+        Args:
+            metrics: of [`~objective.summarize`].
+            step: the last of the window.
+            advice: what to do about rollouts that were left, see [`remedy`].
+        """
+        if "importance_weight/ess" not in metrics:
+            return None
+        leaves, announced = has_left(metrics) and not self.left, self.off_policy
+        self.off_policy, self.left = False, self.left or leaves
+        if not (leaves or announced):
+            return None
+        text = f"Off-policy rollouts, measured up to step {step}: {describe_weights(metrics)}"
+        return f"{text} {advice()}" if leaves else text
 
 
 def describe_weights(metrics: Mapping[str, float]) -> str:

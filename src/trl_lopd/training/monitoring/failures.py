@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from ...table.schema import TableRows, lengths
-
-if TYPE_CHECKING:
-    from ..trainer import OfflineOPDTrainer
 
 
 class LossCheck:
@@ -31,7 +27,7 @@ class LossCheck:
         trainer ([`OfflineOPDTrainer`]): Whose losses these are.
     """
 
-    def __init__(self, trainer: OfflineOPDTrainer):
+    def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self.reset()
 
@@ -114,7 +110,7 @@ def rows_with(dataset: Dataset, ids: np.ndarray, truncated: bool = False) -> lis
     return found
 
 
-def out_of_memory_advice(trainer: OfflineOPDTrainer, shape: tuple[int, int]) -> str:
+def out_of_memory_advice(trainer: Trainer, shape: tuple[int, int]) -> str:
     """What was in memory when it ran out, and what takes less.
 
     Args:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import transformers.integrations
 from datasets import Dataset
-
-if TYPE_CHECKING:
-    from ..trainer import OfflineOPDTrainer
+from transformers import Trainer
 
 WORST_ROWS = 16
 
@@ -26,7 +24,7 @@ class WandbCallback(transformers.integrations.WandbCallback):
         trainer ([`OfflineOPDTrainer`]): Whose run it is.
     """
 
-    def __init__(self, trainer: OfflineOPDTrainer):
+    def __init__(self, trainer: Trainer):
         super().__init__()
         self.trainer = trainer
 

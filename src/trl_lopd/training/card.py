@@ -1,0 +1,128 @@
+"""What a trainer writes beside a checkpoint: its card with the whole lineage, its arguments, which rows trained it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import Trainer
+from trl.trainer.utils import generate_model_card, get_config_model_id
+
+from ..identity.cards import count_teachers, stamp_model_card
+from ..identity.fingerprint import TeacherFingerprint
+from ..table.schema import TRAINED_ROWS, column_counts, row_hashes
+
+_PAPER = {
+    "title": "Lightning OPD: Efficient Post-Training for Large Reasoning Models with Offline On-Policy Distillation",
+    "id": "2604.13010",
+    "citation": """@misc{wu2026lightningopd,
+    title         = {{Lightning OPD: Efficient Post-Training for Large Reasoning Models with Offline On-Policy Distillation}},
+    author        = {Yecheng Wu and Song Han and Han Cai},
+    year          = 2026,
+    eprint        = {2604.13010},
+    archivePrefix = {arXiv},
+}""",  # noqa: E501
+}
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """
+    The last weights that a trainer saved.
+
+    Attributes:
+        directory (`str`): Where.
+        step (`int`): After which step.
+        fingerprint ([`TeacherFingerprint`], *optional*): What they are; `None` if they cannot be fingerprinted.
+    """
+
+    directory: str
+    step: int
+    fingerprint: TeacherFingerprint | None
+
+
+def describe_round(trainer: Trainer) -> dict[str, Any]:
+    """The training of an [`OfflineOPDTrainer`] as cards keep it: an entry of `opd_rounds`, see [`~identity.cards`]."""
+    student, check, mode = trainer.student, trainer.rows.trained, trainer.args.teacher_consistency
+    if isinstance(trainer.train_dataset, Dataset):
+        teachers, verdict = check.teachers, check.verdict
+        samplers = column_counts(trainer.train_dataset, "student_fingerprint")
+    else:
+        teachers, samplers = check.of_all
+        verdict = check.judge(teachers, "the stream", samplers, mode="off") if teachers else check.verdict
+    record = {
+        "student": student.fingerprint or Path(get_config_model_id(trainer.model.config)).name,
+        "objective": trainer.loss_type,
+        "teacher_consistency": "off" if mode == "off" else verdict.evidence or f"overridden ({mode})",
+        "rows": sum(teachers.values()),
+        "teachers": count_teachers(teachers),
+    }
+    if sampled_by := count_teachers(samplers):
+        record["sampled_by"] = sampled_by
+    return record
+
+
+def write_card(
+    trainer: Trainer, output_dir: str, *, model_name: str | None, dataset_name: str | None, tags: list[str]
+) -> None:
+    """Writes `README.md` into a directory; see [`OfflineOPDTrainer.create_model_card`]. Callbacks with a method
+    `card_record` add what it returns to the record of the round."""
+    base_model = get_config_model_id(trainer.model.config) or "an unnamed model"
+    is_local = os.path.isdir(base_model)
+    base_model = Path(base_model).name if is_local else base_model
+    model_name = model_name or Path(trainer.args.hub_model_id or trainer.args.output_dir).name
+    card = generate_model_card(
+        base_model=base_model,
+        model_name=model_name,
+        hub_model_id=trainer.hub_model_id or model_name,
+        dataset_name=dataset_name,
+        tags=tags,
+        wandb_url=(run := _wandb_run()) and run.url,
+        trackio_url=None,
+        trainer_name="Offline OPD",
+        trainer_citation=_PAPER["citation"],
+        paper_title=_PAPER["title"],
+        paper_id=_PAPER["id"],
+    )
+    if is_local:
+        # A directory is no Hub id: name it, but neither link it nor list it.
+        card.data.base_model = None
+        card.text = card.text.replace(f"[{base_model}](https://huggingface.co/{base_model})", f"`{base_model}`")
+    card.save(os.path.join(output_dir, "README.md"))
+
+    record, student, saved = describe_round(trainer), trainer.student, trainer.saved
+    for callback in trainer.callback_handler.callbacks:
+        if hasattr(callback, "card_record"):
+            record |= callback.card_record()
+    # Weights written there at another step are not those that this card is about.
+    is_current = saved is not None and (saved.directory, saved.step) == (output_dir, trainer.state.global_step)
+    stamp_model_card(
+        output_dir,
+        sft_teachers=student.sft_teachers,
+        sft_rows=student.card.get("sft_rows"),
+        checkpoint=saved.fingerprint if is_current else None,
+        opd_rounds=[*(student.card.get("opd_rounds") or []), record],
+    )
+
+
+def write_arguments(trainer: Trainer, output_dir: str) -> None:
+    """Writes the arguments as JSON, for people and for `trl-lopd report`: `training_args.bin` is a pickle. And hashes
+    of the rows that are trained on, which tell whether a report shows others."""
+    if isinstance(trainer.train_dataset, Dataset):
+        np.save(Path(output_dir, TRAINED_ROWS), np.unique(row_hashes(trainer.train_dataset)))
+    settings = trainer.args.to_dict()
+    if (run := _wandb_run()) is not None:
+        settings["wandb_run"] = {"entity": run.entity, "project": run.project, "id": run.id}
+    Path(output_dir, "training_args.json").write_text(json.dumps(settings, indent=2, default=str))
+
+
+def _wandb_run() -> Any:
+    """The active one, if there is one."""
+    wandb = sys.modules.get("wandb")
+    return wandb and wandb.run

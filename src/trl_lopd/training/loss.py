@@ -1,0 +1,91 @@
+"""The objective on a batch: what is asked of the model, and what its answer comes to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import OfflineOPDConfig
+from .head import Targets, TokenOutput
+from .objective import reverse_kl_topk, sampled_loss, sequence_totals, teacher_support, token_weights
+
+
+@dataclass(frozen=True)
+class Objective:
+    """
+    A loss on a table's rows.
+
+    Args:
+        loss_type (`str`): `"topk"` or `"sampled"`, see [`objective`].
+        args ([`OfflineOPDConfig`]): Its clips and its aggregation.
+        vocab_size (`int`): Of the student.
+    """
+
+    loss_type: str
+    args: OfflineOPDConfig
+    vocab_size: int
+
+    def num_items(self, batch: dict[str, Tensor]) -> int:
+        """What the loss of a batch is the mean over: its sequences or its trained tokens."""
+        return len(batch["truncated"] if self.args.loss_aggregation == "sequence_mean" else batch["labels"])
+
+    def __call__(
+        self, model: torch.nn.Module, batch: dict[str, Tensor], num_items: Tensor | int
+    ) -> tuple[TokenOutput, dict[str, Tensor]]:
+        """
+        Reads a batch, and computes its share of a loss over `num_items` sequences or tokens.
+
+        Args:
+            model ([`~torch.nn.Module`]): Patched by [`~head.add_distillation_head`].
+            batch (`dict`): What [`~collator.OfflineOPDCollator`] gives.
+            num_items (`Tensor` or `int`): Of all micro-batches, accumulation steps and processes.
+
+        Returns:
+            [`~head.TokenOutput`] and the totals behind every metric, a value a sequence: see
+            [`~objective.sequence_totals`].
+        """
+        labels, teacher, ref = batch["labels"], batch["teacher_logprobs"], batch.get("ref_logprobs")
+        sequences, num_sequences = batch["sequences"], len(batch["truncated"])
+        topk_ids, topk_logprobs = batch.get("teacher_topk_ids"), batch.get("teacher_topk_logprobs")
+        has_topk = topk_ids is not None
+        if not has_topk:
+            topk_ids, topk_logprobs = labels.new_empty((len(labels), 0)), teacher.new_empty((len(labels), 0))
+        ids, support, distinct = teacher_support(topk_ids, topk_logprobs, labels, teacher, self.vocab_size)
+
+        def loss(logprobs: Tensor, tail: Tensor, tokens: slice) -> Tensor:
+            if self.loss_type == "topk":
+                return reverse_kl_topk(logprobs, tail, support[tokens], distinct[tokens])
+            return sampled_loss(
+                logprobs[:, -1],
+                teacher[tokens],
+                advantage_clip=self.args.advantage_clip,
+                ref_logprobs=None if ref is None else ref[tokens],
+                ratio_clip=self.args.ratio_clip,
+            )
+
+        weights = token_weights(sequences, num_sequences, self.args.loss_aggregation, num_items)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+        out = model(**inputs, targets=Targets(batch["positions"], ids, distinct, weights, loss))
+        with torch.no_grad():
+            kl = agreement = None
+            if has_topk:
+                kl = reverse_kl_topk(out.support_logprobs, out.tail_logprobs, support, distinct)
+                teacher_top1 = topk_ids.gather(-1, topk_logprobs.argmax(-1, keepdim=True)).squeeze(-1)
+                agreement = out.top1_ids == teacher_top1
+            totals = sequence_totals(
+                out.support_logprobs[:, -1],
+                teacher,
+                sequences,
+                num_sequences,
+                per_token_loss=out.per_token,
+                entropy=out.entropy,
+                is_top1=out.top1_ids == labels,
+                advantage_clip=self.args.advantage_clip,
+                ref_logprobs=ref,
+                reverse_kl=kl,
+                top1_agreement=agreement,
+            )
+            totals["truncated"] = batch["truncated"].float()
+        return out, totals

@@ -1,0 +1,128 @@
+"""Totals of batches, windows and processes, and the metrics that they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..collator import FILLER
+from ..objective import mean_loss, summarize
+
+Totals = dict[str, Tensor]
+
+
+class Window:
+    """
+    Totals of the training batches since the last log. They stay on the device until they are wanted: one gather a log,
+    none a step.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): The processes.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.totals: Totals = {}
+        self._paused = False
+
+    def add(self, totals: Totals) -> None:
+        """Adds a batch's totals, a value a sequence or one for all of them; see [`~objective.sequence_totals`]."""
+        if self._paused:
+            return
+        for name, values in totals.items():
+            total = _combine(name, values)
+            if name in self.totals:
+                total = _combine(name, torch.stack([self.totals[name], total]))
+            self.totals[name] = total
+
+    def add_padding(self, batch: Totals) -> None:
+        """Adds how many tokens a batch has the model read, and how many of them are padding."""
+        read = batch["input_ids"].new_tensor([batch["input_ids"].numel()])
+        padding = read - batch["attention_mask"].sum() if "attention_mask" in batch else torch.zeros_like(read)
+        device = self.accelerator.device
+        self.add({"tokens_read": read.to(device), "tokens_padding": padding.to(device)})
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Adds nothing, for a batch that does not count."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def reset(self) -> None:
+        """Forgets what was not logged."""
+        self.totals = {}
+
+    def close(self) -> dict[str, float]:
+        """Metrics of all processes since the last call, which all of them make; see [`~objective.summarize`]."""
+        if not self.totals:
+            return {}
+        names = sorted(self.totals)
+        values = [self.totals[name].float().reshape(1, -1) for name in names]
+        gathered = self.accelerator.gather(torch.cat(values, dim=-1)).double().cpu()
+        parts = gathered.split([value.shape[1] for value in values], dim=-1)
+        self.reset()
+        return _metrics({name: _number(_combine(name, part)) for name, part in zip(names, parts, strict=True)})
+
+
+class EvaluationTotals:
+    """
+    Totals of the evaluated sequences of all processes.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): The processes.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.batches: list[Totals] = []
+
+    def add(self, totals: Totals) -> None:
+        """Adds a batch's totals, a value a sequence. All processes call this."""
+        # Gathered a sequence at a time, so that rows repeated to fill the last batch are dropped.
+        names, num_sequences = sorted(totals), len(totals["truncated"])
+        columns = [totals[name].float().reshape(num_sequences, -1) for name in names]
+        gathered = self.accelerator.gather_for_metrics(torch.cat(columns, dim=-1))
+        parts = gathered.split([column.shape[1] for column in columns], dim=-1)
+        totals = {name: part.squeeze(-1) for name, part in zip(names, parts, strict=True)}
+        if FILLER in totals:
+            evaluated = totals.pop(FILLER) == 0
+            totals = {name: values[evaluated] for name, values in totals.items()}
+        self.batches.append(totals)
+
+    def of_sequences(self, name: str) -> np.ndarray:
+        """One of the totals, `(sequences,)` float64, in the order of the rows."""
+        return torch.cat([batch[name] for batch in self.batches]).double().cpu().numpy()
+
+    def metrics(self, aggregation: str) -> dict[str, float]:
+        """The objective over all sequences, and the other metrics; empty if there were none."""
+        names = self.batches[0] if self.batches else ()
+        columns = {name: torch.cat([batch[name] for batch in self.batches]).double().cpu() for name in names}
+        if not columns:
+            return {}
+        totals = {name: _number(_combine(name, values)) for name, values in columns.items()}
+        return {"loss": mean_loss(totals, aggregation), **_metrics(totals)}
+
+
+def _combine(name: str, values: Tensor) -> Tensor:
+    return values.amax(0) if name.endswith("max") else values.sum(0)
+
+
+def _number(values: Tensor) -> float | np.ndarray:
+    return values.item() if values.numel() == 1 else values.numpy()
+
+
+def _metrics(totals: dict[str, float | np.ndarray]) -> dict[str, float]:
+    metrics = summarize(totals)
+    if totals["truncated"]:
+        metrics["truncated_completions"] = totals["truncated"]
+    if "tokens_read" in totals:
+        metrics["padding"] = totals["tokens_padding"] / totals["tokens_read"]
+    return metrics

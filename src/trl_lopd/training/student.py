@@ -1,0 +1,233 @@
+"""The student before and while it is loaded: what it is, what its card says, and what training puts around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import is_peft_model
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
+from trl.trainer.utils import create_model_from_path, get_config_model_id
+
+from ..identity.cards import read_model_card
+from ..identity.consistency import inherited_teachers, written_for
+from ..identity.fingerprint import TeacherFingerprint, is_sharded
+from ..identity.stamp import fingerprint_or_none
+from ..models import Positions, load_tokenizer, positions_of
+from ..names import as_name
+from ..processes import on_main_process
+from ..table.schema import vocab_limits
+from .head import add_distillation_head, assert_adapters_are_seen
+from .packing import check_architecture
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig
+
+    from .config import OfflineOPDConfig
+
+
+@dataclass(frozen=True)
+class Student:
+    """
+    What is known of a student before its weights are loaded, so that a table that does not fit costs no loading.
+
+    Attributes:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): What the trainer was given.
+        name (`str`): What messages call it.
+        config ([`~transformers.PreTrainedConfig`]): Of the model, or of an adapter's base.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        adapter ([`~peft.PeftConfig`], *optional*): If `model` names an adapter.
+        card (`dict`): The record in its card.
+        fingerprint (`str`, *optional*): Its id; empty if it cannot be fingerprinted, `None` if nothing is checked.
+        positions ([`Positions`]): How long a row it reads.
+    """
+
+    model: str | PreTrainedModel | PeftModel
+    name: str
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    adapter: PeftConfig | None
+    card: dict[str, Any]
+    fingerprint: str | None
+    positions: Positions
+
+    @classmethod
+    def describe(
+        cls,
+        model: str | Path | PreTrainedModel | PeftModel,
+        args: OfflineOPDConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> Student:
+        """
+        Reads everything but the weights. All processes call this.
+
+        Raises:
+            ValueError: If a loaded model does not say where its tokenizer is.
+        """
+        model = as_name(model)
+        model_id = model_id_of(model)
+        hub_kwargs = _hub_kwargs(model, args)
+        adapter, name = None, model_id or "the student"
+        if not isinstance(model, str):
+            config = model.config
+            if is_peft_model(model):
+                name += " (the base of this `PeftModel`; pass the adapter's directory as `model` to use its own card)"
+        elif find_adapter_config_file(model, revision=hub_kwargs["revision"]) is not None:
+            from peft import PeftConfig
+
+            adapter = PeftConfig.from_pretrained(model, revision=hub_kwargs["revision"])
+            config = AutoConfig.from_pretrained(
+                adapter.base_model_name_or_path, **{**hub_kwargs, "revision": adapter.revision}
+            )
+        else:
+            config = AutoConfig.from_pretrained(model, **hub_kwargs)
+        if tokenizer is None:
+            if not model_id:
+                raise ValueError("The model does not say where it was loaded from: pass its `processing_class`.")
+            tokenizer = load_tokenizer(model, **hub_kwargs)
+
+        card = read_model_card(model_id, hub_kwargs["revision"]) if model_id else {}
+        fingerprint = None
+        if args.teacher_consistency != "off":
+            own = _fingerprint(model, tokenizer, args, hub_kwargs)
+            fingerprint = own.id if own else ""
+            loaded_revision = own.revision if own and not isinstance(model, str) else None
+            if loaded_revision and not written_for(card, fingerprint):
+                # It was loaded from another revision than `main`, which has a card of its own.
+                card = read_model_card(model_id, loaded_revision)
+        positions = positions_of(config, trust_remote_code=hub_kwargs["trust_remote_code"])
+        return cls(model, name, config, tokenizer, adapter, card, fingerprint, positions)
+
+    @property
+    def sft_teachers(self) -> list[dict[str, Any]]:
+        """Entries of the teachers that wrote its SFT data, as strong as its card is bound to its weights."""
+        return inherited_teachers(self.card, self.fingerprint)
+
+    @property
+    def vocab_limits(self) -> tuple[int | None, int | None]:
+        """See [`~table.schema.vocab_limits`]."""
+        return vocab_limits(self.tokenizer, self.config)
+
+    @property
+    def pad_token_id(self) -> int:
+        """An id to pad with. Padding is masked everywhere, so any will do."""
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((token_id for token_id in ids if token_id is not None), 0)
+
+    def load(
+        self,
+        args: OfflineOPDConfig,
+        quantization_config: BitsAndBytesConfig | None,
+        peft_config: PeftConfig | None,
+    ) -> PreTrainedModel | PeftModel:
+        """
+        Loads the weights, patches the forward for the loss, and wraps the model in adapters.
+
+        Raises:
+            ValueError: If options for loading are given with a loaded model, or an adapter would not be trained.
+        """
+        model = self.model
+        if isinstance(model, str):
+            model = self._load(args, quantization_config)
+        elif args.model_init_kwargs or quantization_config is not None:
+            raise ValueError(
+                "`model_init_kwargs` and `quantization_config` are used to load a model from a path; the model passed "
+                "is loaded already."
+            )
+        base = model.get_base_model() if is_peft_model(model) else model
+        if args.padding_free:
+            check_architecture(base)
+        add_distillation_head(base)
+        if peft_config is not None:
+            model = _wrap_in_adapters(model, peft_config, args)
+        if is_peft_model(model):
+            assert_adapters_are_seen(model)
+            if args.activation_checkpointing:
+                _checkpoint_through_adapters(model, args)
+        return model
+
+    def _load(self, args: OfflineOPDConfig, quantization_config: BitsAndBytesConfig | None) -> Any:
+        init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+        if quantization_config is not None:
+            init_kwargs["quantization_config"] = quantization_config
+        if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+            init_kwargs["device_map"] = None
+        if self.adapter is None:
+            return create_model_from_path(self.model, **init_kwargs)
+        from peft import PeftModel
+
+        base_kwargs = {**init_kwargs, "revision": self.adapter.revision}
+        base = create_model_from_path(self.adapter.base_model_name_or_path, **base_kwargs)
+        return PeftModel.from_pretrained(base, self.model, revision=init_kwargs.get("revision"), is_trainable=True)
+
+
+def model_id_of(model: str | Path | PreTrainedModel | PeftModel) -> str:
+    """The path or Hub id that a model was given by or loaded from; empty if it does not say."""
+    return str(model) if isinstance(model, str | Path) else get_config_model_id(model.config)
+
+
+def _hub_kwargs(model: str | PreTrainedModel | PeftModel, args: OfflineOPDConfig) -> dict[str, Any]:
+    init_kwargs = args.model_init_kwargs or {}
+    return {
+        "revision": init_kwargs.get("revision") if isinstance(model, str) else None,
+        "trust_remote_code": init_kwargs.get("trust_remote_code", args.trust_remote_code),
+    }
+
+
+def _fingerprint(
+    model: str | PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: OfflineOPDConfig,
+    hub_kwargs: dict[str, Any],
+) -> TeacherFingerprint | None:
+    consequence = (
+        "The student cannot be fingerprinted, so what its card says counts as declared, and nothing tells whether it "
+        "sampled the rollouts"
+    )
+    kwargs = hub_kwargs if isinstance(model, str) else {}
+
+    def compute() -> TeacherFingerprint | None:
+        return fingerprint_or_none(model, consequence, tokenizer=tokenizer, **kwargs)
+
+    if not isinstance(model, str) and is_sharded(model):
+        return compute()  # a collective
+    return on_main_process(args.distributed_state, compute)
+
+
+def _is_zero3(args: OfflineOPDConfig) -> bool:
+    return args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+
+
+def _checkpoint_through_adapters(model: PeftModel, args: OfflineOPDConfig) -> None:
+    model.enable_input_require_grads()
+    if not _is_zero3(args):
+        return
+    # Otherwise what is recomputed has other shapes than what was saved, see TRL issue 2514.
+    kwargs = args.activation_checkpointing_kwargs or {}
+    if kwargs.get("use_reentrant") is False:
+        raise ValueError(
+            "Adapters under ZeRO-3 need `activation_checkpointing_kwargs={'use_reentrant': True}`, which is the "
+            "default there."
+        )
+    args.activation_checkpointing_kwargs = {**kwargs, "use_reentrant": True}
+
+
+def _wrap_in_adapters(model: PreTrainedModel, peft_config: PeftConfig, args: OfflineOPDConfig) -> PeftModel:
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    if is_peft_model(model):
+        raise ValueError(
+            "You passed a `PeftModel` together with a `peft_config`. Merge the adapter into the model first, or leave "
+            "out `peft_config` to go on training it."
+        )
+    quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    if quantized:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    kwargs = {}
+    if _is_zero3(args) and not quantized:
+        # ZeRO-3 gathers parameters into buffers of one dtype.
+        kwargs["autocast_adapter_dtype"] = False
+    return get_peft_model(model, peft_config, **kwargs)
