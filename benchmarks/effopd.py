@@ -107,7 +107,7 @@ class Measure(TrainerCallback):
         model = self.trainer.model
         if "held_out" in self.quantities:
             point["held_out"] = float(self.trainer.reverse_kl_of_rows(self.rows).mean())
-        sampling = {"tokenizer": self.trainer.processing_class, "max_completion_length": 56, "batch_size": 200}
+        sampling = {"processing_class": self.trainer.processing_class, "max_completion_length": 56, "batch_size": 200}
         if "accuracy" in self.quantities:
             answers = collect_rollouts(self.prompts, model, temperature=0, ref_logprobs=False, **sampling)
             right = [c.rpartition("#")[2] == a for c, a in zip(answers["completion"], answers["answer"], strict=True)]

@@ -70,9 +70,9 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(model, problems, **tokenizer) -> dict:
+def measure(model, problems, **options) -> dict:
     metrics = evaluate_model(model, problems, metric="exact_answer", teacher=str(TEACHER), temperature=0,
-                             max_completion_length=build.MAX_ANSWER_TOKENS, batch_size=400, **tokenizer)  # fmt: skip
+                             max_completion_length=build.MAX_ANSWER_TOKENS, batch_size=400, **options)  # fmt: skip
     metrics = metrics["metrics"]
     return {
         "accuracy": metrics["exact_answer"]["value"],
@@ -177,7 +177,7 @@ def train(arm: str, task: Path, tables: Path, seed: int, steps: int, tokens: flo
             result[f"importance_{key}"] = statistics.fmean(log[f"importance_weight/{key}"] for log in logs)
     if searches is not None:
         result["searches"] = searches.summary()
-    return result | measure(trainer.model.eval(), problems, tokenizer=trainer.processing_class)
+    return result | measure(trainer.model.eval(), problems, processing_class=trainer.processing_class)
 
 
 def in_process(work: Callable, *args):

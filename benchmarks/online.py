@@ -129,14 +129,14 @@ def main() -> None:
         rollouts = collect_rollouts(
             prompts,
             student,
-            tokenizer=tokenizer,
+            processing_class=tokenizer,
             max_completion_length=a.completion,
             temperature=1.0,
             batch_size=a.sampling_batch_size,
             truncated="keep",
         )
         sampled = now()
-        table = score_rollouts(rollouts, teacher, tokenizer=tokenizer, top_k=8)
+        table = score_rollouts(rollouts, teacher, processing_class=tokenizer, top_k=8)
         scored = now()
         assert {len(ids) for ids in table["completion_ids"]} == {a.completion}
         args = OfflineOPDConfig(

@@ -6,7 +6,8 @@ The bundled quickstart, less than two minutes on a CPU core:
     accelerate launch examples/train.py
     accelerate launch examples/train.py --compare
 
-Your own student and table (Hub ids or local paths); options of `OfflineOPDConfig` as flags or in a YAML file:
+Your own student and table (Hub ids or local paths); options of `OfflineOPDConfig` as flags or in a YAML file. Without
+a clone, `trl-lopd train` is the same script:
 
     accelerate launch examples/train.py --model_name_or_path my-org/student-sft --dataset_name my-org/scored-rollouts \
         --output_dir student-opd --learning_rate 2e-6 --max_steps 150
@@ -16,23 +17,19 @@ it say. With `--eval_prompts` (JSON lines of `prompt` and `answer`), greedy accu
 `--teacher` too, so is the reverse KL divergence on rollouts sampled afresh.
 """
 
-import json
 import logging
 import os
-import re
-import shutil
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
 import transformers
-from rich.console import Console
-from rich.table import Table
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer, evaluate_model, load_benchmark, load_table
+from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer, compare_models, load_benchmark, load_table
+from trl_lopd.launch import refuse_unknown_options
 
 QUICKSTART = Path(__file__).parent / "quickstart"
 
@@ -54,84 +51,6 @@ class TrainScriptArguments(ScriptArguments):
         default=bool(os.environ.get("TRL_LOPD_VERBOSE")),
         metadata={"help": "Also show what the libraries behind it say.", "aliases": ["-v"]},
     )
-
-
-def hide_what_libraries_say() -> None:
-    """Their bars for things done in seconds, and that there is no GPU."""
-    datasets.disable_progress_bars()  # `evaluate_model` goes by this, too
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator" not in record.getMessage())
-
-
-def quickstart_flags() -> list[str]:
-    return [
-        *("--config", str(QUICKSTART.with_suffix(".yaml"))),
-        *("--model_name_or_path", str(QUICKSTART / "student")),
-        *("--dataset_name", str(QUICKSTART / "table")),
-        *("--teacher", str(QUICKSTART / "teacher")),
-        *("--eval_prompts", str(QUICKSTART / "prompts.jsonl")),
-    ]
-
-
-def load_splits(script_args: ScriptArguments):
-    """A table and, if there is one, its held-out split: from the Hub, a directory or a parquet file."""
-    name = script_args.dataset_name
-    table = load_table(name, script_args.dataset_config, streaming=script_args.dataset_streaming)
-    splits = table if isinstance(table, dict) else {str(table.split or "train"): table}
-    if script_args.dataset_train_split not in splits:
-        raise SystemExit(
-            f"{name} has no split {script_args.dataset_train_split!r}, only {sorted(splits)}: set "
-            "`--dataset_train_split`."
-        )
-    return splits[script_args.dataset_train_split], splits.get(script_args.dataset_test_split)
-
-
-def report(
-    models: dict[str, str], held_out: dict[str, float], script_args: TrainScriptArguments, trainer: OfflineOPDTrainer
-) -> None:
-    """Evaluates every model, into `evaluations` of the run, all processes together, and prints a table."""
-    problems = load_benchmark(script_args.eval_prompts)
-    # Else ZeRO-3 would shard these models too.
-    unset_hf_deepspeed_config()
-    rows = []
-    for name, path in models.items():
-        directory = Path(trainer.args.output_dir, "evaluations", re.sub(r"\W+", "-", name).strip("-").lower())
-        if trainer.is_world_process_zero():
-            print(f"Evaluating: {name}", flush=True)
-            shutil.rmtree(directory, ignore_errors=True)  # of another run
-        trainer.accelerator.wait_for_everyone()
-        result = evaluate_model(
-            path,
-            problems,
-            name=Path(script_args.eval_prompts).stem,
-            metric="exact_answer",
-            answer_after=script_args.answer_after,
-            teacher=script_args.teacher if path != script_args.teacher else None,
-            temperature=0,
-            max_completion_length=script_args.eval_max_completion_length,
-            batch_size=256,
-            output_dir=directory,
-        )
-        metrics = result["metrics"]
-        row = {"model": name, "accuracy": metrics["exact_answer"]["value"], "held_out": held_out.get(name)}
-        if "reverse_kl" in metrics:
-            row["fresh"], row["fresh_se"] = metrics["reverse_kl"].values()
-        rows.append(row)
-    if not trainer.is_world_process_zero():
-        return
-    table = Table("model", "greedy accuracy", "reverse KL, fresh rollouts\n(nats a sequence)",
-                  "reverse KL, held-out top-k\n(nats a token)", title=f"{len(problems)} held-out prompts")  # fmt: skip
-    for row in rows:
-        table.add_row(
-            row["model"],
-            f"{row['accuracy']:.3f}",
-            f"{row['fresh']:.2f} ± {row['fresh_se']:.2f}" if "fresh" in row else "–",
-            f"{row['held_out']:.4f}" if row["held_out"] is not None else "–",
-        )
-    Console(width=100).print(table)
-    with open(os.path.join(trainer.args.output_dir, "report.json"), "w") as file:
-        json.dump(rows, file, indent=2)
-    print(f"The table is also in {file.name}")
 
 
 def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, model_args: ModelConfig) -> None:
@@ -163,8 +82,7 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
         name = f"offline OPD ({trainer.loss_type})"
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         if eval_table is not None:
-            start = trainer.state.log_history[0]
-            held_out.setdefault("SFT student", start.get("eval_reverse_kl_topk"))
+            held_out.setdefault("SFT student", trainer.state.log_history[0].get("eval_reverse_kl_topk"))
             held_out[name] = trainer.evaluate().get("eval_reverse_kl_topk")
         trainer.save_model(args.output_dir)
         trainer.save_state()
@@ -181,23 +99,70 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
         train(replace(training_args, **changes, ratio_clip=None, resume_from_checkpoint=None))
 
     if script_args.eval_prompts:
-        if script_args.teacher:
-            models["teacher"] = script_args.teacher
-        report(models, held_out, script_args, trainer)
+        unset_hf_deepspeed_config()  # else ZeRO-3 would shard these models too
+        compare_models(
+            models | ({"teacher": script_args.teacher} if script_args.teacher else {}),
+            load_benchmark(script_args.eval_prompts),
+            training_args.output_dir,
+            name=Path(script_args.eval_prompts).stem,
+            answer_after=script_args.answer_after,
+            teacher=script_args.teacher,
+            held_out=held_out,
+            max_completion_length=script_args.eval_max_completion_length,
+        )
     trainer.accelerator.wait_for_everyone()
     trainer.end()
 
 
-if __name__ == "__main__":
-    flags = sys.argv[1:]
+def load_splits(script_args: ScriptArguments):
+    """A table and, if there is one, its held-out split: from the Hub, a directory or a parquet file."""
+    name = script_args.dataset_name
+    table = load_table(name, script_args.dataset_config, streaming=script_args.dataset_streaming)
+    splits = table if isinstance(table, dict) else {str(table.split or "train"): table}
+    if script_args.dataset_train_split not in splits:
+        raise SystemExit(
+            f"{name} has no split {script_args.dataset_train_split!r}, only {sorted(splits)}: set "
+            "`--dataset_train_split`."
+        )
+    return splits[script_args.dataset_train_split], splits.get(script_args.dataset_test_split)
+
+
+def make_parser(prog: str | None = None) -> TrlParser:
+    return TrlParser((TrainScriptArguments, OfflineOPDConfig, ModelConfig), prog=prog)
+
+
+def with_quickstart(flags: list[str]) -> list[str]:
+    """The flags, and those of the bundled quickstart where neither a model nor a table is given."""
     given = {flag.partition("=")[0] for flag in flags}
     wanted = {"--model_name_or_path", "--dataset_name"}
-    if not given & (wanted | {"--config", "-h", "--help"}):
-        print("No model and no table given: training the bundled quickstart student.")
-        flags = quickstart_flags() + flags
-    elif given & wanted and not given >= wanted and "--config" not in given:
-        raise SystemExit("Give both `--model_name_or_path` and `--dataset_name`, or neither for the quickstart.")
-    if not {"-v", "--verbose"} & given and not TrainScriptArguments.verbose:
+    if given & {"--config", "-h", "--help"} or given >= wanted:
+        return flags
+    if given & wanted or not QUICKSTART.is_dir():
+        raise SystemExit(
+            "Give both `--model_name_or_path` and `--dataset_name`"
+            + (", or neither for the quickstart." if QUICKSTART.is_dir() else ", as flags or in a YAML file.")
+        )
+    print("No model and no table given: training the bundled quickstart student.")
+    paths = {"model_name_or_path": "student", "dataset_name": "table", "teacher": "teacher"}
+    paths |= {"eval_prompts": "prompts.jsonl"}
+    own = [word for option, path in paths.items() for word in (f"--{option}", str(QUICKSTART / path))]
+    return ["--config", str(QUICKSTART.with_suffix(".yaml")), *own, *flags]
+
+
+def hide_what_libraries_say() -> None:
+    """Their bars for things done in seconds, and that there is no GPU."""
+    datasets.disable_progress_bars()  # `evaluate_model` goes by this, too
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator" not in record.getMessage())
+
+
+if __name__ == "__main__":
+    flags = with_quickstart(sys.argv[1:])
+    if not {"-v", "--verbose"} & {*flags} and not TrainScriptArguments.verbose:
         hide_what_libraries_say()
-    parser = TrlParser((TrainScriptArguments, OfflineOPDConfig, ModelConfig))
-    main(*parser.parse_args_and_config(flags, fail_with_unknown_args=False))
+    *parsed, remaining = make_parser().parse_args_and_config(flags, return_remaining_strings=True)
+    try:
+        refuse_unknown_options(remaining)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    main(*parsed)

@@ -27,6 +27,7 @@ _MODULE_OF = {
     "Verdict": "identity.consistency",
     "check_teacher_consistency": "identity.consistency",
     "collect_rollouts": "generation.rollouts",
+    "compare_models": "evaluation.comparison",
     "evaluate_model": "evaluation.evaluate",
     "fingerprint_teacher": "identity.fingerprint",
     "generate_sft_data": "generation.rollouts",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from .effopd.callback import EffOPDCallback
     from .effopd.gates import RewardGate
     from .errors import OfflineOPDError, ServerError, ShardError, TableError, TeacherConsistencyError
+    from .evaluation.comparison import compare_models
     from .evaluation.evaluate import evaluate_model, load_benchmark
     from .generation.rollouts import collect_rollouts, generate_sft_data
     from .generation.scoring import score_rollouts

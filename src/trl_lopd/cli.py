@@ -34,18 +34,19 @@ def main(argv: list[str] | None = None) -> int:
     }
     for job, does in jobs.items():
         commands.add_parser(job, help=does, add_help=False)
+    commands.add_parser("train", help="train a student on a scored table, by `accelerate launch`", add_help=False)
 
     command = commands.add_parser("fingerprint", help="print what a model is, by content")
     command.add_argument("model", help="directory or Hub id, of a model or an adapter")
     command.add_argument("--revision", help="Hub revision")
-    command.add_argument("--trust-remote-code", action="store_true", help="allow a model that ships Python code")
-    command.add_argument("--no-cache", action="store_true", help="hash the files even if they were hashed before")
+    command.add_argument("--trust_remote_code", action="store_true", help="allow a model that ships Python code")
+    command.add_argument("--no_cache", action="store_true", help="hash the files even if they were hashed before")
     command.add_argument("--probes", action="store_true", help="load the model and add its answers to the probes")
 
     command = commands.add_parser("stamp", help="declare in a model's card which teacher wrote its SFT data")
     command.add_argument("model", help="directory, or Hub id whose card is to be changed on the Hub")
     command.add_argument(
-        "--sft-teacher",
+        "--sft_teacher",
         action="append",
         required=True,
         help="id (name@...) of the teacher, or its directory or Hub id, which is then fingerprinted; may be repeated",
@@ -62,9 +63,14 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("table", nargs="?", help="table that the model would be trained on")
     command.add_argument("--revision", help="Hub revision of the first")
     command.add_argument(
-        "--no-content", action="store_true", help="believe the model's card: neither download nor hash its weights"
+        "--no_content", action="store_true", help="believe the model's card: neither download nor hash its weights"
     )
-    command.add_argument("--mode", default="strict", choices=["strict", "declared_ok"], help="what the pair must meet")
+    command.add_argument(
+        "--teacher_consistency",
+        default="strict",
+        choices=["strict", "declared_ok"],
+        help="what the pair must meet",
+    )
     command.add_argument(
         "--rows", type=int, default=3, metavar="N", help="rows to decode that the teacher disagrees with most"
     )
@@ -93,9 +99,11 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     for name, command in commands.choices.items():
-        if name not in jobs:
+        if name not in (*jobs, "train"):
             command.add_argument("--json", action="store_true", help="print JSON")
     args, options = parser.parse_known_args(argv)
+    if args.command == "train":
+        return _train(options)
     if args.command in jobs:
         return _run(args.command, jobs[args.command], options)
     if options:
@@ -149,6 +157,17 @@ def _run(job: str, does: str, options: list[str]) -> int:
     except (OSError, TypeError, ValueError, ImportError, OfflineOPDError, HfHubHTTPError, DatasetsError) as error:
         if is_repeated(error) or (isinstance(error, TypeError) and "`" not in str(error)):
             raise  # printed by the main process, or not one of ours
+        print(f"trl-lopd: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _train(options: list[str]) -> int:
+    from .launch import train
+
+    try:
+        train(options)
+    except (OSError, ValueError) as error:
         print(f"trl-lopd: {error}", file=sys.stderr)
         return 2
     return 0
@@ -232,7 +251,7 @@ def _inspect(args: argparse.Namespace) -> Answer:
         args.table,
         revision=args.revision,
         look_inside=not args.no_content,
-        mode=args.mode,
+        mode=args.teacher_consistency,
         worst=args.rows,
         tokenizer=args.tokenizer,
     )

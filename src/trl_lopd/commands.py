@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -18,16 +18,12 @@ from trl.data_utils import maybe_convert_to_chatml
 
 from .evaluation.evaluate import evaluate_model, load_benchmark, show
 from .evaluation.metrics import flatten
-from .generation.rollouts import (
-    ENGINES,
-    SFT_COLUMNS,
-    TEMPLATE_COLUMNS,
-    WRITTEN_COLUMNS,
-    collect_rollouts,
-    generate_sft_data,
-)
-from .generation.runs import check_whole_numbers
+from .generation.addresses import create_client, is_address, served_model, server_at
+from .generation.options import RolloutOptions, SamplingOptions, ScoringOptions, as_dict, check_whole_numbers
+from .generation.prompts import TEMPLATE_COLUMNS
+from .generation.rollouts import SFT_COLUMNS, WRITTEN_COLUMNS, collect_rollouts, generate_sft_data
 from .generation.scoring import score_rollouts
+from .generation.servers import VLLMServer
 from .identity.cards import load_rows, load_table, read_model_card, stamp_dataset_card
 from .identity.fingerprint import fingerprint_teacher
 from .processes import processes
@@ -35,18 +31,11 @@ from .processes import processes
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class JobArguments:
     """What all jobs take."""
 
     output_dir: str = field(metadata={"help": "Directory for the table. Start again with the same options to resume."})
-    rows_per_shard: int | None = field(
-        default=None, metadata={"help": "Input rows that are computed and written together. A kill loses one shard."}
-    )
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "For loading the model, as YAML or JSON, such as {dtype: bfloat16, device_map: auto}."},
-    )
     server_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "For a server, as YAML or JSON, such as {max_concurrency: 256, timeout: 3600}."},
@@ -58,34 +47,33 @@ class JobArguments:
     def __post_init__(self) -> None:
         if self.report_to not in ("none", "wandb"):
             raise ValueError(f'`report_to` is "none" or "wandb", not {self.report_to!r}.')
-        self.model_init_kwargs = _dict("model_init_kwargs", self.model_init_kwargs)
-        self.server_kwargs = _dict("server_kwargs", self.server_kwargs)
+        self.server_kwargs = as_dict("server_kwargs", self.server_kwargs)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TableArguments(JobArguments):
     """What the jobs take that make a table."""
 
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Which split."})
     hub_dataset_id: str | None = field(
         default=None, metadata={"help": "Push the table and its card there when it is complete."}
     )
     hub_private_repo: bool = field(default=False, metadata={"help": "Whether that repository is private."})
 
 
-@dataclass
-class RolloutArguments(TableArguments):
-    """Options of `trl-lopd rollout`; those of the sampling are those of [`collect_rollouts`]."""
+@dataclass(kw_only=True)
+class RolloutArguments(RolloutOptions, TableArguments):
+    """Options of `trl-lopd rollout`; see [`collect_rollouts`]."""
 
-    model_name_or_path: str = field(kw_only=True, metadata={"help": "Who answers: directory or Hub id."})
-    dataset_name: str = field(
-        kw_only=True, metadata={"help": "Prompts: Hub id, directory, or a parquet, JSON lines or CSV file."}
+    model_name_or_path: str = field(
+        metadata={"help": "The model that answers: directory, Hub id, or address of a vLLM server."}
     )
+    dataset_name: str = field(metadata={"help": "Prompts: Hub id, directory, or a parquet, JSON lines or CSV file."})
     role: str = field(
         default="student",
         metadata={"help": '"student" samples rollouts; "teacher" writes SFT data, signed as such.'},
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Which split."})
     prompt_column: str = field(
         default="prompt",
         metadata={"help": "Column of texts, or of lists of messages, taken up to the first answer."},
@@ -99,80 +87,49 @@ class RolloutArguments(TableArguments):
     num_prompts: int | None = field(
         default=None, metadata={"help": "How many prompts, drawn at random with `seed`. All by default."}
     )
-    engine: str = field(
-        default="transformers",
-        metadata={"help": f"{', '.join(ENGINES)}, or the address of a vLLM server, such as http://localhost:8000."},
-    )
-    num_generations: int = field(default=1, metadata={"help": "Answers a prompt."})
-    temperature: float | None = field(
-        default=None, metadata={"help": "Sampling temperature. By default 0.8 for a student and 1 for a teacher."}
-    )
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling."})
-    max_completion_length: int = field(default=4096, metadata={"help": "Tokens an answer may have."})
-    stop: list[str] = field(default_factory=list, metadata={"help": "Texts that end an answer."})
-    truncated: str | None = field(
-        default=None,
-        metadata={
-            "help": 'Whether to "keep" or "drop" answers that were cut. By default those of a student are kept, those '
-            "of a teacher dropped."
-        },
-    )
     ref_logprobs: bool = field(default=True, metadata={"help": "Whether to store a student's own log-probabilities."})
-    batch_size: int = field(default=64, metadata={"help": "Answers that the transformers engine generates together."})
-    seed: int = field(default=0, metadata={"help": "Seed of the sampling, and of the draw of prompts."})
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "For the chat template, as YAML or JSON, such as {enable_thinking: false}."}
-    )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        TableArguments.__post_init__(self)
+        RolloutOptions.__post_init__(self)
         if isinstance(self.keep_columns, str):
             self.keep_columns = [self.keep_columns]
         if self.role not in ("student", "teacher"):
             raise ValueError(f'`role` is "student" or "teacher", not {self.role!r}.')
-        _check_engine_options(self)
+        _check_server_kwargs(self, self.engine, self.model_name_or_path)
 
 
-@dataclass
-class ScoreArguments(TableArguments):
+@dataclass(kw_only=True)
+class ScoreArguments(ScoringOptions, TableArguments):
     """Options of `trl-lopd score`; see [`score_rollouts`]."""
 
-    dataset_name: str = field(kw_only=True, metadata={"help": "Rollouts: directory, parquet file or Hub id."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Which split."})
-    teacher_name_or_path: str | None = field(
+    dataset_name: str = field(metadata={"help": "Rollouts: directory, parquet file or Hub id."})
+    teacher: str = field(
+        metadata={"help": "The teacher: directory, Hub id, or address of a vLLM or SGLang server that serves it."}
+    )
+    fingerprint: str | None = field(
         default=None,
-        metadata={"help": "The teacher: directory or Hub id. With `teacher_url`, it is declared to be served there."},
+        metadata={"help": "The model that the server is declared to serve: directory or Hub id."},
     )
-    teacher_url: str | None = field(
-        default=None, metadata={"help": "Score on a server instead of loading the teacher, as http://localhost:8000."}
-    )
-    teacher_server: str = field(default="vllm", metadata={"help": 'What runs there: "vllm" or "sglang".'})
-    student_name_or_path: str | None = field(
+    teacher_card: str | None = field(
         default=None,
         metadata={"help": "Student whose model card holds the probes that a served teacher has to answer."},
     )
-    top_k: int = field(default=8, metadata={"help": "The teacher's most likely tokens to store at each position."})
     ref_model: str | None = field(
         default=None, metadata={"help": "Student to compute `ref_logprobs` with, for rollouts that have none."}
     )
-    max_batch_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens of a forward pass of a local teacher. By default what fits."}
-    )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.teacher_server not in ("vllm", "sglang"):
-            raise ValueError(f'`teacher_server` is "vllm" or "sglang", not {self.teacher_server!r}.')
-        if not (self.teacher_name_or_path or self.teacher_url):
-            raise ValueError("Who scores? Give `teacher_name_or_path`, `teacher_url`, or both.")
-        for name in ("server_kwargs", "student_name_or_path"):
-            if getattr(self, name) and not self.teacher_url:
-                raise ValueError(f"`{name}` is for a teacher on a server: give `teacher_url`, or leave it out.")
+        TableArguments.__post_init__(self)
+        ScoringOptions.__post_init__(self)
+        _check_server_kwargs(self, self.teacher)
+        for name in ("fingerprint", "teacher_card"):
+            if getattr(self, name) and not is_address(self.teacher):
+                raise ValueError(f"`{name}` is for a teacher on a server; `teacher` is {self.teacher!r}.")
 
 
-@dataclass
-class EvaluateArguments(JobArguments):
+@dataclass(kw_only=True)
+class EvaluateArguments(SamplingOptions, JobArguments):
     """Options of `trl-lopd evaluate`; see [`evaluate_model`]."""
 
     output_dir: str | None = field(
@@ -182,13 +139,15 @@ class EvaluateArguments(JobArguments):
             "local. Start again with the same options to resume."
         },
     )
-    model_name_or_path: str = field(kw_only=True, metadata={"help": "Who answers: directory or Hub id."})
-    benchmark: str = field(kw_only=True, metadata={"help": "Problems and their answers: a JSON lines file."})
+    model_name_or_path: str = field(
+        metadata={"help": "The model that answers: directory, Hub id, or address of a vLLM server."}
+    )
+    benchmark: str = field(metadata={"help": "Problems and their answers: a JSON lines file."})
     metric: str = field(default="math_accuracy", metadata={"help": '"math_accuracy" or "exact_answer".'})
     answer_after: str = field(
         default="#", metadata={"help": 'For "exact_answer": the answer is what follows the last of these.'}
     )
-    teacher_name_or_path: str | None = field(
+    teacher: str | None = field(
         default=None,
         metadata={"help": "Teacher to measure the reverse KL divergence from, on answers sampled afresh."},
     )
@@ -202,24 +161,11 @@ class EvaluateArguments(JobArguments):
     as_chat: bool = field(
         default=False, metadata={"help": "Put problems that are texts through the chat template, as a user's message."}
     )
-    engine: str = field(
-        default="transformers",
-        metadata={"help": f"{', '.join(ENGINES)}, or the address of a vLLM server, such as http://localhost:8000."},
-    )
-    num_samples: int = field(default=1, metadata={"help": "Answers a problem."})
-    temperature: float = field(default=0.6, metadata={"help": "Sampling temperature. 0 decodes greedily."})
-    top_p: float = field(default=0.95, metadata={"help": "Nucleus sampling."})
-    max_completion_length: int = field(default=4096, metadata={"help": "Tokens an answer may have."})
-    stop: list[str] = field(default_factory=list, metadata={"help": "Texts that end an answer."})
-    batch_size: int = field(default=64, metadata={"help": "Answers that the transformers engine generates together."})
-    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "For the chat template, as YAML or JSON, such as {enable_thinking: false}."}
-    )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_engine_options(self)
+        JobArguments.__post_init__(self)
+        SamplingOptions.__post_init__(self)
+        _check_server_kwargs(self, self.engine, self.model_name_or_path)
         if self.output_dir is None:
             if not Path(self.model_name_or_path).is_dir():
                 raise ValueError(f"{self.model_name_or_path} is no local directory: give `output_dir`.")
@@ -229,39 +175,30 @@ class EvaluateArguments(JobArguments):
 def rollout(args: RolloutArguments) -> Dataset:
     """Samples as the options say; the table, which is in `output_dir` too."""
     with _surroundings(args):
-        prompts = load_prompts(args)
-        options = {
-            name: value
-            for name, value in asdict(args).items()
-            if name in _SAMPLING and value is not None and (name != "ref_logprobs" or args.role == "student")
-        }
-        collect = collect_rollouts if args.role == "student" else generate_sft_data
-        return _pushed(collect(prompts, args.model_name_or_path, engine=_engine(args), **options), args)
-
-
-_SAMPLING = {
-    *("output_dir", "rows_per_shard", "model_init_kwargs", "num_generations", "temperature", "top_p"),
-    *("max_completion_length", "stop", "truncated", "ref_logprobs", "batch_size", "seed", "chat_template_kwargs"),
-}
+        model, engine = _model_of(args)
+        options = _options(args, RolloutOptions) | engine
+        if args.role == "student":
+            collect, options["ref_logprobs"] = collect_rollouts, args.ref_logprobs
+        else:
+            collect = generate_sft_data
+        return _pushed(collect(load_prompts(args), model, output_dir=args.output_dir, **options), args)
 
 
 def score(args: ScoreArguments) -> Dataset:
     """Scores as the options say; the table, which is in `output_dir` too."""
     with _surroundings(args):
         rollouts = load_table(args.dataset_name, args.dataset_config, split=args.dataset_split)
-        names = ("output_dir", "top_k", "ref_model", "max_batch_tokens", "rows_per_shard", "model_init_kwargs")
-        options = {name: value for name in names if (value := getattr(args, name)) is not None}
-        teacher: Any = args.teacher_name_or_path
-        if args.teacher_url:
-            from .generation.servers import SGLangServer, VLLMServer
-
-            server = {"vllm": VLLMServer, "sglang": SGLangServer}[args.teacher_server]
-            teacher = _server(server, args.teacher_url, args.server_kwargs)
-            if args.student_name_or_path:
-                options["teacher_card"] = read_model_card(args.student_name_or_path)
-            if args.teacher_name_or_path:
-                options["fingerprint"] = fingerprint_teacher(args.teacher_name_or_path)
-        return _pushed(score_rollouts(rollouts, teacher, **options), args)
+        options: dict[str, Any] = _options(args, ScoringOptions)
+        teacher: Any = args.teacher
+        if is_address(teacher):
+            teacher = server_at(teacher, **(args.server_kwargs or {}))
+            if args.teacher_card:
+                options["teacher_card"] = read_model_card(args.teacher_card)
+            if args.fingerprint:
+                options["fingerprint"] = fingerprint_teacher(args.fingerprint)
+        return _pushed(
+            score_rollouts(rollouts, teacher, output_dir=args.output_dir, ref_model=args.ref_model, **options), args
+        )
 
 
 def evaluate(args: EvaluateArguments) -> dict[str, Any]:
@@ -269,15 +206,16 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any]:
     with _surroundings(args):
         columns = (args.prompt_column, args.answer_column)
         benchmark = load_benchmark(args.benchmark, *columns, instruction=args.instruction, as_chat=args.as_chat)
-        names = ("metric", "answer_after", "output_dir", "num_samples", "temperature", "top_p", "seed", "stop")
-        names += ("max_completion_length", "batch_size", "rows_per_shard", "chat_template_kwargs", "model_init_kwargs")
+        model, engine = _model_of(args)
         result = evaluate_model(
-            args.model_name_or_path,
+            model,
             benchmark,
+            metric=args.metric,
             name=Path(args.benchmark).stem,
-            teacher=args.teacher_name_or_path,
-            engine=_engine(args),
-            **{name: getattr(args, name) for name in names},
+            answer_after=args.answer_after,
+            teacher=args.teacher,
+            output_dir=args.output_dir,
+            **_options(args, SamplingOptions) | engine,
         )
         if processes().is_main_process:
             show(result)
@@ -288,6 +226,22 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any]:
 
                 wandb.run.log({f"evaluation/{name}": value for name, value in values.items()})
         return result
+
+
+def _options(args: JobArguments, options_class: type) -> dict[str, Any]:
+    """The options of a dataclass as a call takes them; those not given are the function's own defaults."""
+    options = {of.name: getattr(args, of.name) for of in fields(options_class)}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _model_of(args: RolloutArguments | EvaluateArguments) -> tuple[str, dict[str, Any]]:
+    """The model that answers, and its engine if `server_kwargs` are for it."""
+    model = args.model_name_or_path
+    if not args.server_kwargs:
+        return model, {}
+    address = model if is_address(model) else args.engine
+    engine = create_client(VLLMServer, address, args.server_kwargs)
+    return served_model(model) if is_address(model) else model, {"engine": engine}
 
 
 def load_prompts(args: RolloutArguments) -> Dataset:
@@ -411,25 +365,9 @@ def check_config(path: str, arguments: type) -> None:
             raise ValueError(f"{path}: `{name}` is of type {names}, not {value!r:.80}.")
 
 
-def _check_engine_options(args: RolloutArguments | EvaluateArguments) -> None:
-    if args.server_kwargs and not args.engine.startswith("http"):
-        raise ValueError(f"`server_kwargs` are for a server; `engine` is {args.engine!r}.")
-    args.chat_template_kwargs = _dict("chat_template_kwargs", args.chat_template_kwargs)
-
-
-def _engine(args: RolloutArguments | EvaluateArguments) -> Any:
-    if not args.server_kwargs:
-        return args.engine
-    from .generation.servers import VLLMServer
-
-    return _server(VLLMServer, args.engine, args.server_kwargs)
-
-
-def _server(kind: type, url: str, kwargs: dict[str, Any] | None) -> Any:
-    try:
-        return kind(url, **(kwargs or {}))
-    except TypeError as error:
-        raise ValueError(f"`server_kwargs`: {error}") from error
+def _check_server_kwargs(args: JobArguments, *names: str) -> None:
+    if args.server_kwargs and not any(is_address(name) for name in names):
+        raise ValueError(f"`server_kwargs` are for a server, and {' and '.join(map(repr, names))} is none's address.")
 
 
 @contextmanager
@@ -452,14 +390,3 @@ def _pushed(table: Dataset, args: TableArguments) -> Dataset:
         table.push_to_hub(args.hub_dataset_id, private=args.hub_private_repo)
         stamp_dataset_card(args.hub_dataset_id, table)
     return table
-
-
-def _dict(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
-    if isinstance(value, str):
-        try:
-            value = yaml.safe_load(value)  # JSON too
-        except yaml.YAMLError as error:
-            raise ValueError(f"`{name}` is no YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(value, dict):
-            raise ValueError(f"`{name}` is a dictionary such as '{{dtype: bfloat16}}', not {value!r}.")
-    return value

@@ -14,7 +14,7 @@ from trl_lopd.processes import on_main_process, processes
 
 
 def missing_weights(directory):
-    trl_lopd.score_rollouts(make_rollouts(), f"{directory}/empty", tokenizer=make_tokenizer())
+    trl_lopd.score_rollouts(make_rollouts(), f"{directory}/empty", processing_class=make_tokenizer())
 
 
 def no_server(directory):

@@ -36,7 +36,7 @@ def launch(tmp_path, launcher, student, table, catch):
 @pytest.fixture(scope="module")
 def other_table(tmp_path_factory, tokenizer):
     path = tmp_path_factory.mktemp("tables") / "other"
-    score_rollouts(make_rollouts(8), make_model(seed=9), tokenizer=tokenizer, top_k=2).save_to_disk(path)
+    score_rollouts(make_rollouts(8), make_model(seed=9), processing_class=tokenizer, top_k=2).save_to_disk(path)
     return path
 
 

@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).parent / "streams_script.py"
 def launched(tmp_path_factory, teacher_dir, student_dir, tokenizer):
     path = tmp_path_factory.mktemp("streams")
     score_rollouts(make_rollouts(24), str(teacher_dir), top_k=4).save_to_disk(path / "table")
-    score_rollouts(make_rollouts(24, seed=5), make_model(seed=9), tokenizer=tokenizer, top_k=4).save_to_disk(
+    score_rollouts(make_rollouts(24, seed=5), make_model(seed=9), processing_class=tokenizer, top_k=4).save_to_disk(
         path / "foreign"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

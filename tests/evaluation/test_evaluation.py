@@ -43,8 +43,8 @@ def benchmark_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def flags(benchmark_file, student_dir, teacher_dir) -> list[str]:
     """Of a run with several shards of everything."""
-    given = {**SMALL, "benchmark": benchmark_file, "model_name_or_path": student_dir, "num_samples": 4}
-    given |= {"teacher_name_or_path": teacher_dir, "rows_per_shard": 1, "temperature": 1.5, "top_p": 1.0}
+    given = {**SMALL, "benchmark": benchmark_file, "model_name_or_path": student_dir, "num_generations": 4}
+    given |= {"teacher": teacher_dir, "rows_per_shard": 1, "temperature": 1.5, "top_p": 1.0}
     return ["evaluate", "--use_cpu", *(str(word) for name, value in given.items() for word in (f"--{name}", value))]
 
 
@@ -117,7 +117,7 @@ def test_the_figures_are_those_of_the_rollouts(benchmark_file, student_dir, teac
         name="small",
         metric="exact_answer",
         answer_after=" ",
-        num_samples=4,
+        num_generations=4,
         temperature=1.5,
         top_p=0.9,
         teacher=str(teacher_dir),
@@ -148,7 +148,7 @@ def test_the_figures_are_those_of_the_rollouts(benchmark_file, student_dir, teac
     assert list(result) == ["benchmark", "model", "fingerprint", "settings", "metrics", "versions"]
     assert (result["benchmark"], result["model"]) == ("small", str(student_dir))
     assert result["fingerprint"] == fingerprint_teacher(student_dir).id
-    settings = {"problems": 12, "num_samples": 4, "seed": 3, "metric": "exact_answer", "batch_size": 16}
+    settings = {"problems": 12, "num_generations": 4, "seed": 3, "metric": "exact_answer", "batch_size": 16}
     settings |= {"teacher": fingerprint_teacher(teacher_dir).id, "engine": "transformers"}
     assert settings.items() <= result["settings"].items()
     assert {"trl-lopd", "transformers", "torch"} == set(result["versions"])
@@ -264,14 +264,14 @@ def test_a_served_model_is_evaluated(tmp_path, benchmark_file, student_dir):
     "changes, error, words",
     [
         ({"metric": "bleu"}, ValueError, "`metric` is one of math_accuracy, exact_answer"),
-        ({"temperature": 0, "num_samples": 2}, ValueError, "At temperature 0 all 2 answers"),
+        ({"temperature": 0, "num_generations": 2}, ValueError, "At temperature 0 all 2 answers"),
         ({"metric": "math_accuracy", "answers": ["1", r"\boxed{}"]}, ValueError, "no answer in 1 of 2 references"),
-        ({"num_samples": 0}, ValueError, "`num_samples` is a whole number, 1 or more"),
+        ({"num_generations": 0}, ValueError, "`num_generations` is a whole number, 1 or more"),
         ({"temperature": math.nan}, ValueError, "`temperature` is a number, 0 or more, not nan"),
         ({"temperature": -0.5}, ValueError, "`temperature` is a number, 0 or more, not -0.5"),
         ({"top_p": math.nan}, ValueError, "`top_p` is a number above 0 and at most 1, not nan"),
         # What would take answers away from problems, or give them to others.
-        ({"truncated": "drop", "num_samples": 2}, TypeError, "'truncated'"),
+        ({"truncated": "drop", "num_generations": 2}, TypeError, "'truncated'"),
         ({"num_generations": 2}, TypeError, "'num_generations'"),
         ({"ref_logprobs": True}, TypeError, "'ref_logprobs'"),
         ({"batchsize": 2}, TypeError, "'batchsize'"),

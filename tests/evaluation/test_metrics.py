@@ -72,14 +72,14 @@ def test_reverse_kl_agrees_with_enumeration(enumerated):
     rollouts = collect_rollouts(
         ["<bos> w3"] * 2000,
         student,
-        tokenizer=tokenizer,
+        processing_class=tokenizer,
         temperature=1.0,
         max_completion_length=LENGTH,
         batch_size=2000,
         rows_per_shard=2000,
     )
     assert rollouts["prompt_ids"][0] == [2, 3]
-    scored = score_rollouts(rollouts, teacher, tokenizer=tokenizer, top_k=0)
+    scored = score_rollouts(rollouts, teacher, processing_class=tokenizer, top_k=0)
     estimates = estimate_reverse_kl(scored["ref_logprobs"], scored["teacher_logprobs"])
     for name, value in exact.items():
         # One seed of a fixed test: four standard errors are exceeded by one in 16,000.

@@ -38,7 +38,7 @@ def own_logprobs(model, prompt, completion):
 
 def assert_scored(model, teacher, **options):
     """That the rows are scored as the model scores them, read one at a time."""
-    table = score_rollouts(make_rollouts(9), teacher, tokenizer=make_tokenizer(), top_k=2, **options)
+    table = score_rollouts(make_rollouts(9), teacher, processing_class=make_tokenizer(), top_k=2, **options)
     spread = 0.0
     for row in table:
         own = own_logprobs(model, row["prompt_ids"], row["completion_ids"])
@@ -72,9 +72,9 @@ def bidirectional():
 
 def test_a_model_that_reads_ahead_is_refused(bidirectional, table, tmp_path):
     with pytest.raises(ValueError, match="`BertLMHeadModel` is not causal"):
-        score_rollouts(make_rollouts(4), bidirectional, tokenizer=make_tokenizer())
+        score_rollouts(make_rollouts(4), bidirectional, processing_class=make_tokenizer())
     with pytest.raises(ValueError, match="`BertLMHeadModel` is not causal"):
-        collect_rollouts(["w3 w4"], bidirectional, tokenizer=make_tokenizer(), max_completion_length=4)
+        collect_rollouts(["w3 w4"], bidirectional, processing_class=make_tokenizer(), max_completion_length=4)
     args = OfflineOPDConfig(tmp_path, use_cpu=True, report_to="none", max_steps=1, teacher_consistency="off")
     trainer = OfflineOPDTrainer(bidirectional, args, table, processing_class=make_tokenizer())
     with pytest.raises(ValueError, match="`BertLMHeadModel` is not causal"):
@@ -128,4 +128,4 @@ def test_a_saved_adapter_is_scored_and_sampled_with(adapter, tied, tmp_path):
 def test_continuous_batching_refuses_virtual_tokens():
     model = adapted("prompt tuning")
     with pytest.raises(ValueError, match="Continuous batching does not see the virtual tokens"):
-        collect_rollouts(["w3"], model, engine="continuous_batching", tokenizer=make_tokenizer())
+        collect_rollouts(["w3"], model, engine="continuous_batching", processing_class=make_tokenizer())

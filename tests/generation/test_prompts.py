@@ -60,7 +60,7 @@ EXAMPLES = {
 @pytest.mark.parametrize("case", EXAMPLES)
 def test_prompts_are_rendered_as_trl_does(model, tokenizer, case):
     rows = [EXAMPLES[case], EXAMPLES[case]]
-    rollouts = collect_rollouts(Dataset.from_list(rows), model, tokenizer=tokenizer, max_completion_length=3)
+    rollouts = collect_rollouts(Dataset.from_list(rows), model, processing_class=tokenizer, max_completion_length=3)
     expected = of_trl(tokenizer, EXAMPLES[case])
     assert rollouts["prompt_ids"] == [expected, expected]
     assert (9 in expected) == ("tools" in case and case != "no tools") and (8 in expected) == (case == "template")
@@ -72,7 +72,7 @@ def test_prompts_are_rendered_as_trl_does(model, tokenizer, case):
 def test_tools_may_differ_from_row_to_row(model, tokenizer):
     tools = [json.dumps([tool("w10")]), None, json.dumps([tool("w11"), tool("w12")])]
     prompts = Dataset.from_dict({"prompt": [USER] * 3, "tools": tools})
-    rollouts = collect_rollouts(prompts, model, tokenizer=tokenizer, max_completion_length=3, num_generations=2)
+    rollouts = collect_rollouts(prompts, model, processing_class=tokenizer, max_completion_length=3, num_generations=2)
     expected = [of_trl(tokenizer, {"prompt": USER, "tools": value}) for value in tools for _ in range(2)]
     assert rollouts["prompt_ids"] == expected and len({tuple(ids) for ids in expected}) == 3
 
@@ -88,7 +88,7 @@ def test_arguments_of_a_call_come_before_those_of_a_row(model, tokenizer):
 def test_tools_that_are_none_name_the_prompt(model, tokenizer, value):
     prompts = Dataset.from_dict({"prompt": [USER] * 2, "tools": ["[]", value]})
     with pytest.raises(ValueError, match="Prompt 1.*`tools`.*JSON"):
-        collect_rollouts(prompts, model, tokenizer=tokenizer, max_completion_length=3)
+        collect_rollouts(prompts, model, processing_class=tokenizer, max_completion_length=3)
 
 
 def test_a_template_without_tools_is_told(model):
@@ -96,12 +96,14 @@ def test_a_template_without_tools_is_told(model):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     prompts = Dataset.from_list([EXAMPLES["tools"]])
     with pytest.raises(ValueError, match="Prompt 0 has `tools`, which the chat template does not render"):
-        collect_rollouts(prompts, model, tokenizer=tokenizer, max_completion_length=3)
+        collect_rollouts(prompts, model, processing_class=tokenizer, max_completion_length=3)
 
 
 def test_what_continues_an_answer_is_taught_as_its_continuation(tmp_path, model, tokenizer):
     """`SFTTrainer` would render prompt and completion as two turns of the assistant."""
-    data = generate_sft_data([BEGUN] * 20, model, tokenizer=tokenizer, temperature=2.0, max_completion_length=20)
+    data = generate_sft_data(
+        [BEGUN] * 20, model, processing_class=tokenizer, temperature=2.0, max_completion_length=20
+    )
     args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=None, max_steps=1)
     trainer = SFTTrainer(make_model(seed=5), args, train_dataset=data, processing_class=tokenizer)
     assert set(data["finish_reason"]) == {"stop"}

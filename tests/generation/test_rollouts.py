@@ -41,7 +41,7 @@ def student():
 
 
 def test_greedy_rollouts_equal_generation_one_by_one(student, tokenizer):
-    rollouts = collect_rollouts(PROMPTS, student, tokenizer=tokenizer, temperature=0, max_completion_length=12)
+    rollouts = collect_rollouts(PROMPTS, student, processing_class=tokenizer, temperature=0, max_completion_length=12)
     assert rollouts["prompt"] == PROMPTS
     for row in rollouts:
         assert row["prompt_ids"] == tokenizer(row["prompt"])["input_ids"]
@@ -52,7 +52,7 @@ def test_greedy_rollouts_equal_generation_one_by_one(student, tokenizer):
 
 def test_end_of_sequence_is_kept_and_nothing_follows(student, tokenizer):
     rollouts = collect_rollouts(
-        PROMPTS * 10, student, tokenizer=tokenizer, temperature=2.0, max_completion_length=20, batch_size=16
+        PROMPTS * 10, student, processing_class=tokenizer, temperature=2.0, max_completion_length=20, batch_size=16
     )
     ended = 0
     for ids in rollouts["completion_ids"]:
@@ -72,7 +72,7 @@ def test_the_tokenizer_s_end_of_sequence_always_ends_an_answer(tmp_path, tokeniz
         tokenizer.save_pretrained(tmp_path)
         model = str(tmp_path)
     rollouts = collect_rollouts(
-        PROMPTS * 10, model, tokenizer=tokenizer, temperature=2.0, max_completion_length=20, ref_logprobs=False
+        PROMPTS * 10, model, processing_class=tokenizer, temperature=2.0, max_completion_length=20, ref_logprobs=False
     )
     ends = {1, *(of_model if isinstance(of_model, list) else [of_model])}
     seen = set()
@@ -85,7 +85,7 @@ def test_the_tokenizer_s_end_of_sequence_always_ends_an_answer(tmp_path, tokeniz
 
 def test_several_answers_a_prompt_stay_with_it_and_the_seed_decides_them(student, tokenizer):
     prompts = Dataset.from_dict({"prompt": PROMPTS, "answer": list("abcd")})
-    kwargs = dict(tokenizer=tokenizer, num_generations=3, temperature=1.0, max_completion_length=8)
+    kwargs = dict(processing_class=tokenizer, num_generations=3, temperature=1.0, max_completion_length=8)
     state = torch.get_rng_state()
     a = collect_rollouts(prompts, student, **kwargs)
     assert torch.equal(torch.get_rng_state(), state)
@@ -100,8 +100,8 @@ def test_samples_follow_the_model_s_distribution(student, tokenizer):
     """Temperature and top-p as asked, and no other warper: frequencies against the softmax."""
     temperature, n = 0.8, 4000
     rollouts = collect_rollouts(
-        ["w5 w6"], student, tokenizer=tokenizer, num_generations=n, temperature=temperature, max_completion_length=1,
-        batch_size=1000,
+        ["w5 w6"], student, processing_class=tokenizer, num_generations=n, temperature=temperature,
+        max_completion_length=1, batch_size=1000,
     )  # fmt: skip
     with torch.no_grad():
         p = (student(torch.tensor([tokenizer("w5 w6")["input_ids"]])).logits[0, -1] / temperature).softmax(-1)
@@ -116,7 +116,7 @@ def test_samples_follow_the_model_s_distribution(student, tokenizer):
 @pytest.mark.parametrize("how", [{"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8}, {"temperature": 0}])
 def test_ref_logprobs_are_those_of_the_whole_distribution_at_temperature_1(student, tokenizer, engine, how):
     rollouts = collect_rollouts(
-        PROMPTS * 3, student, tokenizer=tokenizer, engine=engine, max_completion_length=12, batch_size=5, **how
+        PROMPTS * 3, student, processing_class=tokenizer, engine=engine, max_completion_length=12, batch_size=5, **how
     )
     assert str(rollouts.features["ref_logprobs"].feature.dtype) == "float32"
     for row in rollouts:
@@ -126,13 +126,15 @@ def test_ref_logprobs_are_those_of_the_whole_distribution_at_temperature_1(stude
         expected = logprobs.gather(-1, ids[0, 1:, None])[len(row["prompt_ids"]) - 1 :, 0]
         np.testing.assert_allclose(row["ref_logprobs"], expected, atol=1e-5)
     without = collect_rollouts(
-        PROMPTS, student, tokenizer=tokenizer, engine=engine, max_completion_length=3, ref_logprobs=False, **how
+        PROMPTS, student, processing_class=tokenizer, engine=engine, max_completion_length=3, ref_logprobs=False, **how
     )
     assert "ref_logprobs" not in without.column_names
 
 
 def test_the_finish_reason_says_how_an_answer_ended(student, tokenizer):
-    rollouts = collect_rollouts(PROMPTS * 10, student, tokenizer=tokenizer, temperature=2.0, max_completion_length=20)
+    rollouts = collect_rollouts(
+        PROMPTS * 10, student, processing_class=tokenizer, temperature=2.0, max_completion_length=20
+    )
     assert set(rollouts["finish_reason"]) == {"stop", "length"}
     for row in rollouts:
         ended = row["completion_ids"][-1] == tokenizer.eos_token_id
@@ -144,11 +146,16 @@ def test_stop_texts_end_an_answer_and_their_tokens_are_kept(student, tokenizer):
     # The padding is one of the tokens that end an answer: what follows an end must not be taken for a part of it.
     tokenizer = make_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    free = collect_rollouts(PROMPTS * 5, student, tokenizer=tokenizer, temperature=0, max_completion_length=20)
+    free = collect_rollouts(PROMPTS * 5, student, processing_class=tokenizer, temperature=0, max_completion_length=20)
     common = max(range(3, 32), key=lambda id: sum(id in ids[:-1] for ids in free["completion_ids"]))
     word = tokenizer.decode([common])
     stopped = collect_rollouts(
-        PROMPTS * 5, student, tokenizer=tokenizer, temperature=0, max_completion_length=20, stop=[word, "nothing"]
+        PROMPTS * 5,
+        student,
+        processing_class=tokenizer,
+        temperature=0,
+        max_completion_length=20,
+        stop=[word, "nothing"],
     )
     hits = 0
     for before, row in zip(free, stopped, strict=True):
@@ -164,14 +171,14 @@ def test_stop_texts_end_an_answer_and_their_tokens_are_kept(student, tokenizer):
 
 def test_a_stop_text_in_the_prompt_ends_nothing(student, tokenizer):
     rollouts = collect_rollouts(
-        ["w5 w6"], student, tokenizer=tokenizer, temperature=0, max_completion_length=8, stop="w6"
+        ["w5 w6"], student, processing_class=tokenizer, temperature=0, max_completion_length=8, stop="w6"
     )
-    free = collect_rollouts(["w5 w6"], student, tokenizer=tokenizer, temperature=0, max_completion_length=8)
+    free = collect_rollouts(["w5 w6"], student, processing_class=tokenizer, temperature=0, max_completion_length=8)
     assert 6 not in free[0]["completion_ids"] and rollouts["completion_ids"] == free["completion_ids"]
 
 
 def test_cut_answers_are_kept_or_dropped_and_counted_either_way(student, tokenizer, caplog):
-    kwargs = dict(tokenizer=tokenizer, temperature=2.0, max_completion_length=20, rows_per_shard=7)
+    kwargs = dict(processing_class=tokenizer, temperature=2.0, max_completion_length=20, rows_per_shard=7)
     kept = collect_rollouts(PROMPTS * 10, student, **kwargs)
     cut = kept["finish_reason"].count("length")
     assert 0 < cut < 40 and f"{cut} of 40 answers were cut at 20 tokens and kept" in caplog.text
@@ -181,14 +188,16 @@ def test_cut_answers_are_kept_or_dropped_and_counted_either_way(student, tokeniz
     for table in (kept, dropped):
         assert record_of(table)["students"][0]["sampling"]["truncated_answers"] == cut
     with pytest.raises(ValueError, match="All 4 answers were cut at 1 tokens"):
-        collect_rollouts(PROMPTS, student, tokenizer=tokenizer, max_completion_length=1, truncated="drop", seed=1)
+        collect_rollouts(
+            PROMPTS, student, processing_class=tokenizer, max_completion_length=1, truncated="drop", seed=1
+        )
 
 
 # ---- Continuous batching ----
 
 
 def test_continuous_batching_gives_the_same_greedy_answers(student, tokenizer):
-    kwargs = dict(tokenizer=tokenizer, temperature=0, max_completion_length=12, num_generations=2)
+    kwargs = dict(processing_class=tokenizer, temperature=0, max_completion_length=12, num_generations=2)
     plain = collect_rollouts(PROMPTS * 3, student, **kwargs)
     state, attention = torch.get_rng_state(), student.config._attn_implementation
     continuous = collect_rollouts(PROMPTS * 3, student, engine="continuous_batching", **kwargs)
@@ -198,7 +207,7 @@ def test_continuous_batching_gives_the_same_greedy_answers(student, tokenizer):
 
 
 def test_continuous_batching_repeats_itself_by_shard(student, tokenizer):
-    kwargs = dict(tokenizer=tokenizer, temperature=1.0, max_completion_length=8, rows_per_shard=6)
+    kwargs = dict(processing_class=tokenizer, temperature=1.0, max_completion_length=8, rows_per_shard=6)
     kwargs["engine"] = "continuous_batching"
     a = collect_rollouts(["w5 w6"] * 12, student, **kwargs)["completion_ids"]
     b = collect_rollouts(["w5 w6"] * 12, student, **kwargs)["completion_ids"]
@@ -208,7 +217,7 @@ def test_continuous_batching_repeats_itself_by_shard(student, tokenizer):
 
 def test_continuous_batching_knows_no_stop_texts(student, tokenizer):
     with pytest.raises(ValueError, match="knows no `stop` texts"):
-        collect_rollouts(PROMPTS, student, tokenizer=tokenizer, engine="continuous_batching", stop="w5")
+        collect_rollouts(PROMPTS, student, processing_class=tokenizer, engine="continuous_batching", stop="w5")
 
 
 # ---- vLLM ----
@@ -342,7 +351,7 @@ def test_sft_data_on_disk_names_the_teacher(tmp_path, teacher_dir):
 
 @pytest.mark.parametrize("option", [{"repetition_penalty": 5.0}, {"min_p": 0.5}, {"no_repeat_ngram_size": 1}])
 def test_the_model_s_own_generation_config_does_not_change_the_policy(student, tokenizer, option):
-    kwargs = dict(tokenizer=tokenizer, temperature=1.0, max_completion_length=12)
+    kwargs = dict(processing_class=tokenizer, temperature=1.0, max_completion_length=12)
     plain = collect_rollouts(PROMPTS, student, **kwargs)
     own = student.generation_config
     student.generation_config = GenerationConfig(**own.to_dict() | option)
@@ -354,7 +363,7 @@ def test_the_model_s_own_generation_config_does_not_change_the_policy(student, t
 
 
 def test_neighbouring_seeds_share_no_batch(student, tokenizer):
-    kwargs = dict(tokenizer=tokenizer, temperature=1.0, max_completion_length=12, batch_size=4)
+    kwargs = dict(processing_class=tokenizer, temperature=1.0, max_completion_length=12, batch_size=4)
     a = collect_rollouts(["w5 w6"] * 8, student, seed=0, **kwargs)["completion_ids"]
     b = collect_rollouts(["w5 w6"] * 8, student, seed=4, **kwargs)["completion_ids"]
     assert a[4:] != b[:4]
@@ -400,7 +409,7 @@ def test_chat_prompts_go_through_the_template(student):
         "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w30{% endif %}"
     )
     rollouts = collect_rollouts(
-        [[{"role": "user", "content": "w5 w6"}]], student, tokenizer=tokenizer, max_completion_length=3
+        [[{"role": "user", "content": "w5 w6"}]], student, processing_class=tokenizer, max_completion_length=3
     )
     assert rollouts["prompt_ids"] == [[5, 6, 30]]
 
@@ -420,7 +429,7 @@ def test_chat_prompts_go_through_the_template(student):
 )
 def test_bad_prompts(student, tokenizer, prompts, message):
     with pytest.raises((TypeError, ValueError), match=message):
-        collect_rollouts(prompts, student, tokenizer=tokenizer)
+        collect_rollouts(prompts, student, processing_class=tokenizer)
 
 
 def test_what_is_not_complete_or_not_whole_is_not_read(tmp_path, student_dir, teacher_dir):
@@ -461,7 +470,7 @@ def test_a_run_that_came_to_nothing_does_not_bind_the_next(tmp_path, student_dir
 )
 def test_what_cannot_be_done_is_said(student, tokenizer, options, words):
     with pytest.raises(ValueError, match=words):
-        collect_rollouts(PROMPTS, student, tokenizer=tokenizer, **options)
+        collect_rollouts(PROMPTS, student, processing_class=tokenizer, **options)
 
 
 @pytest.mark.parametrize(
@@ -474,4 +483,4 @@ def test_what_cannot_be_done_is_said(student, tokenizer, options, words):
 )
 def test_bad_options(student, tokenizer, option):
     with pytest.raises(ValueError, match=f"`{next(iter(option))}` is"):
-        collect_rollouts(PROMPTS, student, tokenizer=tokenizer, **option)
+        collect_rollouts(PROMPTS, student, processing_class=tokenizer, **option)

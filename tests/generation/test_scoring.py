@@ -52,7 +52,7 @@ def test_scores_equal_plain_log_softmax(models, tokenizer, max_batch_tokens):
     teacher, student = models
     rollouts = make_rollouts(20).add_column("answer", [str(i) for i in range(20)])
     table = score_rollouts(
-        rollouts, teacher, tokenizer=tokenizer, top_k=4, ref_model=student, max_batch_tokens=max_batch_tokens
+        rollouts, teacher, processing_class=tokenizer, top_k=4, ref_model=student, max_batch_tokens=max_batch_tokens
     )
     assert table["answer"] == rollouts["answer"] and table["completion_ids"] == rollouts["completion_ids"]
     for row in table:
@@ -70,13 +70,13 @@ def test_scores_equal_plain_log_softmax(models, tokenizer, max_batch_tokens):
 
 
 def test_top_k_zero_stores_none(models, tokenizer):
-    table = score_rollouts(make_rollouts(3), models[0], tokenizer=tokenizer, top_k=0)
+    table = score_rollouts(make_rollouts(3), models[0], processing_class=tokenizer, top_k=0)
     assert set(table.column_names) == {"prompt_ids", "completion_ids", "teacher_logprobs", "teacher_fingerprint"}
 
 
 def test_shuffled_rollouts_keep_their_order(models, tokenizer):
     rollouts = make_rollouts(10).shuffle(seed=0)
-    table = score_rollouts(rollouts, models[0], tokenizer=tokenizer)
+    table = score_rollouts(rollouts, models[0], processing_class=tokenizer)
     assert table["prompt_ids"] == rollouts["prompt_ids"]
     row = table[3]
     expected = plain_logprobs(models[0], row).gather(-1, torch.tensor(row["completion_ids"]).unsqueeze(-1))
@@ -121,18 +121,18 @@ def bad(change):
 )
 def test_bad_rollouts(rollouts, model, message):
     with pytest.raises(TableError, match=message):
-        score_rollouts(Dataset.from_dict(bad(rollouts)), model(), tokenizer=make_tokenizer())
+        score_rollouts(Dataset.from_dict(bad(rollouts)), model(), processing_class=make_tokenizer())
 
 
 def test_top_k_beyond_the_vocabulary(models, tokenizer):
     with pytest.raises(ValueError, match=f"`top_k={VOCAB + 1}`"):
-        score_rollouts(make_rollouts(2), models[0], tokenizer=tokenizer, top_k=VOCAB + 1)
+        score_rollouts(make_rollouts(2), models[0], processing_class=tokenizer, top_k=VOCAB + 1)
 
 
 @pytest.mark.parametrize("option", [{"top_k": -1}, {"max_batch_tokens": 0}])
 def test_bad_options(models, tokenizer, option):
     with pytest.raises(ValueError, match=f"`{next(iter(option))}`"):
-        score_rollouts(make_rollouts(2), models[0], tokenizer=tokenizer, **option)
+        score_rollouts(make_rollouts(2), models[0], processing_class=tokenizer, **option)
 
 
 def test_an_adapter_scores_as_its_merged_model(models, tokenizer, student_dir, tmp_path):
@@ -147,10 +147,10 @@ def test_an_adapter_scores_as_its_merged_model(models, tokenizer, student_dir, t
     adapted.save_pretrained(tmp_path)
     rollouts = make_rollouts(4)
     loaded, saved = (
-        score_rollouts(rollouts, models[0], tokenizer=tokenizer, top_k=0, ref_model=m)["ref_logprobs"]
+        score_rollouts(rollouts, models[0], processing_class=tokenizer, top_k=0, ref_model=m)["ref_logprobs"]
         for m in (adapted, str(tmp_path))
     )
-    plain = score_rollouts(rollouts, models[0], tokenizer=tokenizer, top_k=0, ref_model=str(student_dir))
+    plain = score_rollouts(rollouts, models[0], processing_class=tokenizer, top_k=0, ref_model=str(student_dir))
     merged = adapted.merge_and_unload()
     for row, a, b in zip(rollouts, loaded, saved, strict=True):
         sampled = torch.tensor(row["completion_ids"]).unsqueeze(-1)
@@ -172,7 +172,7 @@ def test_tokens_without_any_probability_are_counted_not_fatal(tokenizer, caplog)
     teacher.lm_head = Masked(teacher.lm_head)
     rollouts = Dataset.from_dict({"prompt_ids": [[3]], "completion_ids": [[5, 6]]})
     fingerprint = fingerprint_teacher(make_model(seed=1), tokenizer)
-    table = score_rollouts(rollouts, teacher, tokenizer=tokenizer, top_k=2, fingerprint=fingerprint)
+    table = score_rollouts(rollouts, teacher, processing_class=tokenizer, top_k=2, fingerprint=fingerprint)
     assert table["teacher_logprobs"][0][0] == float("-inf")
     assert "1 teacher log-probabilities are -inf" in caplog.text
 
@@ -282,7 +282,7 @@ def test_a_served_teacher_is_tested_however_short_the_first_rows_are(models, tok
     ids = [[rng.integers(3, VOCAB, length).tolist() for length in row] for row in rows]
     rollouts = Dataset.from_dict({"prompt_ids": [p for p, _ in ids], "completion_ids": [c for _, c in ids]})
     fingerprint = fingerprint_teacher(models[0], tokenizer)
-    local = score_rollouts(rollouts, models[0], tokenizer=tokenizer, top_k=2)
+    local = score_rollouts(rollouts, models[0], processing_class=tokenizer, top_k=2)
     with stub_server(kind, models[0]) as server:
         teacher = {"vllm": VLLMServer, "sglang": SGLangServer}[kind](server.url)
         table = score_rollouts(rollouts, teacher, top_k=2, fingerprint=fingerprint)
@@ -303,7 +303,7 @@ def test_architectures(tokenizer, rollouts, architecture, max_batch_tokens):
     config = getattr(transformers, f"{architecture}Config")(**common, **special)
     torch.manual_seed(0)
     model = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
-    table = score_rollouts(rollouts, model, tokenizer=tokenizer, top_k=4, max_batch_tokens=max_batch_tokens)
+    table = score_rollouts(rollouts, model, processing_class=tokenizer, top_k=4, max_batch_tokens=max_batch_tokens)
     for row in table:
         plain = plain_logprobs(model, row)
         sampled = plain.gather(-1, torch.tensor(row["completion_ids"])[:, None])[:, 0]

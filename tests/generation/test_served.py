@@ -55,7 +55,7 @@ def rows():
 
 @pytest.fixture(scope="module")
 def local(model, tokenizer):
-    return score_rollouts(make_rollouts(12, seed=3), model, tokenizer=tokenizer, top_k=4)
+    return score_rollouts(make_rollouts(12, seed=3), model, processing_class=tokenizer, top_k=4)
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ def fine_tuned_on(tmp_path, data, tokenizer):
 
 @pytest.mark.parametrize("prompts", [TEXTS, MESSAGES], ids=["texts", "messages"])
 def test_by_default_answers_that_were_cut_are_not_taught(tmp_path, teacher, chat_tokenizer, prompts):
-    data = generate_sft_data(prompts, teacher, tokenizer=chat_tokenizer, **SAMPLING)
+    data = generate_sft_data(prompts, teacher, processing_class=chat_tokenizer, **SAMPLING)
     assert 0 < len(data) < len(prompts) and set(data["finish_reason"]) == {"stop"}
     # Tokenized again by TRL, as texts.
     for _, labels in fine_tuned_on(tmp_path, data, chat_tokenizer):
@@ -59,7 +59,7 @@ def test_by_default_answers_that_were_cut_are_not_taught(tmp_path, teacher, chat
 def test_where_they_are_kept_no_end_is_taught_that_the_teacher_did_not_write(
     tmp_path, teacher, chat_tokenizer, prompts
 ):
-    data = generate_sft_data(prompts, teacher, tokenizer=chat_tokenizer, truncated="keep", **SAMPLING)
+    data = generate_sft_data(prompts, teacher, processing_class=chat_tokenizer, truncated="keep", **SAMPLING)
     assert len(data) == len(prompts) and set(data["finish_reason"]) == {"stop", "length"}
     for row, (ids, labels) in zip(data, fine_tuned_on(tmp_path, data, chat_tokenizer), strict=True):
         assert ids == row["prompt_ids"] + row["completion_ids"]
@@ -85,7 +85,7 @@ def test_columns_that_would_be_taught_in_the_place_of_the_answers_are_left_out(t
     prompts = Dataset.from_dict(
         {"prompt": TEXTS, "text": ["w30"] * 40, "input_ids": [[30]] * 40, "labels": [[30]] * 40, "answer": [1] * 40}
     )
-    data = generate_sft_data(prompts, teacher, tokenizer=tokenizer, **SAMPLING)
+    data = generate_sft_data(prompts, teacher, processing_class=tokenizer, **SAMPLING)
     assert "answer" in data.column_names
     for ids, labels in fine_tuned_on(tmp_path, data, tokenizer):
         assert len(ids) > 1 and labels[-1] == EOS and labels.count(EOS) == 1

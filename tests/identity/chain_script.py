@@ -75,7 +75,7 @@ if __name__ == "__main__":
     fine_tune(teacher, base, f"{out}/sft")
     distill("tester/student-sft", teacher, f"{out}/opd-1", 1)
     distill("tester/student-opd-1", teacher, f"{out}/opd-2", 2)
-    assert main(["stamp", "tester/student-opd-2", "--sft-teacher", teacher, "--replace"]) == 0
+    assert main(["stamp", "tester/student-opd-2", "--sft_teacher", teacher, "--replace"]) == 0
     assert main(["inspect", "tester/student-sft", "datasets/tester/table-1"]) == 0
     assert main(["inspect", "tester/student-opd-2", "datasets/tester/table-1"]) == 1
     # A reader who knows nothing of cards.

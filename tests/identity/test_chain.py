@@ -89,7 +89,7 @@ def test_conversational_sft_data_is_what_trl_reads(teacher_dir, tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     prompts = [[{"role": "user", "content": "w5 w6"}]]
     (row,) = generate_sft_data(
-        prompts, str(teacher_dir), tokenizer=tokenizer, max_completion_length=4, seed=1, truncated="keep"
+        prompts, str(teacher_dir), processing_class=tokenizer, max_completion_length=4, seed=1, truncated="keep"
     )
     text = tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
     assert text and row["completion"] == [{"role": "assistant", "content": text}]

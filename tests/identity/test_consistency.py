@@ -99,7 +99,7 @@ def test_agreement_names_both():
 def test_no_stamp_says_how_to_record_it():
     reason = judge({}, [A]).reason
     assert "card of org/student names no SFT teacher" in reason and f"scored by 1 teacher ({A})" in reason
-    assert "trl-lopd stamp org/student --sft-teacher TEACHER" in reason and "TeacherStampCallback" in reason
+    assert "trl-lopd stamp org/student --sft_teacher TEACHER" in reason and "TeacherStampCallback" in reason
     assert 'teacher_consistency="warn" or "off"' in reason
 
 
@@ -150,7 +150,7 @@ def test_a_card_only_declares_unless_it_was_written_for_these_weights():
     verdict = judge(bound, [A], own=fid("student", weights=8))
     assert verdict.consistent and verdict.evidence == "declared"
     assert "was written for student@1-000000000007" in verdict.reason and "card copied" in verdict.reason
-    assert "trl-lopd stamp org/student --sft-teacher TEACHER --replace" in verdict.reason
+    assert "trl-lopd stamp org/student --sft_teacher TEACHER --replace" in verdict.reason
     verdict = judge(card(A), [A], own=fid("student", weights=8))
     assert verdict.evidence == "declared" and "does not say for which weights" in verdict.reason
 

@@ -123,7 +123,7 @@ def test_probe_model_is_that_of_scoring(tokenizer, teacher, probes):
         {"prompt_ids": [s[:1] for s in probes["sequences"]], "completion_ids": [s[1:] for s in probes["sequences"]]}
     )
     fingerprint = fingerprint_teacher(teacher, tokenizer)
-    scored = score_rollouts(rows, teacher, tokenizer=tokenizer, fingerprint=fingerprint)["teacher_logprobs"]
+    scored = score_rollouts(rows, teacher, processing_class=tokenizer, fingerprint=fingerprint)["teacher_logprobs"]
     torch.testing.assert_close(torch.tensor(list(scored)), torch.tensor(probes["logprobs"]), atol=1e-4, rtol=0)
 
 
@@ -183,10 +183,10 @@ def test_whatever_a_probe_raises(teacher, tokenizer, caplog):
 
     hook = teacher.model.layers[0].register_forward_pre_hook(fail_if_probed, with_kwargs=True)
     try:
-        answers = generate_sft_data(["w5", "w6 w7"], teacher, tokenizer=tokenizer, max_completion_length=4,
+        answers = generate_sft_data(["w5", "w6 w7"], teacher, processing_class=tokenizer, max_completion_length=4,
                                     truncated="keep")  # fmt: skip
         rows = answers.select_columns(["prompt_ids", "completion_ids"])
-        assert len(score_rollouts(rows, teacher, tokenizer=tokenizer, top_k=2)) == 2
+        assert len(score_rollouts(rows, teacher, processing_class=tokenizer, top_k=2)) == 2
     finally:
         hook.remove()
     assert caplog.text.count("no probes to be held against: out of memory") == 2

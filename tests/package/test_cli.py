@@ -29,7 +29,9 @@ def call(capsys):
 def tables(tmp_path_factory, table, tokenizer):
     path = tmp_path_factory.mktemp("tables")
     table.save_to_disk(path / "right")
-    score_rollouts(make_rollouts(6), make_model(seed=9), tokenizer=tokenizer, top_k=2).save_to_disk(path / "wrong")
+    score_rollouts(make_rollouts(6), make_model(seed=9), processing_class=tokenizer, top_k=2).save_to_disk(
+        path / "wrong"
+    )
     (path / "parquet").mkdir()
     parts = table.train_test_split(0.25, seed=0)
     for name, rows in parts.items():
@@ -64,23 +66,23 @@ def test_fingerprint(call, teacher_dir):
 def test_stamp_declares_and_inspect_then_accepts_it_only_as_declared(call, bare, teacher_dir, tables, by_id):
     teacher = fingerprint_teacher(teacher_dir)
     assert call("inspect", bare, tables / "right")[0] == 1
-    code, out, _ = call("stamp", bare, "--sft-teacher", teacher.id if by_id else teacher_dir)
+    code, out, _ = call("stamp", bare, "--sft_teacher", teacher.id if by_id else teacher_dir)
     assert code == 0 and teacher.id in out and 'teacher_consistency="declared_ok"' in out
     record = read_model_card(bare)
     assert [(t["id"], t["evidence"]) for t in record["sft_teachers"]] == [(teacher.id, "declared")]
     assert record["model"]["id"] == fingerprint_teacher(bare).id
     code, out, _ = call("inspect", bare, tables / "right")
     assert code == 1 and "consistent (declared), not enough for mode strict" in out
-    assert call("inspect", bare, tables / "right", "--mode", "declared_ok")[0] == 0
-    assert call("inspect", bare, tables / "wrong", "--mode", "declared_ok")[0] == 1
+    assert call("inspect", bare, tables / "right", "--teacher_consistency", "declared_ok")[0] == 0
+    assert call("inspect", bare, tables / "wrong", "--teacher_consistency", "declared_ok")[0] == 1
 
 
 def test_stamp_does_not_put_a_declaration_in_the_place_of_what_is_known(call, tmp_path, student_dir, teacher_dir):
     path = Path(shutil.copytree(student_dir, tmp_path / "student"))
     before = read_model_card(path)
-    code, _, err = call("stamp", path, "--sft-teacher", teacher_dir)
+    code, _, err = call("stamp", path, "--sft_teacher", teacher_dir)
     assert code == 2 and "names SFT teachers already" in err and "--replace" in err and read_model_card(path) == before
-    assert call("stamp", path, "--sft-teacher", teacher_dir, "--replace")[0] == 0
+    assert call("stamp", path, "--sft_teacher", teacher_dir, "--replace")[0] == 0
     assert read_model_card(path)["sft_teachers"][0]["evidence"] == "declared"
 
 
@@ -88,12 +90,12 @@ def test_inspect_a_model(call, student_dir, teacher_dir):
     code, out, _ = call("inspect", student_dir)
     assert code == 0
     assert fingerprint_teacher(student_dir).id in out and fingerprint_teacher(teacher_dir).id in out
-    code, out, _ = call("inspect", student_dir, "--no-content", "--json")
+    code, out, _ = call("inspect", student_dir, "--no_content", "--json")
     assert code == 0 and json.loads(out)["model"]["fingerprint"] is None
 
 
 def test_inspect_a_model_whose_card_is_another_s(call, tmp_path, bare, teacher_dir, tokenizer):
-    call("stamp", bare, "--sft-teacher", teacher_dir)
+    call("stamp", bare, "--sft_teacher", teacher_dir)
     make_model(seed=8).save_pretrained(tmp_path / "impostor")
     tokenizer.save_pretrained(tmp_path / "impostor")
     shutil.copy(bare / "README.md", tmp_path / "impostor")
@@ -168,8 +170,8 @@ def test_inspect_a_pair(call, student_dir, tables):
         (["inspect", "{tmp}/nowhere"], "is not there"),
         (["inspect", "{table}", "{table}"], "is a table. Name the model first"),
         (["inspect", "{student}", "{student}"], "the second is the table"),
-        (["stamp", "{student}", "--sft-teacher", "{table}", "--replace"], "safetensors"),
-        (["stamp", "{table}", "--sft-teacher", "{student}"], "is no model"),
+        (["stamp", "{student}", "--sft_teacher", "{table}", "--replace"], "safetensors"),
+        (["stamp", "{table}", "--sft_teacher", "{student}"], "is no model"),
         (["inspect", "{student}/README.md"], "is a file"),
         (["inspect", "{table}", "--rows", "-1"], "0 or more"),
     ],

@@ -85,9 +85,9 @@ def test_flags_come_before_the_file_and_dictionaries_are_yaml(tmp_path):
         (["rollout", "--engine", "http://h", "--server_kwargs", "{retry: 0}"], "`server_kwargs`: .*'retry'"),
         (["rollout", "--model_init_kwargs", "{bogus: 1}"], "cannot be loaded with `model_init_kwargs=.*bogus"),
         (["rollout", "--dataset_split", "test"], "is a file without splits"),
-        (["score", "--student_name_or_path", "x", "--teacher_name_or_path", "y"], "is for a teacher on a server"),
-        (["score", "--teacher_name_or_path", "y"], "prompts.jsonl is no table"),
-        (["score", "--teacher_name_or_path", "y", "--dataset_name", "./nothere"], "./nothere is not there"),
+        (["score", "--teacher_card", "x", "--teacher", "y"], "is for a teacher on a server"),
+        (["score", "--teacher", "y"], "prompts.jsonl is no table"),
+        (["score", "--teacher", "y", "--dataset_name", "./nothere"], "./nothere is not there"),
         (["score", "--teacher_server", "tgi"], '`teacher_server` is "vllm" or "sglang"'),
         (["score"], "Who scores"),
     ],
@@ -166,7 +166,7 @@ def test_the_recipe_runs_from_prompts_to_a_student(tmp_path, chat_models, monkey
         "--attn_implementation sdpa --warmup_steps 0 --bf16 false --use_cpu true --report_to none --max_length 64",
         "3-rollouts.yaml": "--dataset_name prompts.parquet --engine transformers --max_completion_length 12 "
         "--model_init_kwargs {}",
-        "4-score.yaml": f"--teacher_name_or_path {chat_models}/teacher --top_k 4 --model_init_kwargs {{}} --use_cpu",
+        "4-score.yaml": f"--teacher {chat_models}/teacher --top_k 4 --model_init_kwargs {{}} --use_cpu",
         "5-train.yaml": "--max_steps 3 --gradient_accumulation_steps 1 --attn_implementation sdpa --use_cpu true "
         "--report_to none --bf16 false",
     }
@@ -195,10 +195,10 @@ def test_a_served_teacher_is_declared_or_answers_the_student_s_card(tmp_path, te
 
     make_rollouts(6).to_parquet(tmp_path / "rollouts.parquet")
     with stub_server("vllm", make_model(seed=1)) as server:
-        flags = ["--dataset_name", str(tmp_path / "rollouts.parquet"), "--teacher_url", server.url, "--top_k", "2"]
+        flags = ["--dataset_name", str(tmp_path / "rollouts.parquet"), "--teacher", server.url, "--top_k", "2"]
         assert cli.main(["score", *flags, "--output_dir", str(tmp_path / "a")]) == 2
         assert "Nothing says which teacher" in capsys.readouterr().err
-        declared = ["--teacher_name_or_path", str(teacher_dir)]
+        declared = ["--teacher", str(teacher_dir)]
         assert cli.main(["score", *flags, *declared, "--output_dir", str(tmp_path / "a")]) == 0
     assert load_table(tmp_path / "a", split="train")["teacher_fingerprint"][0].endswith("#declared")
 

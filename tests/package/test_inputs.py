@@ -148,7 +148,7 @@ def test_rollouts_with_nulls_name_the_row(tmp_path, teacher_dir, capsys, column,
         score_rollouts(rollouts, teacher_dir)
     rollouts.to_parquet(tmp_path / "rollouts.parquet")
     words = f"Row 1, column '{column}' {words}"
-    flags = ["--teacher_name_or_path", teacher_dir, "--output_dir", tmp_path / "out"]
+    flags = ["--teacher", teacher_dir, "--output_dir", tmp_path / "out"]
     refused(capsys, words, "score", "--dataset_name", tmp_path / "rollouts.parquet", *flags)
 
 
@@ -243,7 +243,7 @@ def test_a_card_that_is_not_utf_8(tmp_path, student_dir, table, capsys, content)
         with pytest.raises(ValueError, match=words):
             call()
     refused(capsys, words, "inspect", student)
-    refused(capsys, words, "stamp", student, "--sft-teacher", teacher.id)
+    refused(capsys, words, "stamp", student, "--sft_teacher", teacher.id)
     (tmp_path / "table").mkdir()
     table.to_parquet(tmp_path / "table" / "train.parquet")
     (tmp_path / "table" / "README.md").write_bytes(content)
@@ -265,7 +265,7 @@ FILES = {
     "silent.jsonl": b'{"prompt": [{"role": "user"}], "answer": "1"}\n',
 }
 ROLLOUT = ["rollout", "--model_name_or_path", "{student}", "--output_dir", "{tmp}/out", "--dataset_name"]
-SCORE = ["score", "--teacher_name_or_path", "{student}", "--output_dir", "{tmp}/out", "--dataset_name"]
+SCORE = ["score", "--teacher", "{student}", "--output_dir", "{tmp}/out", "--dataset_name"]
 EVALUATE = ["evaluate", "--model_name_or_path", "{student}", "--metric", "exact_answer", "--output_dir", "{tmp}/out"]
 GOOD = [*ROLLOUT, "{tmp}/good.jsonl"]
 
@@ -296,24 +296,24 @@ GOOD = [*ROLLOUT, "{tmp}/good.jsonl"]
         ([*SCORE, "{tmp}/broken.parquet"], "broken.parquet cannot be read: .*Parquet"),
         ([*SCORE, "{tmp}/none.parquet"], "none.parquet cannot be read: .*no data"),
         ([*SCORE, "{tmp}/rollouts.parquet", "--dataset_split", "test"], "rollouts.parquet cannot be read: .*test"),
-        ([*SCORE, "{tmp}/rollouts.parquet", "--teacher_name_or_path", "./nowhere"], "./nowhere is not there"),
+        ([*SCORE, "{tmp}/rollouts.parquet", "--teacher", "./nowhere"], "./nowhere is not there"),
         ([*SCORE, "{tmp}/rollouts.parquet", "--ref_model", "{tmp}/good.jsonl"], "is a file: give the directory"),
-        ([*SCORE, "{tmp}/rollouts.parquet", "--teacher_name_or_path", "{tmp}"], "No tokenizer can be loaded from"),
+        ([*SCORE, "{tmp}/rollouts.parquet", "--teacher", "{tmp}"], "No tokenizer can be loaded from"),
         ([*EVALUATE, "--benchmark", "{tmp}/bytes.jsonl"], "bytes.jsonl is not UTF-8"),
         ([*EVALUATE, "--benchmark", "{tmp}/silent.jsonl"], "silent.jsonl, line 1: a message has no text as `content`"),
         ([*EVALUATE, "--benchmark", "{tmp}/good.jsonl", "--answer_after", ""], "`answer_after` is empty"),
-        ([*EVALUATE, "--benchmark", "{tmp}/good.jsonl", "--teacher_name_or_path", "./no"], "./no is not there"),
+        ([*EVALUATE, "--benchmark", "{tmp}/good.jsonl", "--teacher", "./no"], "./no is not there"),
         (["fingerprint", "{tmp}/good.jsonl"], "good.jsonl is a file: give the directory of a model"),
         (["fingerprint", "{tmp}/rollouts.parquet"], "rollouts.parquet is a file: give the directory of a model"),
         (
-            ["stamp", "{student}", "--replace", "--sft-teacher", "{tmp}/good.jsonl"],
+            ["stamp", "{student}", "--replace", "--sft_teacher", "{tmp}/good.jsonl"],
             "good.jsonl is a file: give the dir",
         ),
         (
-            ["stamp", "{student}", "--replace", "--sft-teacher", "teacher@1-xyz"],
+            ["stamp", "{student}", "--replace", "--sft_teacher", "teacher@1-xyz"],
             "'teacher@1-xyz' is not the id of a m",
         ),
-        (["stamp", "./nowhere", "--sft-teacher", "teacher@1-0123456789ab-01234567-89abcdef"], "./nowhere is not"),
+        (["stamp", "./nowhere", "--sft_teacher", "teacher@1-0123456789ab-01234567-89abcdef"], "./nowhere is not"),
         (["inspect", "{student}", "{tmp}/nowhere"], "nowhere is not there"),
         (["inspect", "{student}", "nowhere"], "nowhere is not there. A table on the Hub is `datasets/ORG/NAME`"),
         (["inspect", "{tmp}/broken.parquet"], "broken.parquet cannot be read: .*Parquet"),
@@ -358,4 +358,4 @@ def test_a_model_in_memory_whose_directory_is_gone_can_be_sampled(tmp_path, toke
     make_model(seed=2).save_pretrained(tmp_path / "student")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     shutil.rmtree(tmp_path / "student")
-    assert len(collect_rollouts(["w5"], model, tokenizer=tokenizer, max_completion_length=2)) == 1
+    assert len(collect_rollouts(["w5"], model, processing_class=tokenizer, max_completion_length=2)) == 1

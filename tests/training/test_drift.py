@@ -95,7 +95,7 @@ def test_the_teacher_is_named_as_it_can_be_loaded(tmp_path, student_dir, table, 
     with caplog.at_level(logging.WARNING):
         make_trainer(tmp_path, student_dir, rows, learning_rate=0.1, max_steps=6).train()
     _, score, message = command_of(caplog)
-    assert score.teacher_name_or_path == (hub_id or "TEACHER")
+    assert score.teacher == (hub_id or "TEACHER")
     assert (f"TEACHER is {table[0]['teacher_fingerprint']}" in message) == (hub_id is None)
 
 

@@ -15,7 +15,7 @@ from trl_lopd import OfflineOPDTrainer, TableError, TeacherConsistencyError, rea
 def foreign(tokenizer, student_dir):
     """Rows that another teacher scored."""
     return score_rollouts(
-        make_rollouts(24, seed=5), make_model(seed=9), tokenizer=tokenizer, top_k=4, ref_model=str(student_dir)
+        make_rollouts(24, seed=5), make_model(seed=9), processing_class=tokenizer, top_k=4, ref_model=str(student_dir)
     )
 
 

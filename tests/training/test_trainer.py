@@ -353,7 +353,7 @@ def test_the_card_cites_and_names_the_teachers_so_that_a_second_round_can_start(
 
 
 def test_the_card_names_all_teachers_that_trained_the_model_and_no_other(tmp_path, student_dir, tokenizer, table):
-    other = score_rollouts(make_rollouts(4), make_model(seed=9), tokenizer=tokenizer, top_k=4)
+    other = score_rollouts(make_rollouts(4), make_model(seed=9), processing_class=tokenizer, top_k=4)
     (first,), (second,) = table.unique("teacher_fingerprint"), other.unique("teacher_fingerprint")
     kwargs = dict(teacher_consistency="off", max_steps=1)
     make_trainer(tmp_path, student_dir, table, eval_dataset=other, **kwargs).save_model()
@@ -366,7 +366,7 @@ def test_the_card_names_all_teachers_that_trained_the_model_and_no_other(tmp_pat
 
 
 def test_another_teacher_is_refused_before_the_model_is_loaded(tmp_path, student_dir, tokenizer, table, monkeypatch):
-    other = score_rollouts(make_rollouts(4), make_model(seed=9), tokenizer=tokenizer)
+    other = score_rollouts(make_rollouts(4), make_model(seed=9), processing_class=tokenizer)
 
     def fail(*args, **kwargs):
         raise AssertionError("the model was loaded")

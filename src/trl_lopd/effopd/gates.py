@@ -14,8 +14,9 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl.data_utils import is_conversational
 
-from ..generation.rollouts import encode_prompts
-from ..generation.samplers import Sampling, TransformersSampler
+from ..generation.options import DecodingOptions, takes
+from ..generation.prompts import encode_prompts
+from ..generation.samplers import TransformersSampler
 from ..models import eos_token_ids
 from ..training.criteria import direction
 
@@ -81,30 +82,25 @@ class RewardGate:
             the reward functions. The paper uses 50.
         reward_funcs (`Callable` or `list`): As in TRL's `GRPOTrainer`: called with `prompts`, `completions`,
             `completion_ids` and the other columns, all lists; gives a list of numbers. Several are added up.
-        max_completion_length (`int`, *optional*, defaults to `1024`): In tokens.
-        temperature (`float`, *optional*, defaults to `0.0`): Of the sampling; 0 decodes greedily.
-        batch_size (`int`, *optional*, defaults to `64`): Answers generated together.
-        seed (`int`, *optional*, defaults to `0`): Of the sampling.
+        **options: The fields of [`~generation.options.DecodingOptions`]: `max_completion_length` (1024), `temperature`
+            (0: greedy), `top_p` (1), `stop`, `batch_size`, `seed`, `chat_template_kwargs`.
     """
 
     greater_is_better = True
 
+    @takes(DecodingOptions, temperature=0.0, top_p=1.0, max_completion_length=1024)
     def __init__(
         self,
         trainer: Trainer,
         prompts: Dataset,
         reward_funcs: Callable[..., list[float]] | Sequence[Callable[..., list[float]]],
         *,
-        max_completion_length: int = 1024,
-        temperature: float = 0.0,
-        batch_size: int = 64,
-        seed: int = 0,
+        options: DecodingOptions,
     ):
         if "prompt" not in prompts.column_names or len(prompts) == 0:
             raise ValueError(f"`prompts` has a `prompt` column and a row or more; got {prompts.column_names}.")
-        self.trainer, self.batch_size, self.prompts = trainer, batch_size, prompts
+        self.trainer, self.prompts, self.options = trainer, prompts, options
         self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
-        self.sampling = {"temperature": temperature, "max_completion_length": max_completion_length, "seed": seed}
 
     def __call__(self, model: PreTrainedModel) -> list[float]:
         tokenizer: PreTrainedTokenizerBase = self.trainer.processing_class
@@ -114,9 +110,9 @@ class RewardGate:
         mine = [(state.process_index * share + i) % len(self.prompts) for i in range(share)]
         rows = self.prompts[mine]
         prompts = rows.pop("prompt")
-        sampling = Sampling(top_p=1.0, eos_token_ids=eos_token_ids(model, tokenizer), stop=(), **self.sampling)
-        sampler = TransformersSampler(model, tokenizer, self.batch_size)
-        ids = encode_prompts({"prompt": prompts, **rows}, tokenizer)
+        sampling = self.options.sampling(eos_token_ids(model, tokenizer))
+        sampler = TransformersSampler(model, tokenizer, self.options.batch_size)
+        ids = encode_prompts({"prompt": prompts, **rows}, tokenizer, **(self.options.chat_template_kwargs or {}))
         samples = sampler.sample(ids, sampling, first=state.process_index * share)
         completions: list[Any] = tokenizer.batch_decode([s.ids for s in samples], skip_special_tokens=True)
         if is_conversational({"prompt": prompts[0]}):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
+from ..generation.addresses import is_address, served_model
+from ..generation.options import SamplingOptions, takes
 from ..generation.rollouts import collect_rollouts
-from ..generation.runs import check_whole_numbers
 from ..generation.scoring import score_rollouts
 from ..identity.cards import record_of
 from ..identity.fingerprint import fingerprint_teacher
@@ -29,15 +30,15 @@ from .metrics import check_math_answers, estimate_reverse_kl, grade_exact, grade
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..generation.samplers import Sampler
+    from ..generation.teachers import Teacher
 
 logger = logging.getLogger(__name__)
 
 METRICS = ("math_accuracy", "exact_answer")
 PROMPT_COLUMNS = ("prompt", "problem", "question")
 
-# Of the record of the sampling: an option that this module calls `num_samples`, one that it does not have, a count.
-_SAID_ELSEWHERE = ("num_generations", "truncated", "truncated_answers")
+# Of the record of the sampling: an option that evaluation does not have, and a count.
+_NO_SETTINGS = ("truncated", "truncated_answers")
 
 
 def load_benchmark(
@@ -122,6 +123,7 @@ def _prompt(problem: Any, instruction: str | None, as_chat: bool) -> str | list[
     return [*before, {**last, "content": instructed(last["content"])}]
 
 
+@takes(SamplingOptions, temperature=0.6, top_p=0.95)
 def evaluate_model(
     model: str | Path | PreTrainedModel,
     benchmark: Dataset,
@@ -129,20 +131,10 @@ def evaluate_model(
     metric: str = "math_accuracy",
     name: str = "benchmark",
     answer_after: str = "#",
-    teacher: str | Path | PreTrainedModel | None = None,
+    teacher: str | Path | PreTrainedModel | Teacher | None = None,
     output_dir: str | Path | None = None,
-    engine: str | Sampler = "transformers",
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    num_samples: int = 1,
-    temperature: float = 0.6,
-    top_p: float = 0.95,
-    max_completion_length: int = 4096,
-    stop: str | Sequence[str] = (),
-    batch_size: int = 64,
-    rows_per_shard: int | None = None,
-    seed: int = 0,
-    chat_template_kwargs: dict[str, Any] | None = None,
-    model_init_kwargs: dict[str, Any] | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    options: SamplingOptions,
 ) -> dict[str, Any]:
     """
     Samples answers to a benchmark's problems and grades them; with a teacher, also estimates the reverse KL divergence
@@ -153,7 +145,7 @@ def evaluate_model(
 
     Args:
         model (`str`, `Path` or [`~transformers.PreTrainedModel`]):
-            A local directory or Hub id, or a loaded model.
+            A local directory or Hub id, a loaded model, or the address of a vLLM server: see [`collect_rollouts`].
         benchmark ([`~datasets.Dataset`]):
             `prompt` and `answer`, as [`load_benchmark`] gives them.
         metric (`str`, *optional*, defaults to `"math_accuracy"`):
@@ -162,18 +154,18 @@ def evaluate_model(
             What the result calls the benchmark.
         answer_after (`str`, *optional*, defaults to `"#"`):
             Marker of `"exact_answer"`.
-        teacher (`str`, `Path` or [`~transformers.PreTrainedModel`], *optional*):
-            A local directory or Hub id, or a loaded model, to measure the divergence from.
+        teacher (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`Teacher`], *optional*):
+            The model to measure the divergence from: a local directory or Hub id, a loaded model, or a served one as
+            in [`score_rollouts`], which is declared to be what its server says it serves.
         output_dir (`str` or `Path`, *optional*):
             Where to keep the answers and write `outcomes.jsonl` and `metrics.json`.
-        engine, tokenizer, max_completion_length, stop, batch_size, seed, chat_template_kwargs, model_init_kwargs:
-            As in [`collect_rollouts`]; the teacher is loaded with the same `model_init_kwargs`.
-        num_samples (`int`, *optional*, defaults to `1`):
-            Answers a problem.
-        temperature, top_p (*optional*, default to `0.6` and `0.95`):
-            Of the graded answers. Temperature 0 decodes greedily.
-        rows_per_shard (`int`, *optional*):
-            Problems whose answers are sampled, and written, together; by default those of about 1,024 answers.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The model's tokenizer. Loaded from its path if not given.
+        **options:
+            The fields of [`~generation.options.SamplingOptions`]: `num_generations`, answers a problem (1),
+            `temperature` (0.6) and `top_p` (0.95) of the graded answers, `engine`, `max_completion_length`, `stop`,
+            `batch_size`, `rows_per_shard`, `seed`, `chat_template_kwargs`, `revision`, `trust_remote_code`, `dtype`,
+            `model_init_kwargs`. All of those for loading but the revision are the teacher's too.
 
     Returns:
         `dict`: What `metrics.json` holds: `benchmark`, `model`, `fingerprint`, `settings`, `metrics` and `versions`.
@@ -185,97 +177,57 @@ def evaluate_model(
         ShardError, ServerError: As [`collect_rollouts`].
     """
     model, teacher = as_name(model), as_name(teacher)
-    refuse_no_dataset(benchmark, "benchmark")
-    if metric not in METRICS:
-        raise ValueError(f"`metric` is one of {', '.join(METRICS)}, not {metric!r}.")
-    check_whole_numbers(1, num_samples=num_samples)
-    if temperature == 0 and num_samples > 1:
-        raise ValueError(
-            f"At temperature 0 all {num_samples} answers to a problem are the same: set `num_samples` to 1, or a "
-            "temperature."
-        )
-    if missing := [column for column in ("prompt", "answer") if column not in benchmark.column_names]:
-        raise ValueError(f"The benchmark has no column {missing[0]!r}, only {benchmark.column_names}.")
-    # Before hours are spent on answers that could not be graded, or compared with a teacher's.
-    for row, answer in enumerate(benchmark["answer"]):
-        if not isinstance(answer, str):
-            raise ValueError(f"Row {row} of the benchmark: `answer` is a text, not {answer!r:.80}.")
     state = processes()
-    if metric == "math_accuracy":
-        on_main_process(state, lambda: check_math_answers(benchmark["answer"]))
-    else:
-        grade_exact([], [], answer_after)
-    of_teacher = None
-    if teacher is not None:
-        of_teacher = on_main_process(state, lambda: fingerprint_teacher(teacher, **hub_kwargs(model_init_kwargs)))
-    shared = {
-        "engine": engine,
-        "tokenizer": tokenizer,
-        "max_completion_length": max_completion_length,
-        "stop": stop,
-        "batch_size": batch_size,
-        "seed": seed,
-        "chat_template_kwargs": chat_template_kwargs,
-        "model_init_kwargs": model_init_kwargs,
+    _check_benchmark(benchmark, metric, answer_after, options)
+    of_teacher, loading = None, {"trust_remote_code": options.trust_remote_code, "dtype": options.dtype}
+    loading["model_init_kwargs"] = {
+        name: value for name, value in (options.model_init_kwargs or {}).items() if name != "revision"
     }
+    if teacher is not None:
+        # A teacher that is not there is not found out after the answers are sampled.
+        address = getattr(teacher, "base_url", teacher)
+        kwargs = hub_kwargs({"trust_remote_code": options.trust_remote_code} | loading["model_init_kwargs"])
+        of_teacher = on_main_process(
+            state,
+            lambda: fingerprint_teacher(served_model(address) if is_address(address) else teacher, **kwargs),
+        )
+    sampled = {of.name: getattr(options, of.name) for of in fields(options)} | {"processing_class": processing_class}
 
-    def place(part: str) -> Path | None:
+    def directory(part: str) -> Path | None:
         return Path(output_dir) / part if output_dir is not None else None
 
-    samples = collect_rollouts(
-        benchmark,
-        model,
-        output_dir=place("samples"),
-        num_generations=num_samples,
-        temperature=temperature,
-        top_p=top_p,
-        ref_logprobs=False,
-        rows_per_shard=rows_per_shard or max(1, 1024 // num_samples),
-        **shared,
-    )
+    samples = collect_rollouts(benchmark, model, output_dir=directory("samples"), ref_logprobs=False, **sampled)
     scored = None
     if teacher is not None:
-        fresh = collect_rollouts(
-            benchmark,
-            model,
-            output_dir=place("fresh"),
-            temperature=1.0,
-            top_p=1.0,
-            rows_per_shard=rows_per_shard or 1024,
-            **shared,
-        )
+        one = sampled | {"num_generations": 1, "temperature": 1.0, "top_p": 1.0}
+        fresh = collect_rollouts(benchmark, model, output_dir=directory("fresh"), **one)
         scored = score_rollouts(
-            fresh,
-            teacher,
-            output_dir=place("fresh-scored"),
-            top_k=0,
-            fingerprint=of_teacher,
-            model_init_kwargs=model_init_kwargs,
+            fresh, teacher, output_dir=directory("fresh-scored"), top_k=0, fingerprint=of_teacher, **loading
         )
 
     def conclude() -> dict[str, Any]:
-        outcomes, metrics = _grade(samples, metric, answer_after, num_samples)
-        if scored is not None:
-            metrics |= estimate_reverse_kl(scored["ref_logprobs"], scored["teacher_logprobs"])
-        sampled = record_of(samples)["students"][0]["sampling"]
+        outcomes, metrics = _grade(samples, metric, answer_after, options.num_generations)
         settings = {
             "metric": metric,
             "answer_after": answer_after if metric == "exact_answer" else None,
             "problems": len(benchmark),
             "benchmark_digest": describe(benchmark),
-            "num_samples": num_samples,
-            **{option: value for option, value in sampled.items() if option not in _SAID_ELSEWHERE},
-            "model_init_kwargs": pinned_kwargs(model_init_kwargs),
+            **record_of(samples)["students"][0]["sampling"],
+            "model_init_kwargs": pinned_kwargs(options.init_kwargs),
             "teacher": scored["teacher_fingerprint"][0] if scored is not None else None,
         }
+        if scored is not None:
+            metrics |= estimate_reverse_kl(scored["ref_logprobs"], scored["teacher_logprobs"])
         packages = ["transformers", "torch"]
         packages += ["math-verify"] if metric == "math_accuracy" else []
-        packages += ["vllm"] if engine == "vllm" else []
+        packages += ["vllm"] if options.engine == "vllm" else []
         result = {
             "benchmark": name,
             "model": model if isinstance(model, str) else model.config._name_or_path,
             "fingerprint": samples["student_fingerprint"][0],
-            "settings": {option: value for option, value in settings.items() if value is not None},
+            "settings": {
+                option: value for option, value in settings.items() if value is not None and option not in _NO_SETTINGS
+            },
             "metrics": metrics,
             "versions": {"trl-lopd": __version__, **{package: version(package) for package in packages}},
         }
@@ -287,8 +239,29 @@ def evaluate_model(
     return on_main_process(state, conclude)
 
 
+def _check_benchmark(benchmark: Dataset, metric: str, answer_after: str, options: SamplingOptions) -> None:
+    """Finds, before hours are spent on answers, what could not be graded."""
+    refuse_no_dataset(benchmark, "benchmark")
+    if metric not in METRICS:
+        raise ValueError(f"`metric` is one of {', '.join(METRICS)}, not {metric!r}.")
+    if options.temperature == 0 and options.num_generations > 1:
+        raise ValueError(
+            f"At temperature 0 all {options.num_generations} answers to a problem are the same: set "
+            "`num_generations` to 1, or a temperature."
+        )
+    if missing := [column for column in ("prompt", "answer") if column not in benchmark.column_names]:
+        raise ValueError(f"The benchmark has no column {missing[0]!r}, only {benchmark.column_names}.")
+    for row, answer in enumerate(benchmark["answer"]):
+        if not isinstance(answer, str):
+            raise ValueError(f"Row {row} of the benchmark: `answer` is a text, not {answer!r:.80}.")
+    if metric == "math_accuracy":
+        on_main_process(processes(), lambda: check_math_answers(benchmark["answer"]))
+    else:
+        grade_exact([], [], answer_after)
+
+
 def _grade(
-    samples: Dataset, metric: str, answer_after: str, num_samples: int
+    samples: Dataset, metric: str, answer_after: str, num_generations: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The outcome of each answer, and what they come to."""
     pairs = samples["completion"][:], samples["answer"][:]
@@ -303,12 +276,12 @@ def _grade(
             )
         )
     outcomes = [
-        {"problem": row // num_samples, "sample": row % num_samples, "answer": answer, "outcome": outcome}
+        {"problem": row // num_generations, "sample": row % num_generations, "answer": answer, "outcome": outcome}
         for row, (answer, outcome) in enumerate(zip(pairs[1], graded, strict=True))
     ]
 
     def by_problem(values: list) -> list[list]:
-        return [values[start : start + num_samples] for start in range(0, len(values), num_samples)]
+        return [values[start : start + num_generations] for start in range(0, len(values), num_generations)]
 
     cut = [reason == "length" for reason in samples["finish_reason"]]
     tokens = lengths(samples)[1].tolist()
@@ -324,7 +297,7 @@ def show(result: dict[str, Any]) -> None:
     """Prints the result of [`evaluate_model`] as a table."""
     settings = result["settings"]
     how = "temperature {temperature}, top-p {top_p}" if settings["temperature"] else "greedy"
-    how = "problems: {problems}, answers to each: {num_samples}, " + how
+    how = "problems: {problems}, answers to each: {num_generations}, " + how
     title, caption = f"{result['model']} on {result['benchmark']}", how.format(**settings)
     table = Table("metric", "value", "uncertainty", title=title, caption=caption, min_width=72)
     for name, estimate in result["metrics"].items():

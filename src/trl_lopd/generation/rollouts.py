@@ -1,12 +1,11 @@
-"""Prompts and a student become rollouts: the token ids exactly as they were sampled."""
+"""Prompts and a model become answers: rollouts of a student, or SFT data of its teacher, as they were sampled."""
 
 from __future__ import annotations
 
-import functools
-import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from ..identity.cards import attach_record, entry, read_dataset_card, read_model
 from ..identity.fingerprint import fingerprint_teacher, with_evidence
 from ..identity.probes import probes_of_run
 from ..models import (
+    Positions,
     check_positions,
     eos_token_ids,
     hub_kwargs,
@@ -28,9 +28,13 @@ from ..models import (
 )
 from ..names import as_name
 from ..processes import on_main_process, own_device, processes, wait_for_everyone
-from ..table.schema import describe, lengths, refuse_no_dataset
-from .runs import ShardedRun, check_whole_numbers
-from .samplers import ContinuousBatchingSampler, Sample, Sampler, Sampling, TransformersSampler
+from ..table.schema import describe, lengths
+from .addresses import is_address, served_model
+from .options import ENGINES, RolloutOptions, Sampling, takes
+from .prompts import Prompt, as_dataset, continues_answers, encode_prompts, warn_of_texts
+from .runs import ShardedRun
+from .samplers import ContinuousBatchingSampler, Sample, Sampler, TransformersSampler
+from .servers import VLLMServer
 from .teachers import LocalTeacher
 
 if TYPE_CHECKING:
@@ -40,40 +44,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | list[dict[str, Any]]
-
-ENGINES = ("transformers", "continuous_batching", "vllm")
 # Columns of the prompts that sampling puts its own in the place of.
 WRITTEN_COLUMNS = (
     *("prompt_ids", "completion_ids", "completion", "finish_reason", "ref_logprobs"),
     *("student_fingerprint", "teacher_fingerprint"),
 )
-# Columns of the prompts that the chat template reads, as in TRL.
-TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 # Columns that TRL's `SFTTrainer` would read in the place of `prompt` and `completion`.
 SFT_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks", "messages", "text")
 
 
+@takes(RolloutOptions, temperature=0.8, top_p=1.0, truncated="keep")
 def collect_rollouts(
     prompts: Dataset | Sequence[Prompt],
     student: str | Path | PreTrainedModel,
     *,
-    engine: str | Sampler = "transformers",
     output_dir: str | Path | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    num_generations: int = 1,
-    temperature: float = 0.8,
-    top_p: float = 1.0,
-    max_completion_length: int = 4096,
-    stop: str | Sequence[str] = (),
-    truncated: str = "keep",
+    processing_class: PreTrainedTokenizerBase | None = None,
     ref_logprobs: bool = True,
-    batch_size: int = 64,
-    rows_per_shard: int = 1024,
-    seed: int = 0,
-    chat_template_kwargs: dict[str, Any] | None = None,
-    model_init_kwargs: dict[str, Any] | None = None,
     fingerprint: TeacherFingerprint | None = None,
+    options: RolloutOptions,
 ) -> Dataset:
     """
     Samples the student's answers (Lightning OPD, stage 2: temperature 0.8, top-p 1, one answer a prompt, up to 4096
@@ -89,48 +78,25 @@ def collect_rollouts(
             kept. Messages go through the tokenizer's chat template, with the columns `tools` and
             `chat_template_kwargs` if there are any, as in TRL; an answer that the last message begins is continued.
         student (`str`, `Path` or [`~transformers.PreTrainedModel`]):
-            A local directory or Hub id (of an adapter too), or a loaded model. Its own generation config is set aside,
-            but for its end-of-sequence tokens: a repetition penalty there would make the samples another policy's.
-        engine (`str` or [`Sampler`], *optional*, defaults to `"transformers"`):
-            What samples: `"transformers"`, in batches of `batch_size`; `"continuous_batching"`, transformers' own, for
-            answers of very different lengths; `"vllm"`, in this process (`pip install 'trl-lopd[vllm]'`); or a server
-            that serves the student, `VLLMServer("http://localhost:8000")` or its address. With the last two, each
-            answer has a seed of its own.
+            A local directory or Hub id (of an adapter too), a loaded model, or the address of a vLLM server that
+            serves the student from a directory or Hub id that is found here too. Its own generation config is set
+            aside, but for its end-of-sequence tokens: a repetition penalty there would make the samples another
+            policy's.
         output_dir (`str` or `Path`, *optional*):
             Where to write the rollouts, shard by shard. Without it all is in memory, and lost if the process dies.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Loaded from the student's path if not given.
-        num_generations (`int`, *optional*, defaults to `1`):
-            Answers a prompt; they follow one another in the result.
-        temperature (`float`, *optional*, defaults to `0.8`):
-            Sampling temperature. `0` decodes greedily.
-        top_p (`float`, *optional*, defaults to `1.0`):
-            Nucleus sampling.
-        max_completion_length (`int`, *optional*, defaults to `4096`):
-            In tokens. Longer answers are cut; their `finish_reason` is `"length"`.
-        stop (`str` or sequence of `str`, *optional*):
-            Texts that end an answer, beside the end-of-sequence tokens. The tokens that write them are kept.
-        truncated (`str`, *optional*, defaults to `"keep"`):
-            Whether to `"keep"` answers that were cut, or to `"drop"` them. They are counted either way.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer. Loaded from the student's path if not given.
         ref_logprobs (`bool`, *optional*, defaults to `True`):
             Whether to add the student's own log-probabilities, at temperature 1 over the full vocabulary. Engines give
             them with the tokens, in their own precision; continuous batching only at temperature 1 and top-p 1, and
             otherwise they are computed afterwards.
-        batch_size (`int`, *optional*, defaults to `64`):
-            Answers generated together by `"transformers"`; other engines decide for themselves.
-        rows_per_shard (`int`, *optional*, defaults to `1024`):
-            Prompts whose answers are sampled, and written, together.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the sampling. The transformers engines give other samples with another `batch_size` or
-            `rows_per_shard`. The caller's random state is left as it was.
-        chat_template_kwargs (`dict`, *optional*):
-            For the chat template, for instance `{"enable_thinking": False}`.
-        model_init_kwargs (`dict`, *optional*):
-            For loading the student from a path, for instance `{"dtype": "bfloat16"}`; arguments of `vllm.LLM` with
-            `engine="vllm"`, for instance `{"tensor_parallel_size": 2}`.
         fingerprint ([`TeacherFingerprint`], *optional*):
             The student's. Computed if not given: from the checkpoint that a path names, or from a loaded model as it
             is in memory.
+        **options:
+            The fields of [`~generation.options.RolloutOptions`]: `temperature` (0.8), `top_p` (1), `engine`,
+            `num_generations`, `max_completion_length`, `stop`, `truncated` (`"keep"`), `batch_size`, `rows_per_shard`,
+            `seed`, `chat_template_kwargs`, `revision`, `trust_remote_code`, `dtype`, `model_init_kwargs`.
 
     Returns:
         [`~datasets.Dataset`]: One row an answer: the columns of `prompts` but those of these names, `prompt_ids` and
@@ -146,68 +112,37 @@ def collect_rollouts(
         ShardError: `output_dir` holds something else, another run's rollouts, or is being written to.
         ServerError: A server that cannot be used.
     """
-    student = as_name(student)
-    revision = (model_init_kwargs or {}).get("revision")
-    name = student if isinstance(student, str) else student.config._name_or_path
-    sft_teachers = (read_model_card(name, revision) if name else {}).get("sft_teachers") or []
-    return _collect(
-        prompts,
-        student,
-        role="student",
-        about={"sft_teachers": [teacher["id"] for teacher in sft_teachers]},
-        engine=engine,
-        output_dir=output_dir,
-        tokenizer=tokenizer,
-        num_generations=num_generations,
-        temperature=temperature,
-        top_p=top_p,
-        max_completion_length=max_completion_length,
-        stop=stop,
-        truncated=truncated,
-        ref_logprobs=ref_logprobs,
-        batch_size=batch_size,
-        rows_per_shard=rows_per_shard,
-        seed=seed,
-        chat_template_kwargs=chat_template_kwargs,
-        model_init_kwargs=model_init_kwargs,
-        fingerprint=fingerprint,
-    )
+    model = _Model.resolve(student, "student", options, processing_class, fingerprint)
+    name = model.source if isinstance(model.source, str) else model.source.config._name_or_path
+    card = read_model_card(name, options.init_kwargs.get("revision")) if name else {}
+    record = {"sft_teachers": [teacher["id"] for teacher in card.get("sft_teachers") or []]}
+    return _collect(prompts, model, output_dir, record, ref_logprobs)
 
 
+@takes(RolloutOptions, temperature=1.0, top_p=1.0, truncated="drop")
 def generate_sft_data(
     prompts: Dataset | Sequence[Prompt],
     teacher: str | Path | PreTrainedModel,
     *,
-    engine: str | Sampler = "transformers",
     output_dir: str | Path | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    num_generations: int = 1,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    max_completion_length: int = 4096,
-    stop: str | Sequence[str] = (),
-    truncated: str = "drop",
-    batch_size: int = 64,
-    rows_per_shard: int = 1024,
-    seed: int = 0,
-    chat_template_kwargs: dict[str, Any] | None = None,
-    model_init_kwargs: dict[str, Any] | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
     fingerprint: TeacherFingerprint | None = None,
+    options: RolloutOptions,
 ) -> Dataset:
     """
     Samples the teacher's answers for fine-tuning the student (Lightning OPD, stage 1), each row signed with the
     teacher's fingerprint. `TeacherStampCallback` reads it while TRL's `SFTTrainer` trains on the result.
 
     Args:
-        prompts, engine, output_dir, tokenizer, num_generations, temperature, top_p, max_completion_length, stop,
-        batch_size, rows_per_shard, seed, chat_template_kwargs, model_init_kwargs, fingerprint:
-            As in [`collect_rollouts`], with the teacher in the student's place and the temperature 1 by default.
+        prompts, output_dir, processing_class, fingerprint:
+            As in [`collect_rollouts`], with the teacher in the student's place.
         teacher (`str`, `Path` or [`~transformers.PreTrainedModel`]):
-            A local directory or Hub id, or a loaded model.
-        truncated (`str`, *optional*, defaults to `"drop"`):
-            Whether to `"drop"` answers that were cut, or to `"keep"` them. `SFTTrainer` ends every text with an
-            end-of-sequence token, and of an answer that was cut the student would learn to stop in the middle. Kept
-            rows therefore have the tokens too (`input_ids`), which `SFTTrainer` takes as they are.
+            A local directory or Hub id, a loaded model, or the address of a vLLM server, as in [`collect_rollouts`].
+        **options:
+            The fields of [`~generation.options.RolloutOptions`], as in [`collect_rollouts`]; `temperature` is 1 by
+            default, and `truncated` is `"drop"`: `SFTTrainer` ends every text with an end-of-sequence token, and of an
+            answer that was cut the student would learn to stop in the middle. Rows that are kept all the same have
+            the tokens too (`input_ids`), which `SFTTrainer` takes as they are.
 
     Returns:
         [`~datasets.Dataset`]: One row an answer: the columns of `prompts`, `completion` (text; a list with one
@@ -223,277 +158,225 @@ def generate_sft_data(
     Raises:
         ValueError, ShardError, ServerError: As [`collect_rollouts`].
     """
-    return _collect(
-        prompts,
-        as_name(teacher),
-        role="teacher",
-        about={"share": 1.0},
-        engine=engine,
-        output_dir=output_dir,
-        tokenizer=tokenizer,
-        num_generations=num_generations,
-        temperature=temperature,
-        top_p=top_p,
-        max_completion_length=max_completion_length,
-        stop=stop,
-        truncated=truncated,
-        ref_logprobs=False,
-        batch_size=batch_size,
-        rows_per_shard=rows_per_shard,
-        seed=seed,
-        chat_template_kwargs=chat_template_kwargs,
-        model_init_kwargs=model_init_kwargs,
-        fingerprint=fingerprint,
-    )
+    model = _Model.resolve(teacher, "teacher", options, processing_class, fingerprint)
+    return _collect(prompts, model, output_dir, {"share": 1.0}, ref_logprobs=False)
+
+
+@dataclass
+class _Model:
+    """
+    The model that answers, before it is loaded and after.
+
+    Attributes:
+        source (`str` or [`~transformers.PreTrainedModel`]): A directory or Hub id, or a loaded model.
+        role (`str`): `"student"` or `"teacher"`.
+        engine (`str` or [`Sampler`]): What samples.
+        options ([`RolloutOptions`]): How.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        fingerprint ([`TeacherFingerprint`]): What it is.
+    """
+
+    source: str | PreTrainedModel
+    role: str
+    engine: str | Sampler
+    options: RolloutOptions
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: TeacherFingerprint
+
+    @classmethod
+    def resolve(
+        cls,
+        source: str | Path | PreTrainedModel,
+        role: str,
+        options: RolloutOptions,
+        tokenizer: PreTrainedTokenizerBase | None,
+        fingerprint: TeacherFingerprint | None,
+    ) -> _Model:
+        """Finds a model's tokenizer and fingerprint; all processes call this."""
+        state, engine = processes(), options.engine
+        if is_address(source):
+            if engine != "transformers":
+                raise ValueError(f"{source} is a server, which samples itself: leave `engine` out.")
+            engine, source = source, on_main_process(state, lambda: served_model(source))
+        source = as_name(source)
+        if is_address(engine):
+            engine = VLLMServer(engine)
+        _check_engine(engine, source)
+        kwargs = hub_kwargs(options.init_kwargs)
+        # Gigabytes are read once, not by every process.
+        fingerprint = fingerprint or on_main_process(state, lambda: fingerprint_teacher(source, tokenizer, **kwargs))
+        tokenizer = tokenizer or load_tokenizer(source, **kwargs)
+        if engine not in ENGINES and hasattr(engine, "self_test"):
+            engine.tokenizer = engine.tokenizer or tokenizer
+            on_main_process(state, engine.self_test)
+        return cls(source, role, engine, options, tokenizer, fingerprint)
+
+    @property
+    def is_served(self) -> bool:
+        """Whether it is elsewhere, so that what it is counts as declared."""
+        return self.engine not in ENGINES
+
+    @property
+    def signature(self) -> str:
+        """What each of its answers is signed with."""
+        return with_evidence(self.fingerprint.id, "declared") if self.is_served else self.fingerprint.id
+
+    @property
+    def is_probed(self) -> bool:
+        """Whether its answers to the probes belong into the record: those of a teacher that is loaded here."""
+        return self.role == "teacher" and not self.is_served and self.engine != "vllm"
+
+    @cached_property
+    def sampling(self) -> Sampling:
+        """What its sampler is told."""
+        kwargs = hub_kwargs(self.options.init_kwargs)
+        return self.options.sampling(eos_token_ids(self.source, self.tokenizer, **kwargs))
+
+    @cached_property
+    def positions(self) -> Positions:
+        """How long a row it reads."""
+        return positions_of(self.source, **hub_kwargs(self.options.init_kwargs))
+
+    @cached_property
+    def loaded(self) -> PreTrainedModel:
+        """The model in this process: loaded once, and not at all if everything is sampled already."""
+        return load_model(self.source, own_device(processes(), self.options.init_kwargs))
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        """What answers."""
+        if self.engine == "transformers":
+            return TransformersSampler(self.loaded, self.tokenizer, self.options.batch_size)
+        if self.engine == "continuous_batching":
+            return ContinuousBatchingSampler(self.loaded, self.tokenizer)
+        if self.engine == "vllm":
+            from .vllm_engine import VLLMEngine
+
+            return VLLMEngine(self.source, **self.options.init_kwargs)
+        return self.engine
+
+    def encode(self, rows: Any) -> list[list[int]]:
+        """Token ids of prompts."""
+        return encode_prompts(rows, self.tokenizer, **(self.options.chat_template_kwargs or {}))
+
+    def settings(self) -> dict[str, Any]:
+        """How it samples, for the record: every option that has a say."""
+        names = ("num_generations", "temperature", "top_p", "max_completion_length", "stop", "truncated", "batch_size")
+        names += ("rows_per_shard", "seed", "chat_template_kwargs")
+        settings = {
+            "engine": self.engine if isinstance(self.engine, str) else type(self.engine).__name__,
+            **{name: getattr(self.options, name) for name in names},
+        }
+        if self.engine != "transformers":
+            del settings["batch_size"]
+        return {name: value for name, value in settings.items() if value is not None and value != []}
 
 
 def _collect(
     prompts: Dataset | Sequence[Prompt],
-    model: str | PreTrainedModel,
-    *,
-    role: str,
-    about: dict[str, Any],
-    engine: str | Sampler,
+    model: _Model,
     output_dir: str | Path | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    num_generations: int,
-    temperature: float,
-    top_p: float,
-    max_completion_length: int,
-    stop: str | Sequence[str],
-    truncated: str,
+    record: dict[str, Any],
     ref_logprobs: bool,
-    batch_size: int,
-    rows_per_shard: int,
-    seed: int,
-    chat_template_kwargs: dict[str, Any] | None,
-    model_init_kwargs: dict[str, Any] | None,
-    fingerprint: TeacherFingerprint | None,
 ) -> Dataset:
-    """Answers of a model in its role, `"student"` or `"teacher"`; `about` goes into its entry in the record."""
-    # All options are checked before anything is loaded.
-    sampling = Sampling(
-        temperature=temperature,
-        top_p=top_p,
-        max_completion_length=max_completion_length,
-        eos_token_ids=(),
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        seed=seed,
+    """Answers of a model; `record` goes into its entry in the record of the result."""
+    state, options = processes(), model.options
+    prompts = _prepare_prompts(prompts, model)
+    as_columns = _AnswerColumns(
+        model,
+        ref_logprobs,
+        as_messages=model.role == "teacher" and is_conversational({"prompt": prompts[0]["prompt"]}),
+        # Where `SFTTrainer` would make other tokens of the texts than were sampled.
+        with_input_ids=model.role == "teacher"
+        and (options.truncated == "keep" or bool(options.chat_template_kwargs) or continues_answers(prompts)),
     )
-    check_whole_numbers(1, num_generations=num_generations, batch_size=batch_size, rows_per_shard=rows_per_shard)
-    if truncated not in ("keep", "drop"):
-        raise ValueError(f'`truncated` is "keep" or "drop", not {truncated!r}.')
-    if isinstance(engine, str) and engine.startswith(("http://", "https://")):
-        from .servers import VLLMServer
-
-        engine = VLLMServer(engine)
-    _check_engine(engine, model)
-    state = processes()
-    kwargs = dict(model_init_kwargs or {})
-    found = hub_kwargs(kwargs)
-    # Gigabytes are read once, not by every process.
-    fingerprint = fingerprint or on_main_process(state, lambda: fingerprint_teacher(model, tokenizer, **found))
-    tokenizer = tokenizer or load_tokenizer(model, **found)
-    prompts = _as_dataset(prompts, tokenizer, chat_template_kwargs or {})
-    replaced = (*WRITTEN_COLUMNS, *(SFT_COLUMNS if role == "teacher" else ()))
-    prompts = prompts.remove_columns([name for name in prompts.column_names if name in replaced])
-    if state.is_main_process and isinstance(prompts[0]["prompt"], str) and tokenizer.chat_template is not None:
-        _warn_of_texts(tokenizer.name_or_path or "The tokenizer")
-    as_messages = role == "teacher" and is_conversational({"prompt": prompts[0]["prompt"]})
-    # Where `SFTTrainer` would make other tokens of the texts than were sampled.
-    exact = role == "teacher" and (truncated == "keep" or bool(chat_template_kwargs) or _go_on(prompts))
-    if engine in ENGINES:
-        signature = fingerprint.id
-    else:
-        # What a server serves is somebody's word.
-        signature = with_evidence(fingerprint.id, "declared")
-        about = {"evidence": "declared", **about}
-        if hasattr(engine, "self_test"):
-            engine.tokenizer = engine.tokenizer or tokenizer
-            on_main_process(state, engine.self_test)
-    sampling = replace(sampling, eos_token_ids=eos_token_ids(model, tokenizer, **found))
-    options = {
-        "engine": engine if isinstance(engine, str) else type(engine).__name__,
-        "num_generations": num_generations,
-        "temperature": temperature,
-        "top_p": top_p,
-        "max_completion_length": max_completion_length,
-        "stop": list(sampling.stop) or None,
-        "truncated": truncated,
-        "batch_size": batch_size if engine == "transformers" else None,
-        "rows_per_shard": rows_per_shard,
-        "seed": seed,
-        "chat_template_kwargs": chat_template_kwargs,
-    }
-    options = {option: value for option, value in options.items() if value is not None}
     pins = {
-        "run": "answers of a " + role,
+        "run": "answers of a " + model.role,
         "prompts": on_main_process(state, lambda: describe(prompts)) if output_dir is not None else None,
-        role: signature,
+        model.role: model.signature,
         "ref_logprobs": ref_logprobs,
-        "model_init_kwargs": pinned_kwargs(kwargs),
-        **options,
+        "model_init_kwargs": pinned_kwargs(options.init_kwargs),
+        **model.settings(),
     }
-
-    @functools.cache  # once, and not at all if everything is sampled already
-    def load() -> PreTrainedModel:
-        return load_model(model, own_device(state, kwargs))
-
-    @functools.cache
-    def sampler() -> Sampler:
-        if engine == "transformers":
-            return TransformersSampler(load(), tokenizer, batch_size)
-        if engine == "continuous_batching":
-            return ContinuousBatchingSampler(load(), tokenizer)
-        if engine == "vllm":
-            from .vllm_engine import VLLMEngine
-
-            return VLLMEngine(model, **kwargs)
-        return engine
-
-    positions = positions_of(model, **found)
-    if positions.fails:
-        # It would fail in the middle of a batch.
-        batches = (encode_prompts(batch, tokenizer, **(chat_template_kwargs or {})) for batch in prompts.iter(1000))
-        needed = np.array([len(ids) for batch in batches for ids in batch]) + max_completion_length
-        check_positions(needed, positions, "the model", "With `max_completion_length`, prompt")
-    sizes = np.full(len(prompts), num_generations)
-    with ShardedRun("Sampling", "answer", sizes, rows_per_shard, output_dir, pins) as run:
+    sizes = np.full(len(prompts), options.num_generations)
+    with ShardedRun("Sampling", "answer", sizes, options.rows_per_shard, output_dir, pins) as run:
         for shard, span in run.pending():
-            rows = _take(prompts, [row for row in span for _ in range(num_generations)])
-            encoded = encode_prompts(prompts[span.start : span.stop], tokenizer, **(chat_template_kwargs or {}))
-            prompt_ids = [ids for ids in encoded for _ in range(num_generations)]
-            samples = sampler().sample(
-                prompt_ids, sampling, span.start * num_generations, lambda tokens: run.advance(tokens, 1)
-            )
-            if ref_logprobs:
-                samples = _with_logprobs(samples, prompt_ids, load)
-            part = _with_answers(
-                rows, prompt_ids, samples, tokenizer, f"{role}_fingerprint", signature, as_messages, ref_logprobs
-            )
-            if exact:
-                part = _with_input_ids(part, sampling.eos_token_ids, tokenizer.eos_token_id)
-            cut = [sample.finish_reason == "length" for sample in samples]
-            kept = [i for i, is_cut in enumerate(cut) if truncated == "keep" or not is_cut]
-            run.write(
-                shard,
-                part if len(kept) == len(samples) else _take(part, kept),
-                answers=len(samples),
-                truncated=sum(cut),
-                dropped=len(samples) - len(kept),
-                sampled_tokens=sum(len(sample.ids) for sample in samples),
-                completion_tokens=sum(len(samples[i].ids) for i in kept),
-            )
-        if role == "teacher" and state.is_main_process and engine in ENGINES and engine != "vllm":
+            _answer(run, shard, prompts, span, as_columns)
+        if model.is_probed and state.is_main_process:
             card = read_dataset_card(output_dir) if output_dir is not None else {}
-            about["probes"] = probes_of_run(card, load, tokenizer)
-        rollouts = run.dataset()
+            record["probes"] = probes_of_run(card, lambda: model.loaded, model.tokenizer)
+        answers = run.dataset()
         counts = run.counts()
-        check_positions(np.add(*lengths(rollouts)), positions, "the model")
-    if len(rollouts) == 0:
-        raise ValueError(
-            f"All {counts['answers']} answers were cut at {max_completion_length} tokens and dropped. Raise "
-            '`max_completion_length`, or keep them with `truncated="keep"`; with another `output_dir`, or none.'
-        )
-    if counts["truncated"] and state.is_main_process:
-        logger.warning(
-            f"{counts['truncated']} of {counts['answers']} answers were cut at {max_completion_length} tokens and "
-            f"{'dropped' if truncated == 'drop' else 'kept'}."
-        )
-    sampled = {**options, "truncated_answers": counts["truncated"]}
-    about = entry(fingerprint, rows=len(rollouts), sampling=sampled, **about)
+        check_positions(np.add(*lengths(answers)), model.positions, "the model")
+    _report_cut(counts, len(answers), options)
+    sampled = {**model.settings(), "truncated_answers": counts["truncated"]}
+    evidence = {"evidence": "declared"} if model.is_served else {}
+    entry_of_model = entry(model.fingerprint, rows=len(answers), sampling=sampled, **evidence, **record)
     record = {
-        "students" if role == "student" else "sft_teachers": [about],
-        "rows": len(rollouts),
-        "completion_tokens": int(lengths(rollouts)[1].sum()),
+        "students" if model.role == "student" else "sft_teachers": [entry_of_model],
+        "rows": len(answers),
+        "completion_tokens": int(lengths(answers)[1].sum()),
         "skipped_rows": 0,
     }
-    attach_record(rollouts, record)
+    attach_record(answers, record)
     if output_dir is not None and state.is_main_process:
         write_record(output_dir, record)
     wait_for_everyone(state)
-    return rollouts
+    return answers
 
 
-@functools.cache  # once for each model
-def _warn_of_texts(name: str) -> None:
-    logger.warning(
-        f"{name} has a chat template, and the prompts are texts, which are not put through it: the model gets them as "
-        'they stand. If it is a chat model, give each prompt as messages, `[{"role": "user", "content": text}]`; '
-        "`--as_chat` does that on the command line, and `as_chat=True` in `load_benchmark`."
-    )
-
-
-def _as_dataset(
-    prompts: Dataset | Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]
-) -> Dataset:
-    """The prompts, each of them something that can be answered: what is wrong shows before hours are spent."""
-    if not isinstance(prompts, list | tuple):
-        refuse_no_dataset(prompts, "prompts")
-    elif prompts and isinstance(prompts[0], dict):
-        raise TypeError(
-            "`prompts` is one conversation: give a list of such lists."
-            if "role" in prompts[0]
-            else "`prompts` is a list of rows: give a `Dataset`, such as `Dataset.from_list(prompts)`."
-        )
-    if isinstance(prompts, Dataset):
-        if "prompt" not in prompts.column_names:
-            raise ValueError(
-                f"The dataset has no `prompt` column, only {prompts.column_names}. Rename yours to `prompt`."
-            )
-        values: Iterable[Any] = prompts.select_columns("prompt")["prompt"]
-    else:
-        values = prompts = list(prompts)
-    if len(prompts) == 0:
-        raise ValueError("There are no prompts to answer.")
-    kinds = set()
-    for i, prompt in enumerate(values):
-        messages = isinstance(prompt, list) and all(isinstance(m, dict) and "role" in m for m in prompt)
-        if not isinstance(prompt, str) and not messages:
-            raise ValueError(
-                f"Prompt {i} is neither a text nor a list of messages with `role` and `content`: {prompt!r:.200}."
-            )
-        kinds.add(type(prompt))
-        if len(kinds) > 1:
-            raise ValueError(
-                f"Prompt {i} is {'a text' if not messages else 'a list of messages'}, the others are not."
-            )
-        if messages and any(m.get("content") is None and m["role"] != "assistant" for m in prompt):
-            raise ValueError(f"Prompt {i} has a message without `content`: {prompt!r:.200}.")
-        # Long ones have tokens in any tokenizer.
-        if i == 0 or len(prompt) == 0 or (not messages and not prompt.strip()):
-            if len(prompt) == 0 or not encode_prompt(prompt, tokenizer, **chat_template_kwargs):
-                raise ValueError(f"Prompt {i} is empty: the first answer token would have no context.")
-    if not isinstance(prompts, Dataset):
-        return Dataset.from_dict({"prompt": prompts})
-    if messages and "tools" in prompts.column_names:
-        _check_tools(prompts, tokenizer, chat_template_kwargs)
+def _prepare_prompts(prompts: Dataset | Sequence[Prompt], model: _Model) -> Dataset:
+    """The prompts without columns that the answers bring, checked against the model before it is loaded."""
+    prompts = as_dataset(prompts, model.tokenizer, model.options.chat_template_kwargs or {})
+    replaced = (*WRITTEN_COLUMNS, *(SFT_COLUMNS if model.role == "teacher" else ()))
+    prompts = prompts.remove_columns([name for name in prompts.column_names if name in replaced])
+    is_text = isinstance(prompts[0]["prompt"], str)
+    if is_text and model.tokenizer.chat_template is not None and processes().is_main_process:
+        warn_of_texts(model.tokenizer.name_or_path or "The tokenizer")
+    if model.positions.fails:
+        # It would fail in the middle of a batch.
+        prompt_lengths = np.array([len(ids) for batch in prompts.iter(1000) for ids in model.encode(batch)])
+        needed = prompt_lengths + model.options.max_completion_length
+        check_positions(needed, model.positions, "the model", "With `max_completion_length`, prompt")
     return prompts
 
 
-def _go_on(prompts: Dataset) -> bool:
-    """Whether some of the prompts end with a turn of the assistant, which the answer continues."""
-    messages = (prompt for prompt in prompts.select_columns("prompt")["prompt"] if not isinstance(prompt, str))
-    return any(prompt[-1]["role"] == "assistant" for prompt in messages)
+def _answer(run: ShardedRun, shard: int, prompts: Dataset, span: range, as_columns: _AnswerColumns) -> None:
+    """Samples the answers to the prompts of a shard, and writes it."""
+    model, count = as_columns.model, as_columns.model.options.num_generations
+    rows = _take(prompts, [row for row in span for _ in range(count)])
+    prompt_ids = [ids for ids in model.encode(prompts[span.start : span.stop]) for _ in range(count)]
+    samples = model.sampler.sample(
+        prompt_ids, model.sampling, span.start * count, lambda tokens: run.advance(tokens, 1)
+    )
+    if as_columns.ref_logprobs:
+        samples = _with_logprobs(samples, prompt_ids, model)
+    part = as_columns(rows, prompt_ids, samples)
+    is_cut = [sample.finish_reason == "length" for sample in samples]
+    kept = [i for i, cut in enumerate(is_cut) if model.options.truncated == "keep" or not cut]
+    run.write(
+        shard,
+        part if len(kept) == len(samples) else _take(part, kept),
+        answers=len(samples),
+        truncated=sum(is_cut),
+        dropped=len(samples) - len(kept),
+        sampled_tokens=sum(len(sample.ids) for sample in samples),
+        completion_tokens=sum(len(samples[i].ids) for i in kept),
+    )
 
 
-def _check_tools(prompts: Dataset, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]) -> None:
-    rendered = False
-    for i, row in enumerate(prompts.select_columns(["prompt", "tools"])):
-        try:
-            tools = read_tools(row["tools"])
-        except ValueError as error:
-            raise ValueError(f"Prompt {i}: {error}.") from None
-        if tools and not rendered:
-            given = (row["prompt"], tokenizer)
-            rendered = encode_prompt(*given, tools, **chat_template_kwargs) != encode_prompt(
-                *given, **chat_template_kwargs
-            )
-            if not rendered:
-                raise ValueError(
-                    f"Prompt {i} has `tools`, which the chat template does not render: the model would not see them. "
-                    "Remove the column, or give a tokenizer whose chat template has tools."
-                )
+def _report_cut(counts: dict[str, int], rows: int, options: RolloutOptions) -> None:
+    limit = options.max_completion_length
+    if rows == 0:
+        raise ValueError(
+            f"All {counts['answers']} answers were cut at {limit} tokens and dropped. Raise "
+            '`max_completion_length`, or keep them with `truncated="keep"`; with another `output_dir`, or none.'
+        )
+    if counts["truncated"] and processes().is_main_process:
+        logger.warning(
+            f"{counts['truncated']} of {counts['answers']} answers were cut at {limit} tokens and "
+            f"{'dropped' if options.truncated == 'drop' else 'kept'}."
+        )
 
 
 def _take(dataset: Dataset, rows: list[int]) -> Dataset:
@@ -518,15 +401,13 @@ def _check_engine(engine: str | Sampler, model: str | PreTrainedModel) -> None:
             )
 
 
-def _with_logprobs(
-    samples: list[Sample], prompt_ids: list[list[int]], load: Callable[[], PreTrainedModel]
-) -> list[Sample]:
+def _with_logprobs(samples: list[Sample], prompt_ids: list[list[int]], model: _Model) -> list[Sample]:
     """The answers with the log-probabilities that the engine did not give."""
     missing = [i for i, sample in enumerate(samples) if sample.logprobs is None]
     if not missing:
         return samples
     sequences = [np.array([*prompt_ids[i], *samples[i].ids]) for i in missing]
-    scores = LocalTeacher(load()).score(sequences, [len(samples[i].ids) for i in missing], 0)
+    scores = LocalTeacher(model.loaded).score(sequences, [len(samples[i].ids) for i in missing], 0)
     computed = dict(zip(missing, scores, strict=True))
     return [
         sample._replace(logprobs=computed[i].logprobs.tolist()) if i in computed else sample
@@ -534,106 +415,52 @@ def _with_logprobs(
     ]
 
 
-def _with_answers(
-    rows: Dataset,
-    prompt_ids: list[list[int]],
-    samples: list[Sample],
-    tokenizer: PreTrainedTokenizerBase,
-    signature_column: str,
-    signature: str,
-    as_messages: bool,
-    ref_logprobs: bool,
-) -> Dataset:
-    """The prompts' rows with the columns that sampling adds, in the place of columns of these names."""
-    ids = [sample.ids for sample in samples]
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    columns = {
-        "prompt_ids": prompt_ids,
-        "completion_ids": ids,
-        "completion": [[{"role": "assistant", "content": text}] for text in texts] if as_messages else texts,
-        "finish_reason": [sample.finish_reason for sample in samples],
-        "ref_logprobs": [sample.logprobs for sample in samples],
-        signature_column: [signature] * len(samples),
-    }
-    message = List({"role": Value("string"), "content": Value("string")})
-    features = Features(
-        {
-            "prompt_ids": List(Value("int32")),
-            "completion_ids": List(Value("int32")),
-            "completion": message if as_messages else Value("string"),
-            "finish_reason": Value("string"),
-            "ref_logprobs": List(Value("float32")),
-            signature_column: Value("string"),
+@dataclass(frozen=True)
+class _AnswerColumns:
+    """
+    Adds to the rows of prompts the columns of their answers.
+
+    Attributes:
+        model ([`_Model`]): The model that answers.
+        ref_logprobs (`bool`): Whether its log-probabilities are among them.
+        as_messages (`bool`): Whether the text is one assistant message.
+        with_input_ids (`bool`): Whether to add the two columns that `SFTTrainer` takes as they are.
+    """
+
+    model: _Model
+    ref_logprobs: bool
+    as_messages: bool
+    with_input_ids: bool
+
+    def __call__(self, rows: Dataset, prompt_ids: list[list[int]], samples: list[Sample]) -> Dataset:
+        ids = [sample.ids for sample in samples]
+        texts = self.model.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        message = List({"role": Value("string"), "content": Value("string")})
+        int_list = List(Value("int32"))
+        columns = {
+            "prompt_ids": (prompt_ids, int_list),
+            "completion_ids": (ids, int_list),
+            "completion": ([[{"role": "assistant", "content": text}] for text in texts], message)
+            if self.as_messages
+            else (texts, Value("string")),
+            "finish_reason": ([sample.finish_reason for sample in samples], Value("string")),
         }
-    )
-    if not ref_logprobs:
-        del columns["ref_logprobs"], features["ref_logprobs"]
-    return concatenate_datasets([rows, Dataset.from_dict(columns, features=features)], axis=1)
+        if self.ref_logprobs:
+            columns["ref_logprobs"] = ([sample.logprobs for sample in samples], List(Value("float32")))
+        columns[f"{self.model.role}_fingerprint"] = ([self.model.signature] * len(samples), Value("string"))
+        if self.with_input_ids:
+            joined = [self._input_ids(prompt, sample) for prompt, sample in zip(prompt_ids, samples, strict=True)]
+            columns["input_ids"] = (joined, int_list)
+            masks = [[i >= len(p) for i in range(len(j))] for p, j in zip(prompt_ids, joined, strict=True)]
+            columns["completion_mask"] = (masks, List(Value("bool")))
+        answers = Dataset.from_dict(
+            {name: values for name, (values, _) in columns.items()},
+            features=Features({name: feature for name, (_, feature) in columns.items()}),
+        )
+        return concatenate_datasets([rows, answers], axis=1)
 
-
-def _with_input_ids(rows: Dataset, eos_token_ids: tuple[int, ...], eos_token_id: int | None) -> Dataset:
-    """The answers with the two columns that `SFTTrainer` takes as they are."""
-    input_ids, masks = [], []
-    for row in rows.select_columns(["prompt_ids", "completion_ids", "finish_reason"]):
-        completion = row["completion_ids"]
-        if row["finish_reason"] == "stop" and completion[-1] not in eos_token_ids and eos_token_id is not None:
-            completion = [*completion, eos_token_id]  # a stop text ended it
-        input_ids.append([*row["prompt_ids"], *completion])
-        masks.append([False] * len(row["prompt_ids"]) + [True] * len(completion))
-    features = Features({"input_ids": List(Value("int32")), "completion_mask": List(Value("bool"))})
-    columns = Dataset.from_dict({"input_ids": input_ids, "completion_mask": masks}, features=features)
-    return concatenate_datasets([rows, columns], axis=1)
-
-
-def encode_prompts(
-    rows: Mapping[str, Sequence], tokenizer: PreTrainedTokenizerBase, **chat_template_kwargs: Any
-) -> list[list[int]]:
-    """
-    Token ids of prompts up to where the answer begins.
-
-    Args:
-        rows (`dict` of columns): `prompt`, texts or lists of messages, and, for the chat template, as TRL's trainers
-            read them, `tools` (a list of schemas or its JSON) and `chat_template_kwargs`, if there are such columns.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's.
-        **chat_template_kwargs: For the chat template of every prompt; they come before those of a row.
-    """
-    prompts = rows["prompt"]
-    tools, kwargs = (rows.get(name) or [None] * len(prompts) for name in TEMPLATE_COLUMNS)
-    return [
-        encode_prompt(prompt, tokenizer, read_tools(of_row), **{**(of_template or {}), **chat_template_kwargs})
-        for prompt, of_row, of_template in zip(prompts, tools, kwargs, strict=True)
-    ]
-
-
-def encode_prompt(
-    prompt: Prompt,
-    tokenizer: PreTrainedTokenizerBase,
-    tools: list[dict[str, Any]] | None = None,
-    **chat_template_kwargs: Any,
-) -> list[int]:
-    """Token ids of a text, or of messages through the chat template up to where the answer begins, or goes on if the
-    last message is the assistant's."""
-    if not is_conversational({"prompt": prompt}):
-        return tokenizer(prompt, add_special_tokens=True)["input_ids"]
-    goes_on = prompt[-1]["role"] == "assistant"
-    kwargs = {"tools": tools, "add_generation_prompt": not goes_on, "continue_final_message": goes_on}
-    return tokenizer.apply_chat_template(
-        prompt, tokenize=True, return_dict=True, **{**kwargs, **chat_template_kwargs}
-    )["input_ids"]
-
-
-def read_tools(value: list[dict[str, Any]] | str | None) -> list[dict[str, Any]] | None:
-    """
-    The tools of a prompt, from the value of a `tools` column; `None` if there are none.
-
-    Raises:
-        ValueError: If it is no list of schemas, nor its JSON.
-    """
-    try:
-        tools = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        tools = value
-    if not (tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools))):
-        raise ValueError(f"`tools` is a list of JSON schemas, or its JSON, not {value!r:.80}")
-    # Some templates announce tools for an empty list.
-    return tools or None
+    def _input_ids(self, prompt: list[int], sample: Sample) -> list[int]:
+        """Prompt and answer, ended by an end-of-sequence token if a stop text ended it."""
+        eos_token_id = self.model.tokenizer.eos_token_id
+        ended_by_text = sample.finish_reason == "stop" and sample.ids[-1] not in self.model.sampling.eos_token_ids
+        return [*prompt, *sample.ids, *([eos_token_id] if ended_by_text and eos_token_id is not None else [])]

@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,6 @@ from ..processes import on_main_process, processes, wait_for_everyone
 from ..table.store import ShardStore
 
 logger = logging.getLogger(__name__)
-
-
-def check_whole_numbers(least: int, **options: Any) -> None:
-    """
-    Raises:
-        ValueError: If an option, given by its name, is no whole number of at least `least`.
-    """
-    for name, value in options.items():
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-            raise ValueError(f"`{name}` is a whole number, {least} or more, not {value!r}.")
 
 
 class ShardedRun:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from numbers import Real
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -23,52 +21,12 @@ from transformers import (
 )
 
 from ..own_logits import TrialRow, difference, not_causal, own_logprobs, reads_ahead, trial_rows
-from .runs import check_whole_numbers
+from .options import Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """
-    How answers are drawn.
-
-    Attributes:
-        temperature (`float`): 0 decodes greedily.
-        top_p (`float`): Nucleus sampling; 1 leaves the distribution whole.
-        max_completion_length (`int`): In tokens; longer answers are cut.
-        eos_token_ids (`tuple[int]`): Tokens that end an answer, and are its last.
-        stop (`tuple[str]`): Texts that end an answer; the tokens that write them are kept.
-        seed (`int`): Of the whole run.
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
-
-    temperature: float
-    top_p: float
-    max_completion_length: int
-    eos_token_ids: tuple[int, ...]
-    stop: tuple[str, ...]
-    seed: int
-
-    def __post_init__(self) -> None:
-        # Also false of NaN, which compares with nothing.
-        if not (isinstance(self.temperature, Real) and 0 <= self.temperature < math.inf):
-            raise ValueError(f"`temperature` is a number, 0 or more, not {self.temperature!r}.")
-        if not (isinstance(self.top_p, Real) and 0 < self.top_p <= 1):
-            raise ValueError(f"`top_p` is a number above 0 and at most 1, not {self.top_p!r}.")
-        check_whole_numbers(1, max_completion_length=self.max_completion_length)
-        check_whole_numbers(0, seed=self.seed)
-        if "" in self.stop:
-            raise ValueError("An empty text in `stop` would end every answer at its first token.")
-
-    def seed_of(self, answer: int) -> int:
-        """Seed of one answer, by its number in the whole run: 32 bits."""
-        return int(np.random.SeedSequence([self.seed, answer]).generate_state(1)[0])
 
 
 class Sample(NamedTuple):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,9 @@ from ..table.schema import (
     vocab_limits,
 )
 from ..table.store import read_pins
-from .runs import ShardedRun, check_whole_numbers
+from .addresses import is_address, server_at
+from .options import ScoringOptions, takes
+from .runs import ShardedRun
 from .teachers import DEFAULT_BUDGET, LocalTeacher, RowError, Scores, Teacher
 
 if TYPE_CHECKING:
@@ -48,19 +51,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@takes(ScoringOptions)
 def score_rollouts(
     dataset: Dataset,
     teacher: str | Path | PreTrainedModel | Teacher,
     *,
     output_dir: str | Path | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    top_k: int = 8,
+    processing_class: PreTrainedTokenizerBase | None = None,
     ref_model: str | Path | PreTrainedModel | None = None,
-    max_batch_tokens: int | None = None,
-    rows_per_shard: int = 4096,
     fingerprint: TeacherFingerprint | None = None,
     teacher_card: dict[str, Any] | None = None,
-    model_init_kwargs: dict[str, Any] | None = None,
+    options: ScoringOptions,
 ) -> Dataset:
     """
     Scores every completion token once (Lightning OPD, stage 2).
@@ -77,33 +78,26 @@ def score_rollouts(
         dataset ([`~datasets.Dataset`]):
             Rollouts with `prompt_ids` and `completion_ids`, as `collect_rollouts` makes. Other columns are kept.
         teacher (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`Teacher`]):
-            A local directory or Hub id, loaded in its own dtype; a loaded model; or a served one, see `VLLMServer`
-            and `SGLangServer`.
+            A local directory or Hub id, loaded in its own dtype; a loaded model; or a served one: the address of its
+            server, such as `"http://localhost:8000"`, or a `VLLMServer` or `SGLangServer`.
         output_dir (`str` or `Path`, *optional*):
             Where to write the table, shard by shard. Without it all is in memory, and lost if the process dies.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The teacher's, for its fingerprint and probes. Loaded from the teacher's path if not given. Where it is not
-            the one that the rows were sampled with, the ids in the rows have to mean the same to both.
-        top_k (`int`, *optional*, defaults to `8`):
-            Also store the teacher's most likely tokens at each position. `0` stores none; the trainer then has only
-            the sampled-token objective.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The teacher's tokenizer, for its fingerprint and probes. Loaded from the teacher's path if not given. Where
+            it is not the one that the rows were sampled with, the ids in the rows have to mean the same to both.
         ref_model (`str`, `Path` or [`~transformers.PreTrainedModel`], *optional*):
             The student that sampled the rollouts, or an adapter, for rollouts without `ref_logprobs`: it scores them
             the same way, in memory beside a local teacher.
-        max_batch_tokens (`int`, *optional*):
-            Tokens of a forward pass, padding and cached prompts included. A longer row is scored alone. By default
-            16,384 on a CPU, and on CUDA as many as fit, measured once for a table. Halved when memory runs out.
-        rows_per_shard (`int`, *optional*, defaults to `4096`):
-            Rows that are sorted by length together, and written together.
         fingerprint ([`TeacherFingerprint`], *optional*):
             The teacher's. Computed if not given: from the checkpoint that a path names, whatever dtype or quantization
-            `model_init_kwargs` load it in, or from a loaded model as it is in memory. For a served teacher it is what
-            you declare it to be.
+            it is loaded in, or from a loaded model as it is in memory. For a served teacher it is what you declare it
+            to be.
         teacher_card (`dict`, *optional*):
             Card with the probes of a served teacher, see `verify_served_teacher`: if it answers them, it counts as
             that teacher.
-        model_init_kwargs (`dict`, *optional*):
-            For loading models from a path, for instance `{"device_map": "auto"}`.
+        **options:
+            The fields of [`~generation.options.ScoringOptions`]: `top_k` (8), `max_batch_tokens`, `rows_per_shard`,
+            `revision`, `trust_remote_code`, `dtype`, `model_init_kwargs`. All but the revision are `ref_model`'s too.
 
     Returns:
         [`~datasets.Dataset`]: The rows with the columns of `table_features` added, validated. It carries a record of
@@ -118,84 +112,146 @@ def score_rollouts(
         ValueError: An option out of range, several processes without `output_dir`, or a served teacher that nothing
             names.
     """
-    teacher, ref_model = as_name(teacher), as_name(ref_model)
-    check_whole_numbers(0, top_k=top_k)
-    check_whole_numbers(1, rows_per_shard=rows_per_shard)
-    if max_batch_tokens is not None:
-        check_whole_numbers(1, max_batch_tokens=max_batch_tokens)
     state = processes()
-    added = ["teacher_logprobs", "teacher_fingerprint", *(TOPK_COLUMNS if top_k else ())]
+    teacher, ref_model = as_name(teacher), as_name(ref_model)
+    if is_address(ref_model):
+        raise ValueError("`ref_model` is loaded here: give its directory or Hub id, not the address of a server.")
+    added = ["teacher_logprobs", "teacher_fingerprint", *(TOPK_COLUMNS if options.top_k else ())]
     added += ["ref_logprobs"] if ref_model is not None else []
-    _check_rollouts(dataset, added)
+    check_rollouts(dataset, added)
+    if is_address(teacher):
+        teacher = server_at(teacher)
 
-    found = hub_kwargs(model_init_kwargs)
     is_served = hasattr(teacher, "score")
     if is_served:
-        about = on_main_process(state, lambda: _about_served(teacher, dataset, fingerprint, teacher_card))
+        tokenizer = processing_class or getattr(teacher, "tokenizer", None)
+        record = on_main_process(state, lambda: _entry_of_served(teacher, dataset, fingerprint, teacher_card))
     else:
-        tokenizer = tokenizer or load_tokenizer(teacher, **found)
+        kwargs = hub_kwargs(options.init_kwargs)
+        tokenizer = processing_class or load_tokenizer(teacher, **kwargs)
         # Gigabytes are read once, not by every process.
-        fingerprint = fingerprint or on_main_process(state, lambda: fingerprint_teacher(teacher, tokenizer, **found))
-        about = entry(fingerprint)
-    teacher_id = with_evidence(about["id"], about["evidence"])
-    read_by = tokenizer or getattr(teacher, "tokenizer", None)
-    if same := on_main_process(state, lambda: _same_tokens_as(dataset, teacher_id, read_by, ref_model, found)):
-        about["same_tokens_as"] = same
-
-    total = np.add(*lengths(dataset))
-    for model, role in ((teacher, "the teacher"), (ref_model, "the reference model")):
-        if model is not None and not hasattr(model, "score"):
-            check_positions(total, positions_of(model, **found), role)
-
-    @functools.cache  # once, and not at all if everything is scored already
-    def load(model: str | PreTrainedModel) -> LocalTeacher:
-        # A vocabulary that is padded has ids that are no token; the student's may be padded less.
-        tokens = vocab_limits(tokenizer)[0]
-        return LocalTeacher(load_model(model, own_device(state, model_init_kwargs)), max_batch_tokens, tokens)
-
-    if max_batch_tokens is None and not is_served:
-        # Batches decide the last bits of scores: a run that continues takes the size of the run before.
-        known = on_main_process(state, lambda: read_pins(output_dir).get("max_batch_tokens") if output_dir else None)
-        # Nothing is loaded to learn what there is nothing to measure for.
-        measures = not isinstance(teacher, str) or torch.cuda.is_available()
-        max_batch_tokens = known or (
-            on_main_process(state, lambda: load(teacher).find_budget()) if measures else DEFAULT_BUDGET
+        record = entry(
+            fingerprint or on_main_process(state, lambda: fingerprint_teacher(teacher, tokenizer, **kwargs))
         )
-    pins = {}
-    if output_dir is not None:
-        rollouts = on_main_process(state, lambda: describe(dataset))
-        student_id = None
-        if ref_model is not None:
-            student_id = on_main_process(state, lambda: fingerprint_teacher(ref_model, **found).id)
-        pins = {
-            "run": "scores",
-            "rollouts": rollouts,
-            "teacher": teacher_id,
-            "top_k": top_k,
-            "ref_model": student_id,
-            "max_batch_tokens": max_batch_tokens,
-            "model_init_kwargs": pinned_kwargs(model_init_kwargs),
-        }
+    scorer = _Scorer(
+        teacher, is_served, with_evidence(record["id"], record["evidence"]), tokenizer, ref_model, options
+    )
+    if same := on_main_process(state, lambda: _same_tokens_as(dataset, scorer)):
+        record["same_tokens_as"] = same
+    scorer.check_lengths(np.add(*lengths(dataset)))
+    scorer.settle_budget(output_dir)
 
     tokens = lengths(dataset)[1]
-    with ShardedRun("Scoring", "token", tokens, rows_per_shard, output_dir, pins) as run:
+    pins = _pins(dataset, scorer) if output_dir is not None else {}
+    with ShardedRun("Scoring", "token", tokens, options.rows_per_shard, output_dir, pins) as run:
         for shard, span in run.pending():
-            rows = dataset.select(span)
-            scored = {}
-            # The student first: if it cannot be scored, that shows before the teacher's time is spent.
-            if ref_model is not None:
-                scored["ref"] = _score(load(ref_model), rows, span.start, 0)
-            scored["teacher"] = _score(teacher if is_served else load(teacher), rows, span.start, top_k, run.advance)
-            part = _with_scores(rows, teacher_id, top_k, **scored)
+            part = scorer.score(dataset.select(span), span.start, run.advance)
             run.write(shard, part, completion_tokens=int(tokens[span].sum()))
         if not is_served and state.is_main_process:
             # A table that was finished before has a card that holds them.
             card = read_dataset_card(output_dir) if output_dir is not None else {}
-            if probes := probes_of_run(card, lambda: load(teacher).model, tokenizer):
-                about["probes"] = probes
+            if probes := probes_of_run(card, lambda: scorer.local_teacher.model, tokenizer):
+                record["probes"] = probes
         table = run.dataset()
+    return _recorded(dataset, table, record | {"scoring": {"top_k": options.top_k}}, output_dir)
 
-    columns = digest_columns(table.column_names)
+
+@dataclass
+class _Scorer:
+    """
+    A teacher and, if there is one, the reference model; loaded when they are first needed.
+
+    Attributes:
+        teacher (`str`, [`~transformers.PreTrainedModel`] or [`Teacher`]): The teacher.
+        is_served (`bool`): Whether it is on a server.
+        teacher_id (`str`): What it signs rows with.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Its tokenizer.
+        ref_model (`str` or [`~transformers.PreTrainedModel`], *optional*): The student that sampled the rollouts.
+        options ([`ScoringOptions`]): How they score.
+    """
+
+    teacher: str | PreTrainedModel | Teacher
+    is_served: bool
+    teacher_id: str
+    tokenizer: PreTrainedTokenizerBase | None
+    ref_model: str | PreTrainedModel | None
+    options: ScoringOptions
+
+    def __post_init__(self) -> None:
+        self.max_batch_tokens = self.options.max_batch_tokens
+
+    @property
+    def ref_kwargs(self) -> dict[str, Any]:
+        """What the reference model is loaded with: the revision is that of the teacher's repository."""
+        return {name: value for name, value in self.options.init_kwargs.items() if name != "revision"}
+
+    @cached_property
+    def local_teacher(self) -> LocalTeacher:
+        """The teacher in this process."""
+        return self._load(self.teacher, self.options.init_kwargs)
+
+    @cached_property
+    def reference(self) -> LocalTeacher:
+        """The reference model in this process."""
+        return self._load(self.ref_model, self.ref_kwargs)
+
+    def _load(self, model: str | PreTrainedModel, init_kwargs: dict[str, Any]) -> LocalTeacher:
+        # A vocabulary that is padded has ids that are no token; the student's may be padded less.
+        num_tokens = vocab_limits(self.tokenizer)[0]
+        return LocalTeacher(load_model(model, own_device(processes(), init_kwargs)), self.max_batch_tokens, num_tokens)
+
+    def check_lengths(self, tokens: np.ndarray) -> None:
+        """Holds the lengths of rows, `(rows,)`, against what the models read."""
+        if not self.is_served:
+            check_positions(tokens, positions_of(self.teacher, **hub_kwargs(self.options.init_kwargs)), "the teacher")
+        if self.ref_model is not None:
+            positions = positions_of(self.ref_model, **hub_kwargs(self.ref_kwargs))
+            check_positions(tokens, positions, "the reference model")
+
+    def settle_budget(self, output_dir: str | Path | None) -> None:
+        """Decides how many tokens a forward pass takes, which decides the last bits of scores: a run that continues
+        takes as many as the run before."""
+        if self.max_batch_tokens is not None or self.is_served:
+            return
+        state = processes()
+        known = on_main_process(state, lambda: read_pins(output_dir).get("max_batch_tokens") if output_dir else None)
+        # Nothing is loaded to learn what there is nothing to measure for.
+        measures = not isinstance(self.teacher, str) or torch.cuda.is_available()
+        self.max_batch_tokens = known or (
+            on_main_process(state, lambda: self.local_teacher.find_budget()) if measures else DEFAULT_BUDGET
+        )
+
+    def score(self, rows: Dataset, first_row: int, advance: Callable[[int], object]) -> Dataset:
+        """The rows with the columns that scoring adds; `first_row` is that of the whole table, for errors."""
+        ref = None
+        # The student first: if it cannot be scored, that shows before the teacher's time is spent.
+        if self.ref_model is not None:
+            ref = _score(self.reference, rows, first_row, 0)
+        teacher = self.teacher if self.is_served else self.local_teacher
+        scores = _score(teacher, rows, first_row, self.options.top_k, advance)
+        return _with_scores(rows, self.teacher_id, self.options.top_k, scores, ref)
+
+
+def _pins(dataset: Dataset, scorer: _Scorer) -> dict[str, Any]:
+    """All that the scores depend on."""
+    state, student_id = processes(), None
+    if scorer.ref_model is not None:
+        kwargs = hub_kwargs(scorer.ref_kwargs)
+        student_id = on_main_process(state, lambda: fingerprint_teacher(scorer.ref_model, **kwargs).id)
+    return {
+        "run": "scores",
+        "rollouts": on_main_process(state, lambda: describe(dataset)),
+        "teacher": scorer.teacher_id,
+        "top_k": scorer.options.top_k,
+        "ref_model": student_id,
+        "max_batch_tokens": scorer.max_batch_tokens,
+        "model_init_kwargs": pinned_kwargs(scorer.options.init_kwargs),
+    }
+
+
+def _recorded(dataset: Dataset, table: Dataset, teacher: dict[str, Any], output_dir: str | Path | None) -> Dataset:
+    """The table, validated, with the record of its teacher and of the students in that of the rollouts."""
+    state, columns = processes(), digest_columns(table.column_names)
     # Scores of -inf are the trainer's to accept or refuse; any floor lets them pass here.
     floored, digest = on_main_process(
         state, lambda: (validate_table(table, teacher_logprob_floor=-1.0).floored, rows_digest(table, columns))
@@ -205,13 +261,12 @@ def score_rollouts(
             f"{floored} teacher log-probabilities are -inf: the teacher gives those tokens no probability at all. The "
             "trainer accepts them only with `teacher_logprob_floor`."
         )
-    about |= {"rows": len(table), "share": 1.0, "scoring": {"top_k": top_k}}
     students = record_of(dataset).get("students")
     record = {
         **({"students": students} if students else {}),
-        "teachers": [about],
+        "teachers": [teacher | {"rows": len(table), "share": 1.0}],
         "rows": len(table),
-        "completion_tokens": int(tokens.sum()),
+        "completion_tokens": int(lengths(table)[1].sum()),
         "skipped_rows": 0,
         "columns": columns,
         "digests": [{"rows": len(table), "digest": digest}],
@@ -240,7 +295,7 @@ def _score(
 
 
 def _with_scores(
-    rows: Dataset, teacher_id: str, top_k: int, teacher: list[Scores], ref: list[Scores] | None = None
+    rows: Dataset, teacher_id: str, top_k: int, teacher: list[Scores], ref: list[Scores] | None
 ) -> Dataset:
     """The rows with the columns that scoring adds."""
     offsets = np.cumsum([0] + [len(scores.logprobs) for scores in teacher]).astype(np.int32)
@@ -259,7 +314,7 @@ def _with_scores(
     return concatenate_datasets([rows.flatten_indices() if rows._indices is not None else rows, scores], axis=1)
 
 
-def _about_served(
+def _entry_of_served(
     teacher: Teacher, dataset: Dataset, fingerprint: TeacherFingerprint | None, card: dict[str, Any] | None
 ) -> dict[str, Any]:
     """The entry of a served teacher: the one whose probes it answers, or what it is declared to be."""
@@ -281,13 +336,7 @@ def _about_served(
     return entry(fingerprint, "declared")
 
 
-def _same_tokens_as(
-    dataset: Dataset,
-    teacher_id: str,
-    tokenizer: PreTrainedTokenizerBase | None,
-    ref_model: str | PreTrainedModel | None,
-    found: dict[str, Any],
-) -> list[str]:
+def _same_tokens_as(dataset: Dataset, scorer: _Scorer) -> list[str]:
     """
     The tokenizers, other than the teacher's own, that the rows were sampled with and that mean the same by every id
     in them: the parts of their fingerprints. The student's tokenizer settles it where it can be found, else the text
@@ -296,14 +345,15 @@ def _same_tokens_as(
     Raises:
         TableError: if an id means something else.
     """
+    teacher_id, tokenizer = scorer.teacher_id, scorer.tokenizer
     samplers = [id for id in column_counts(dataset, "student_fingerprint") if id and is_id(id)]
     others = {tokenizer_part(id) for id in samplers} - {tokenizer_part(teacher_id)}
     if not others:
         return []
     students = record_of(dataset).get("students") or []
     known = {tokenizer_part(entry["id"]): of_entry[0] for entry in students if (of_entry := tokenizer_of(entry))}
-    if ref_model is not None:
-        of_ref = load_tokenizer(ref_model, **found)
+    if scorer.ref_model is not None:
+        of_ref = load_tokenizer(scorer.ref_model, **hub_kwargs(scorer.ref_kwargs))
         known[tokenizer_digest(of_ref)[:8]] = of_ref
     refusal = (
         "Score with the teacher that shares the student's tokenizer. (Added tokens that no row holds, special roles "
@@ -335,7 +385,7 @@ def _same_tokens_as(
     return sorted(settled)
 
 
-def _check_rollouts(dataset: Dataset, added: list[str]) -> None:
+def check_rollouts(dataset: Dataset, added: list[str]) -> None:
     refuse_no_dataset(dataset, "dataset")
     missing = [name for name in ("prompt_ids", "completion_ids") if name not in dataset.column_names]
     if missing:

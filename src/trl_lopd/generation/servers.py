@@ -268,7 +268,7 @@ class _Server:
         async def connected():
             # Rows wait for their slot, where no time-out runs, and not for a connection.
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-            async with httpx.AsyncClient(headers=_authorization(), timeout=self.timeout, limits=limits) as client:
+            async with httpx.AsyncClient(headers=authorization(), timeout=self.timeout, limits=limits) as client:
                 await self._prepare(client)
                 return await work(client)
 
@@ -758,7 +758,7 @@ def _api_key() -> str:
     return key
 
 
-def _authorization() -> dict[str, str]:
+def authorization() -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if (key := _api_key()) else {}
 
 

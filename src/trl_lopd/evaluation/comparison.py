@@ -1,0 +1,103 @@
+"""Several models beside one another: each evaluated on the same problems, and a table."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+
+from ..generation.options import DecodingOptions, takes
+from ..processes import processes, wait_for_everyone
+from .evaluate import evaluate_model
+
+
+@takes(DecodingOptions, temperature=0.0, top_p=1.0, batch_size=256)
+def compare_models(
+    models: dict[str, str],
+    benchmark: Dataset,
+    output_dir: str | Path,
+    *,
+    name: str = "benchmark",
+    answer_after: str = "#",
+    teacher: str | None = None,
+    held_out: dict[str, float] | None = None,
+    options: DecodingOptions,
+) -> list[dict[str, Any]]:
+    """
+    Evaluates models one after another, all processes together, and prints a table.
+
+    Args:
+        models (`dict[str, str]`):
+            Directories or Hub ids by what the table calls them.
+        benchmark ([`~datasets.Dataset`]):
+            `prompt` and `answer`, see [`load_benchmark`]; graded by [`~metrics.grade_exact`].
+        output_dir (`str` or `Path`):
+            Answers and metrics go to `evaluations` in it, in the place of earlier ones; the table to `report.json`.
+        name (`str`, *optional*, defaults to `"benchmark"`):
+            What results call the benchmark.
+        answer_after (`str`, *optional*, defaults to `"#"`):
+            The answer is what follows the last of these.
+        teacher (`str`, *optional*):
+            Teacher to measure the reverse KL divergence from, of all models but itself.
+        held_out (`dict[str, float]`, *optional*):
+            Reverse KL on held-out rows of some of the models, in nats a token, to show beside.
+        **options:
+            The fields of [`~generation.options.DecodingOptions`]; `temperature` is 0, greedy, by default.
+
+    Returns:
+        `list[dict]`: A row a model: `model`, `accuracy`, `held_out`, and with a teacher `fresh` and `fresh_se`, the
+        divergence on fresh rollouts in nats a sequence.
+    """
+    state, rows, output_dir = processes(), [], Path(output_dir)
+    for label, path in models.items():
+        directory = output_dir / "evaluations" / re.sub(r"\W+", "-", label).strip("-").lower()
+        if state.is_main_process:
+            print(f"Evaluating: {label}", flush=True)
+            shutil.rmtree(directory, ignore_errors=True)  # of another run
+        wait_for_everyone(state)
+        metrics = evaluate_model(
+            path,
+            benchmark,
+            metric="exact_answer",
+            name=name,
+            answer_after=answer_after,
+            teacher=teacher if path != teacher else None,
+            output_dir=directory,
+            **vars(options),
+        )["metrics"]
+        row = {
+            "model": label,
+            "accuracy": metrics["exact_answer"]["value"],
+            "held_out": (held_out or {}).get(label),
+        }
+        if "reverse_kl" in metrics:
+            row["fresh"], row["fresh_se"] = metrics["reverse_kl"].values()
+        rows.append(row)
+    if state.is_main_process:
+        _show(rows, len(benchmark))
+        path = output_dir / "report.json"
+        path.write_text(json.dumps(rows, indent=2))
+        print(f"The table is also in {path}")
+    return rows
+
+
+def _show(rows: list[dict[str, Any]], problems: int) -> None:
+    table = Table(
+        *("model", "greedy accuracy", "reverse KL, fresh rollouts\n(nats a sequence)"),
+        "reverse KL, held-out top-k\n(nats a token)",
+        title=f"{problems} held-out prompts",
+    )
+    for row in rows:
+        table.add_row(
+            row["model"],
+            f"{row['accuracy']:.3f}",
+            f"{row['fresh']:.2f} ± {row['fresh_se']:.2f}" if "fresh" in row else "–",
+            f"{row['held_out']:.4f}" if row["held_out"] is not None else "–",
+        )
+    Console(width=100).print(table)
