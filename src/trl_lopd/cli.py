@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError
@@ -167,6 +168,8 @@ def _train(options: list[str]) -> int:
 
     try:
         train(options)
+    except CalledProcessError as error:  # the script has said why
+        return error.returncode
     except (OSError, ValueError) as error:
         print(f"trl-lopd: {error}", file=sys.stderr)
         return 2

@@ -62,16 +62,20 @@ def _script() -> ModuleType:
 
 
 def _with_config_file(flags: list[str]) -> list[str]:
-    """Flags of `accelerate launch`, with the file of a configuration in the place of its name."""
-    if "--accelerate_config" not in flags:
-        return flags
-    at = flags.index("--accelerate_config")
-    name = flags[at + 1] if at + 1 < len(flags) else ""
-    path = Path(name) if Path(name).is_file() else CONFIGS / f"{name}.yaml"
-    if not path.is_file():
+    """Flags of `accelerate launch`, with the file of a configuration in the place of its name; the last one counts."""
+    name, others, words = None, [], iter(flags)
+    for word in words:
+        if word == "--accelerate_config":
+            name = next(words, "")
+        else:
+            others.append(word)
+    if name is None:
+        return others
+    file = Path(name) if Path(name).is_file() else CONFIGS / f"{name}.yaml"
+    if not file.is_file():
         names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
         raise ValueError(f"`--accelerate_config` is a file, or one of {names}; got {name!r}.")
-    return ["--config_file", str(path), *flags[:at], *flags[at + 2 :]]
+    return ["--config_file", str(file), *others]
 
 
 def _without(arguments: list[str], taken: list[str]) -> list[str]:

@@ -88,8 +88,7 @@ def test_flags_come_before_the_file_and_dictionaries_are_yaml(tmp_path):
         (["score", "--teacher_card", "x", "--teacher", "y"], "is for a teacher on a server"),
         (["score", "--teacher", "y"], "prompts.jsonl is no table"),
         (["score", "--teacher", "y", "--dataset_name", "./nothere"], "./nothere is not there"),
-        (["score", "--teacher_server", "tgi"], '`teacher_server` is "vllm" or "sglang"'),
-        (["score"], "Who scores"),
+        (["rollout", "--model_name_or_path", "http://127.0.0.1:9"], "/v1/models does not say what is served there"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(tmp_path, chat_models, capsys, flags, words):
@@ -198,7 +197,7 @@ def test_a_served_teacher_is_declared_or_answers_the_student_s_card(tmp_path, te
         flags = ["--dataset_name", str(tmp_path / "rollouts.parquet"), "--teacher", server.url, "--top_k", "2"]
         assert cli.main(["score", *flags, "--output_dir", str(tmp_path / "a")]) == 2
         assert "Nothing says which teacher" in capsys.readouterr().err
-        declared = ["--teacher", str(teacher_dir)]
+        declared = ["--fingerprint", str(teacher_dir)]
         assert cli.main(["score", *flags, *declared, "--output_dir", str(tmp_path / "a")]) == 0
     assert load_table(tmp_path / "a", split="train")["teacher_fingerprint"][0].endswith("#declared")
 

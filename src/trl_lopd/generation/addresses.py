@@ -62,8 +62,8 @@ def create_client(kind: type, address: str, kwargs: dict[str, Any] | None) -> VL
 def _served(client: VLLMServer) -> list[dict[str, Any]]:
     url = f"{client.base_url}/v1/models"
     try:
-        response = httpx.get(url, headers=authorization(), timeout=30, transport=httpx.HTTPTransport(retries=3))
-        response.raise_for_status()
+        with httpx.Client(transport=httpx.HTTPTransport(retries=3), headers=authorization(), timeout=30) as http:
+            response = http.get(url).raise_for_status()
         served = response.json()["data"]
         if not served or not all(isinstance(entry, dict) and entry.get("id") for entry in served):
             raise ValueError("it serves nothing")
