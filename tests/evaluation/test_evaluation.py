@@ -227,7 +227,9 @@ def test_finished_it_is_graded_again_without_a_model(tmp_path, flags, whole, mon
     directory = Path(shutil.copytree(whole, tmp_path / "copy"))
     before, flags = files(directory), [*flags, "--output_dir", str(directory)]
     for module in ("rollouts", "scoring"):
-        monkeypatch.setattr(f"trl_lopd.generation.{module}.load_model", lambda *args: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(
+            f"trl_lopd.generation.{module}.load_model", lambda *args: pytest.fail("a model was loaded")
+        )
     (directory / "metrics.json").unlink()
     assert cli.main(flags) == 0 and files(directory) == before
     # Another marker needs no other answers; another temperature does.

@@ -15,7 +15,7 @@ from conftest import make_trainer
 from trl_lopd.commands import RolloutArguments, ScoreArguments
 from trl_lopd.identity.cards import attach_record, record_of
 from trl_lopd.training.monitoring.drift import MIN_ESS, has_left
-from trl_lopd.training.objective import sequence_totals, summarize
+from trl_lopd.training.objective import TokenValues, sequence_totals, summarize
 
 
 def metrics_of(log_weights, windows=3):
@@ -24,10 +24,8 @@ def metrics_of(log_weights, windows=3):
     for part in np.array_split(log_weights, windows):
         ref = torch.zeros(len(part))
         logprobs = torch.tensor(part, dtype=torch.float32)
-        totals = sequence_totals(
-            logprobs, ref, torch.arange(len(part)) // 5, -(-len(part) // 5),
-            per_token_loss=ref, entropy=ref, is_top1=ref, ref_logprobs=ref,
-        )  # fmt: skip
+        tokens = TokenValues(logprobs, ref, per_token_loss=ref, entropy=ref, is_top1=ref, ref_logprobs=ref)
+        totals = sequence_totals(tokens, torch.arange(len(part)) // 5, -(-len(part) // 5))
         for name, values in totals.items():
             value = values.amax(0) if name.endswith("max") else values.sum(0)
             value = value.double().numpy() if value.ndim else value.item()

@@ -13,7 +13,7 @@ from trl_lopd import logits
 from trl_lopd.logits import score_tokens
 from trl_lopd.training import head
 from trl_lopd.training.head import Targets, add_distillation_head
-from trl_lopd.training.objective import reverse_kl_topk, sampled_loss, teacher_support
+from trl_lopd.training.objective import divergence_topk, sampled_loss, teacher_support
 
 SMALL = {
     "vocab_size": VOCAB,
@@ -57,7 +57,7 @@ def batch():
     return {"input_ids": ids, "attention_mask": attention_mask}, trained, teacher
 
 
-def make_targets(inputs, trained, teacher, k, loss_type="topk"):
+def make_targets(inputs, trained, teacher, k, loss_type="topk", beta=1.0):
     labels, teacher = inputs["input_ids"][trained], teacher[trained]
     top = teacher.topk(k, -1)
     sampled = teacher.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
@@ -65,7 +65,7 @@ def make_targets(inputs, trained, teacher, k, loss_type="topk"):
 
     def loss(logprobs, tail, rows):
         if loss_type == "topk":
-            return reverse_kl_topk(logprobs, tail, support[rows], distinct[rows])
+            return divergence_topk(logprobs, tail, support[rows], distinct[rows], beta)
         return sampled_loss(logprobs[:, -1], sampled[rows])
 
     weights = torch.linspace(0.5, 2, len(labels))
@@ -81,14 +81,18 @@ def plain(model, inputs, targets):
     return per_token @ targets.weights, per_token, support, tail, full
 
 
-@pytest.mark.parametrize(("loss_type", "k"), [("topk", 4), ("sampled", 4), ("sampled", 0)])
+CASES = [(architecture, "topk", 4, 1.0) for architecture in ARCHITECTURES]
+CASES += [("gemma2", "topk", 4, beta) for beta in (0.0, 0.1, 0.5, 0.9)]
+CASES += [("cohere", "sampled", k, 1.0) for k in (4, 0)]
+
+
 @pytest.mark.parametrize("chunk", [1000, 3])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_loss_and_gradient_equal_those_of_full_logits(monkeypatch, batch, architecture, chunk, loss_type, k):
+@pytest.mark.parametrize(("architecture", "loss_type", "k", "beta"), CASES)
+def test_loss_and_gradient_equal_those_of_full_logits(monkeypatch, batch, architecture, chunk, loss_type, k, beta):
     monkeypatch.setattr(logits, "CHUNK_LOGITS", dict.fromkeys(logits.CHUNK_LOGITS, chunk * VOCAB))
     inputs, trained, teacher = batch
     model = build(architecture)
-    targets = make_targets(inputs, trained, teacher, k, loss_type)
+    targets = make_targets(inputs, trained, teacher, k, loss_type, beta)
     expected, per_token, support, tail, full = plain(model, inputs, targets)
     (3 * expected).backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}

@@ -10,7 +10,9 @@ import torch
 from torch.nn.functional import log_softmax
 
 from trl_lopd.training.objective import (
+    TokenValues,
     advantage,
+    divergence_topk,
     huber,
     mean_loss,
     reverse_kl_topk,
@@ -138,6 +140,75 @@ def test_topk_is_the_coarsened_reverse_kl(case, k):
         torch.testing.assert_close(ours, whole, atol=1e-5, rtol=1e-5)
 
 
+def coarsened_divergence(student, teacher, ids, beta):
+    """The generalised JSD of one state over the distinct support and the tail, written out, in float64."""
+    support = sorted(set(ids.tolist()))
+    rest = [v for v in range(VOCAB) if v not in support]
+    buckets = [[v] for v in support] + ([rest] if rest else [])
+    p, q = (torch.stack([x[bucket].sum() for bucket in buckets]) for x in (student.exp(), teacher.exp()))
+    if beta in (0, 1):
+        return (q * (q / p).log()).sum() if beta == 0 else (p * (p / q).log()).sum()
+    mixture = beta * q + (1 - beta) * p
+    return beta * (q * (q / mixture).log()).sum() + (1 - beta) * (p * (p / mixture).log()).sum()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("k", [1, 4, VOCAB])
+def test_divergence_and_gradient_are_those_of_full_logits(case, k, beta):
+    logits, teacher, sampled, _ = case
+    x = logits.clone().requires_grad_()
+    ours = divergence_topk(*(support := support_of(x, teacher, sampled, k))[:4], beta)
+    (grad,) = torch.autograd.grad(ours.sum(), x)
+    y = logits.double().requires_grad_()
+    states = (z.flatten(0, 1) for z in (log_softmax(y, -1), teacher.double(), support[4]))
+    expected = torch.stack([coarsened_divergence(*state, beta) for state in zip(*states, strict=True)])
+    (expected_grad,) = torch.autograd.grad(expected.sum(), y)
+    # The teacher's tail is 1 - sum of float32 numbers: 1e-7 of the whole, of which it may be a thousandth.
+    torch.testing.assert_close(ours.double().flatten(), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(grad.double(), expected_grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_divergence_over_the_vocabulary_is_trl_s(case, beta):
+    """Identity matrices as heads make hidden states of logits."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    logits, teacher, sampled, _ = case
+    x, eye = logits.flatten(0, 1).clone().requires_grad_(), torch.eye(VOCAB)
+    theirs, _ = ChunkedDivergenceFunction.apply(x, eye, None, teacher.flatten(0, 1), eye, None, beta)
+    (their_grad,) = torch.autograd.grad(theirs.sum(), x)
+    ours = divergence_topk(*support_of(x, teacher.flatten(0, 1), sampled.flatten(), VOCAB)[:4], beta)
+    (grad,) = torch.autograd.grad(ours.sum(), x)
+    torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(grad, their_grad, atol=2e-6, rtol=1e-5)
+
+
+def test_small_and_large_beta_approach_the_divergences_at_the_ends(case):
+    """Near its ends the generalised JSD vanishes as beta or 1 - beta does: divided by it, it is one of the two."""
+    logits, teacher, sampled, _ = case
+    support = support_of(logits.double(), teacher.double(), sampled, 4)[:4]
+    for beta, end, share in ((1e-8, 0.0, 1e-8), (1 - 1e-8, 1.0, 1e-8)):
+        torch.testing.assert_close(
+            divergence_topk(*support, beta) / share, divergence_topk(*support, end), atol=1e-5, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("student_tail", "teacher_covered"),
+    [(-math.inf, 0.0), (-math.inf, -0.5), (-1e-6, -30.0), (-60.0, 0.0), (-3.0, 0.0), (-60.0, -1e-3), (-1e-6, -1e-6)],
+)
+def test_divergence_is_finite_where_the_tail_is_empty_or_everything(student_tail, teacher_covered, beta):
+    tail = torch.tensor([student_tail], requires_grad=True)
+    covered = math.log(-math.expm1(student_tail)) if student_tail < 0 else -math.inf
+    support = torch.tensor([[covered, -50.0]], requires_grad=True)
+    teacher = torch.tensor([[teacher_covered, -50.0]])
+    loss = divergence_topk(support, tail, teacher, torch.ones(1, 2, dtype=torch.bool), beta)
+    grads = torch.autograd.grad(loss.sum(), (support, tail))
+    assert torch.isfinite(loss).all() and all(torch.isfinite(g).all() for g in grads)
+    assert loss.item() >= -1e-6 or student_tail == -math.inf
+
+
 @pytest.mark.parametrize("k", [1, 4, VOCAB])
 def test_topk_gradient_is_the_closed_form(case, k):
     """METHOD section 2: the gradient with respect to logit z_v is p_v * (a_b(v) - L)."""
@@ -151,21 +222,6 @@ def test_topk_gradient_is_the_closed_form(case, k):
     a = a_tail.unsqueeze(-1).expand_as(p).scatter(-1, ids, student - teacher_logprobs).detach()
     a = torch.where(p.new_ones(p.shape).scatter(-1, ids, 0.0).bool() & (k == VOCAB), 0.0, a)
     torch.testing.assert_close(grad, p * (a - loss.detach().unsqueeze(-1)), atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("student_tail", "teacher_covered"),
-    [(-math.inf, 0.0), (-math.inf, -0.5), (-1e-6, -30.0), (-60.0, 0.0), (-3.0, 0.0), (-60.0, -1e-3), (-1e-6, -1e-6)],
-)
-def test_topk_is_finite_where_the_tail_is_empty_or_everything(student_tail, teacher_covered):
-    tail = torch.tensor([[student_tail]], requires_grad=True)
-    covered = math.log(-math.expm1(student_tail)) if student_tail < 0 else -math.inf
-    support = torch.tensor([[[covered, -50.0]]], requires_grad=True)
-    teacher = torch.tensor([[[teacher_covered, -50.0]]])
-    loss = reverse_kl_topk(support, tail, teacher, torch.ones(1, 1, 2, dtype=torch.bool))
-    grads = torch.autograd.grad(loss.sum(), (support, tail))
-    assert torch.isfinite(loss).all() and all(torch.isfinite(g).all() for g in grads)
-    assert loss.item() >= -1e-6
 
 
 def test_topk_stays_a_divergence_when_float16_makes_the_teacher_exceed_one(case):
@@ -239,17 +295,19 @@ def test_metrics_are_token_weighted_means_of_their_definitions(case):
         )
         totals.append(
             sequence_totals(
-                logprobs_,
-                teacher_,
+                TokenValues(
+                    logprobs=logprobs_,
+                    teacher_logprobs=teacher_,
+                    per_token_loss=per_token_,
+                    entropy=entropy_,
+                    is_top1=top1_,
+                    ref_logprobs=ref_,
+                    reverse_kl=kl_,
+                    top1_agreement=agree_,
+                ),
                 sequences,
                 count,
-                per_token_loss=per_token_,
-                entropy=entropy_,
-                is_top1=top1_,
                 advantage_clip=3.0,
-                ref_logprobs=ref_,
-                reverse_kl=kl_,
-                top1_agreement=agree_,
             )
         )
     totals = [

@@ -59,6 +59,7 @@ def describe_round(trainer: Trainer) -> dict[str, Any]:
     record = {
         "student": student.fingerprint or Path(get_config_model_id(trainer.model.config)).name,
         "objective": trainer.loss_type,
+        **({"beta": trainer.args.beta} if trainer.loss_type == "topk" and trainer.args.beta != 1.0 else {}),
         "teacher_consistency": "off" if mode == "off" else verdict.evidence or f"overridden ({mode})",
         "rows": sum(teachers.values()),
         "teachers": count_teachers(teachers),

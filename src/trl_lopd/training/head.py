@@ -114,7 +114,8 @@ class TokenLoss(torch.autograd.Function):
                 entropy[rows] = log_z - torch.linalg.vecdot(exp, z) / total
                 support[rows] = z.gather(-1, ids[rows]) - log_z.unsqueeze(-1)
                 exp.scatter_(-1, ids[rows], 0.0)
-                tail[rows] = exp.sum(-1).log() - total.log()
+                off = exp.sum(-1)
+                tail[rows] = off.log() - total.log()
                 if not with_grad:
                     per_token[rows] = targets.loss(support[rows], tail[rows], rows)
                     continue
@@ -127,9 +128,10 @@ class TokenLoss(torch.autograd.Function):
                 per_token[rows] = losses.detach()
                 g_all = g.sum(-1) + g_tail
                 # A tail with no mass has no logits to move, and 0 * inf would be NaN.
-                off_support = torch.where(tail[rows] > -80, g_tail * torch.exp(-tail[rows].clamp(min=-80)), 0.0)
+                has_mass = off >= torch.finfo(torch.float32).tiny
+                off_support = torch.where(has_mass, g_tail / torch.where(has_mass, off, 1.0), 0.0)
                 on_support = g - torch.where(targets.distinct[rows], support[rows].exp() * g_all.unsqueeze(-1), 0.0)
-                grad = exp.mul_(((off_support - g_all) / total).unsqueeze(-1))
+                grad = exp.mul_((off_support - g_all / total).unsqueeze(-1))
                 grad.scatter_add_(-1, ids[rows], on_support)
                 grad = transform.backward(grad, z)
                 if needs_bias:

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from .config import OfflineOPDConfig
 from .head import Targets, TokenOutput
-from .objective import reverse_kl_topk, sampled_loss, sequence_totals, teacher_support, token_weights
+from .objective import (
+    TokenValues,
+    divergence_topk,
+    reverse_kl_topk,
+    sampled_loss,
+    sequence_totals,
+    teacher_support,
+    token_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class Objective:
 
         def loss(logprobs: Tensor, tail: Tensor, tokens: slice) -> Tensor:
             if self.loss_type == "topk":
-                return reverse_kl_topk(logprobs, tail, support[tokens], distinct[tokens])
+                return divergence_topk(logprobs, tail, support[tokens], distinct[tokens], self.args.beta)
             return sampled_loss(
                 logprobs[:, -1],
                 teacher[tokens],
@@ -74,18 +82,16 @@ class Objective:
                 kl = reverse_kl_topk(out.support_logprobs, out.tail_logprobs, support, distinct)
                 teacher_top1 = topk_ids.gather(-1, topk_logprobs.argmax(-1, keepdim=True)).squeeze(-1)
                 agreement = out.top1_ids == teacher_top1
-            totals = sequence_totals(
-                out.support_logprobs[:, -1],
-                teacher,
-                sequences,
-                num_sequences,
+            tokens = TokenValues(
+                logprobs=out.support_logprobs[:, -1],
+                teacher_logprobs=teacher,
                 per_token_loss=out.per_token,
                 entropy=out.entropy,
                 is_top1=out.top1_ids == labels,
-                advantage_clip=self.args.advantage_clip,
                 ref_logprobs=ref,
                 reverse_kl=kl,
                 top1_agreement=agreement,
             )
+            totals = sequence_totals(tokens, sequences, num_sequences, self.args.advantage_clip)
             totals["truncated"] = batch["truncated"].float()
         return out, totals

@@ -8,14 +8,15 @@ Two objectives, each returned as a loss a token whose value is the true one and 
 
 - *sampled* (Lightning OPD, arXiv 2604.13010): ascend `A * grad log pi(a|s)` with the constant advantage
   `A = clip(log pi_T(a|s) - log pi(a|s), -tau, tau)`. That is gradient descent on the Huber loss of the log-ratio.
-- *topk*: the reverse KL divergence from the teacher, both distributions coarsened to the teacher's stored top-k
-  tokens, the sampled token, and one bucket for all other tokens. It is a lower bound of the full reverse KL, exact
-  where the support is the vocabulary.
+- *topk*: a generalised Jensen-Shannon divergence from the teacher, `beta` as in TRL (0 is the forward KL divergence, 1
+  the reverse). Both distributions are coarsened to the teacher's stored top-k tokens, the sampled token, and one bucket
+  for all other tokens. It is a lower bound of the full divergence, exact where the support is the vocabulary.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -97,10 +98,14 @@ def teacher_support(
     return ids, logprobs, distinct
 
 
-def reverse_kl_topk(
-    support_logprobs: Tensor, tail_logprobs: Tensor, teacher_logprobs: Tensor, distinct: Tensor
+def divergence_topk(
+    support_logprobs: Tensor, tail_logprobs: Tensor, teacher_logprobs: Tensor, distinct: Tensor, beta: float = 1.0
 ) -> Tensor:
-    """Reverse KL divergence a token between the coarsened distributions, `(n,)`, in nats, never negative.
+    """Generalised Jensen-Shannon divergence a token between the coarsened distributions, `(n,)`, in nats.
+
+    With the mixture `M = beta * teacher + (1 - beta) * student`, it is `beta * KL(teacher || M) + (1 - beta) *
+    KL(student || M)` for `0 < beta < 1`, `KL(teacher || student)` for 0 and `KL(student || teacher)` for 1: TRL's
+    `DistillationConfig.beta`. It is never negative, but for rounding.
 
     The teacher's tail is what its stored log-probabilities leave of 1. Float16 rounding can make them sum to more; its
     buckets are then renormalised, so that the value stays a divergence. A tail in which the student has no mass
@@ -112,19 +117,31 @@ def reverse_kl_topk(
             none, differentiable.
         teacher_logprobs: teacher on the same support, `(n, support)`, finite.
         distinct: false on repeated entries of the support, which count once.
+        beta: between 0 and 1.
     """
     teacher = teacher_logprobs.masked_fill(~distinct, -math.inf)
     log_covered = teacher.logsumexp(-1)
     teacher_tail = (-torch.expm1(log_covered)).clamp(min=_TAIL_FLOOR).log()
     log_total = torch.logaddexp(log_covered, teacher_tail)
 
-    log_ratio = (support_logprobs - teacher + log_total.unsqueeze(-1)).masked_fill(~distinct, 0.0)
-    divergence = (support_logprobs.exp() * log_ratio).sum(-1)
+    # Buckets that do not count are filled before exp: a masked infinity would still turn the gradient into NaN.
+    empty = ~torch.cat([distinct, (tail_logprobs > -math.inf).unsqueeze(-1)], dim=-1)
+    s = torch.cat([support_logprobs, tail_logprobs.unsqueeze(-1)], dim=-1).masked_fill(empty, 0.0)
+    t = torch.cat([teacher, teacher_tail.unsqueeze(-1)], dim=-1) - log_total.unsqueeze(-1)
+    t = t.masked_fill(empty, 0.0)
+    if beta == 1.0:
+        return (s.exp() * (s - t)).sum(-1)
+    if beta == 0.0:
+        return (t.exp() * (t - s)).sum(-1)
+    mixture = torch.logaddexp(s + math.log1p(-beta), t + math.log(beta))
+    return (beta * t.exp() * (t - mixture) + (1 - beta) * s.exp() * (s - mixture)).sum(-1)
 
-    # Filled before exp as well as after: a masked infinity would still turn the gradient into NaN.
-    empty = tail_logprobs == -math.inf
-    tail = tail_logprobs.masked_fill(empty, 0.0)
-    return divergence + (tail.exp() * (tail - teacher_tail + log_total)).masked_fill(empty, 0.0)
+
+def reverse_kl_topk(
+    support_logprobs: Tensor, tail_logprobs: Tensor, teacher_logprobs: Tensor, distinct: Tensor
+) -> Tensor:
+    """Reverse KL divergence a token between the coarsened distributions: [`divergence_topk`] with `beta=1`."""
+    return divergence_topk(support_logprobs, tail_logprobs, teacher_logprobs, distinct, beta=1.0)
 
 
 def token_weights(sequences: Tensor, num_sequences: int, aggregation: str, num_items: Tensor | int) -> Tensor:
@@ -144,45 +161,59 @@ def token_weights(sequences: Tensor, num_sequences: int, aggregation: str, num_i
     return weights / num_items
 
 
+@dataclass(frozen=True)
+class TokenValues:
+    """What is known of each trained token, `(n,)` each, without gradient.
+
+    Attributes:
+        logprobs, teacher_logprobs: of the sampled token, nats.
+        per_token_loss: the objective.
+        entropy: of the student, nats.
+        is_top1: bool, whether the sampled token is the student's most likely.
+        ref_logprobs: of the sampled token, under the policy that sampled it.
+        reverse_kl: [`reverse_kl_topk`].
+        top1_agreement: bool, whether the student's most likely token is the teacher's.
+    """
+
+    logprobs: Tensor
+    teacher_logprobs: Tensor
+    per_token_loss: Tensor
+    entropy: Tensor
+    is_top1: Tensor
+    ref_logprobs: Tensor | None = None
+    reverse_kl: Tensor | None = None
+    top1_agreement: Tensor | None = None
+
+
 def sequence_totals(
-    logprobs: Tensor,
-    teacher_logprobs: Tensor,
-    sequences: Tensor,
-    num_sequences: int,
-    *,
-    per_token_loss: Tensor,
-    entropy: Tensor,
-    is_top1: Tensor,
-    advantage_clip: float = 10.0,
-    ref_logprobs: Tensor | None = None,
-    reverse_kl: Tensor | None = None,
-    top1_agreement: Tensor | None = None,
+    tokens: TokenValues, sequences: Tensor, num_sequences: int, advantage_clip: float = 10.0
 ) -> dict[str, Tensor]:
     """Everything [`summarize`] needs, added up over each sequence's trained tokens: each value is `(s,)`, counts of
     importance weights on a grid, `weight_counts`, `(s, points)`.
 
     Totals of batches, windows and processes combine by addition (keys that end in `max` by maximum), so any average
-    made of them is weighted by tokens. All inputs `(n,)`, without gradient; `reverse_kl` is [`reverse_kl_topk`].
+    made of them is weighted by tokens. `sequences` is `(n,)`.
     """
+    logprobs, teacher_logprobs, ref_logprobs = tokens.logprobs, tokens.teacher_logprobs, tokens.ref_logprobs
     log_ratio = teacher_logprobs - logprobs
     a = advantage(logprobs, teacher_logprobs, advantage_clip)
     bounded = log_ratio.clamp(max=_MAX_LOG_RATIO)
     values = {
         "tokens": torch.ones_like(logprobs),
-        "loss": per_token_loss,
+        "loss": tokens.per_token_loss,
         "huber": huber(logprobs, teacher_logprobs, advantage_clip),
         "advantage": a,
         "advantage_sq": a * a,
         "advantage_clipped": log_ratio.abs() > advantage_clip,
         "frozen_log_ratio": -log_ratio,
         "k3": bounded.exp() - 1 - bounded,
-        "entropy": entropy,
-        "mean_token_accuracy": is_top1,
+        "entropy": tokens.entropy,
+        "mean_token_accuracy": tokens.is_top1,
     }
-    if reverse_kl is not None:
-        values["reverse_kl_topk"] = reverse_kl
-    if top1_agreement is not None:
-        values["top1_agreement"] = top1_agreement
+    if tokens.reverse_kl is not None:
+        values["reverse_kl_topk"] = tokens.reverse_kl
+    if tokens.top1_agreement is not None:
+        values["top1_agreement"] = tokens.top1_agreement
     if ref_logprobs is not None:
         # Weights less 1: near 1, what rounding leaves of a small spread would be lost in their squares.
         change = (logprobs - ref_logprobs).clamp(max=_MAX_LOG_RATIO).expm1()

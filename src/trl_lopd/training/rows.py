@@ -261,6 +261,11 @@ def resolve_loss_type(args: OfflineOPDConfig, columns: Iterable[str], required: 
             "`loss_type='topk'` needs the columns `teacher_topk_ids` and `teacher_topk_logprobs` in the training and "
             "the evaluation rows. Score them with `score_rollouts(..., top_k=8)`, or set `loss_type='sampled'`."
         )
+    if args.beta != 1.0 and loss_type == "sampled":
+        raise ValueError(
+            f"`beta={args.beta}` chooses the divergence of `loss_type='topk'`, but the table has no top-k columns. "
+            "Score it with `score_rollouts(..., top_k=8)`, or leave `beta` unset."
+        )
     if args.ratio_clip is not None and loss_type == "topk":
         raise ValueError(
             "`ratio_clip` is a trust region of the sampled objective, but the table's top-k columns select "

@@ -85,6 +85,6 @@ def remedy(output_dir: str, teachers: Iterable[str], known: Iterable[Mapping[str
         f"Below {MIN_ESS:.0%} nothing bounds the bias of the gradient any more: the student has left its rollouts. "
         f"Save it, let it answer PROMPTS afresh, and train on from there{where}:\n"
         f"trl-lopd rollout --model_name_or_path {output_dir} --dataset_name PROMPTS --output_dir {output_dir}/rollouts"
-        f" && trl-lopd score --dataset_name {output_dir}/rollouts --teacher_name_or_path {teacher}"
+        f" && trl-lopd score --dataset_name {output_dir}/rollouts --teacher {teacher}"
         f" --output_dir {output_dir}/table"
     )
