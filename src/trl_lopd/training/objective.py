@@ -9,7 +9,7 @@ Two objectives, each returned as a loss a token whose value is the true one and 
 - *sampled* (Lightning OPD, arXiv 2604.13010): ascend `A * grad log pi(a|s)` with the constant advantage
   `A = clip(log pi_T(a|s) - log pi(a|s), -tau, tau)`. That is gradient descent on the Huber loss of the log-ratio.
 - *topk*: a generalised Jensen-Shannon divergence from the teacher, `beta` as in TRL (0 is the forward KL divergence, 1
-  the reverse). Both distributions are coarsened to the teacher's stored top-k tokens, the sampled token, and one bucket
+  the reverse). Both distributions are coarsened to the teacher's stored top-k tokens, the sampled token, and a bucket
   for all other tokens. It is a lower bound of the full divergence, exact where the support is the vocabulary.
 """
 
