@@ -7,10 +7,13 @@ it is relied on.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import extract_model_from_parallel
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,21 +65,36 @@ class OwnLogprobs(NamedTuple):
 @torch.no_grad()
 def own_logprobs(model: nn.Module, row: TrialRow, device: torch.device) -> OwnLogprobs:
     """`log_softmax(model(row).logits)` in float32, of the model as it is: wrappers and adapters included."""
-    logits = model(input_ids=torch.from_numpy(row.ids)[None].to(device)).logits
+    with _dtypes_of_logits(model) as dtypes:
+        logits = model(input_ids=torch.from_numpy(row.ids)[None].to(device)).logits
     # Prompt tuning puts virtual tokens before the row.
     logits = logits[0, -len(row.ids) :][-row.completion_length - 1 : -1].float()
     ids = torch.from_numpy(row.ids[-row.completion_length :, None]).to(logits.device)
     logprobs = logits.log_softmax(-1).gather(-1, ids).squeeze(-1)
     # A masked token has the lowest logit that there is, which nothing is relative to.
     largest = logits[logits > -1e4].abs().max().item() if (logits > -1e4).any() else 0.0
-    return OwnLogprobs(logprobs.cpu().numpy(), _rounding(model, device) * max(1.0, largest))
+    return OwnLogprobs(logprobs.cpu().numpy(), _rounding(model, dtypes) * max(1.0, largest))
 
 
-def _rounding(model: nn.Module, device: torch.device) -> float:
-    """Relative rounding of a model's computations: that of its coarsest dtype."""
-    dtypes = {parameter.dtype for parameter in model.parameters()}
-    if torch.is_autocast_enabled(device.type):
-        dtypes.add(torch.get_autocast_dtype(device.type))
+@contextmanager
+def _dtypes_of_logits(model: nn.Module) -> Iterator[set[torch.dtype]]:
+    """Collects the dtypes in which the LM head computes logits: accelerate puts mixed precision inside the forward and
+    casts its outputs back to float32, so that neither parameters nor outputs show it."""
+    dtypes: set[torch.dtype] = set()
+    head = extract_model_from_parallel(model).get_output_embeddings()
+    hook = None
+    if isinstance(head, torch.nn.Module):
+        hook = head.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
+    try:
+        yield dtypes
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+def _rounding(model: nn.Module, dtypes: set[torch.dtype]) -> float:
+    """Relative rounding of a model's computations: that of the coarsest dtype of its parameters and its logits."""
+    dtypes = dtypes | {parameter.dtype for parameter in model.parameters()}
     # Quantized weights are computed with in bfloat16 or float16.
     dtypes = {dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.bfloat16 for dtype in dtypes}
     # A sum of thousands of float32 products is rounded more often than once.

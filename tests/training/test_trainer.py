@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +20,12 @@ from trl_lopd import (
     TeacherConsistencyError,
     collect_rollouts,
     fingerprint_teacher,
+    load_table,
     read_model_card,
     score_rollouts,
 )
+
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 
 
 def plain_losses(model, row, loss_type, clip=10.0):
@@ -536,3 +540,11 @@ def test_config_survives_json(tmp_path):
     assert (defaults.learning_rate, defaults.lr_scheduler_type, defaults.max_completion_length) == (
         2e-6, "constant", 4096,
     )  # fmt: skip
+
+
+def test_mixed_precision_is_not_taken_for_a_model_with_other_logits(tmp_path):
+    """Hidden states of 96 numbers in bfloat16: a padded batch rounds otherwise than a row alone."""
+    table = load_table(QUICKSTART / "table")["train"].select(range(8))
+    trainer = make_trainer(tmp_path, QUICKSTART / "student", table, bf16=True, max_steps=1)
+    trainer.train()
+    assert trainer.state.global_step == 1
