@@ -7,10 +7,11 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -334,15 +335,16 @@ def stub_server(
     *replicas,
     faults: Iterable[Callable] = (),
     names: tuple[str, ...] = ("served",),
+    roots: Mapping[str, str] = MappingProxyType({}),
     texts: list[str] | None = None,
     **options,
 ):
     """
     A server of `kind` "vllm" or "sglang" whose requests go to `replicas` in turn.
 
-    `faults` are what happens to successive requests, honest answers when they run out; `names` are the served models;
-    `texts` the tokenizer's text of each token; `options` those of `answer_vllm_sample`. Ids beyond `texts` are
-    refused.
+    `faults` are what happens to successive requests, honest answers when they run out; `names` are the served models
+    and `roots` what they were loaded from; `texts` the tokenizer's text of each token; `options` those of
+    `answer_vllm_sample`. Ids beyond `texts` are refused.
     """
     if texts is None:
         texts = [make_tokenizer().decode([token]) for token in range(len(make_tokenizer()))]
@@ -371,7 +373,8 @@ def stub_server(
             self.wfile.write(data)
 
         def do_GET(self):
-            models = {"data": [{"id": name} for name in names]}
+            # Both also say what the model was loaded from: a directory or Hub id, whatever name it is served under.
+            models = {"data": [{"id": name, "root": roots.get(name, name), "owned_by": kind} for name in names]}
             self.reply(200, json.dumps(models if self.path == "/v1/models" else {}))
 
         def do_POST(self):
