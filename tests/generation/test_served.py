@@ -12,8 +12,6 @@ import socket
 import threading
 import time
 import traceback
-from datetime import datetime, timedelta, timezone
-from email.utils import format_datetime
 
 import numpy as np
 import pytest
@@ -245,14 +243,15 @@ NO_ANSWERS = {
     "cut off": (servers.cut_off, "no answer .RemoteProtocolError"),
 }
 FAULTS = BAD_ANSWERS | NO_ANSWERS
+# What fails before there is an answer is no matter of its format.
+CASES = [(kind, name) for kind in TEACHERS for name in BAD_ANSWERS] + [("vllm", name) for name in NO_ANSWERS]
 
 
 def teacher_of(kind, server, **options):
     return TEACHERS[kind](server.url, timeout=0.3, **options)
 
 
-@both
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(("kind", "name"), CASES)
 def test_a_fault_that_passes(model, kind, name):
     sequence, expected = np.arange(3, 12), next(plain(model, [np.arange(3, 12)], [4], 2))
     with stub_server(kind, model, faults=[FAULTS[name][0]] * 2) as server:
@@ -262,8 +261,7 @@ def test_a_fault_that_passes(model, kind, name):
         np.testing.assert_array_equal(array, other)
 
 
-@both
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(("kind", "name"), CASES)
 def test_a_fault_that_stays(model, kind, name):
     fault, message = FAULTS[name]
     with stub_server(kind, model, faults=[honest, *[fault] * 9]) as server:
@@ -292,18 +290,14 @@ def test_refusals_say_what_to_do(model, kind, code, remedy):
         assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("form", ["seconds", "date"])
-def test_retry_after_is_honoured(model, form):
-    when = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=2), usegmt=True)
-    fault = status(429, Retry_After="1" if form == "seconds" else when)
-    with stub_server("vllm", model, faults=[fault]) as server:
+def test_retry_after_is_honoured(model):
+    with stub_server("vllm", model, faults=[status(429, Retry_After="1")]) as server:
         start = time.monotonic()
         VLLMServer(server.url, model="served").score([np.arange(3, 12)], [4], 1)
-    # A date has whole seconds.
     assert 0.9 < time.monotonic() - start < 4
 
 
-@pytest.mark.parametrize("value", ["", "soon", "-3", "nan", "Wed, 99 Foo 2020", "Wed, 21 Oct 2015 07:28:00 GMT"])
+@pytest.mark.parametrize("value", ["", "soon", "-3", "nan", "Wed, 21 Oct 2015 07:28:00 GMT"])
 def test_retry_after_that_says_nothing(value):
     assert served._retry_after(served.httpx.Response(429, headers={"Retry-After": value})) == 0.0
 
