@@ -1,7 +1,7 @@
 """What a model claims, what a table holds, whether the two fit: `trl-lopd inspect` as functions.
 
 [`inspect`] and what it calls return plain dicts that JSON can hold; [`show`] prints them for a person. Tables are read
-in batches: what is kept of each row is its length and two hashes, and of each token nothing.
+in batches: what is kept of each row is its length and two hashes, and of each token one score.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.bar import Bar
 from rich.columns import Columns
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -30,9 +29,9 @@ if TYPE_CHECKING:
 
 # The default of `OfflineOPDConfig.advantage_clip`, whose module takes seconds to import.
 ADVANTAGE_CLIP = 10.0
-# Nats. Most tokens are within a hundredth of 0 and those that matter are nats away: even bins would show one bar.
-ADVANTAGE_EDGES = (-10, -5, -2, -1, -0.5, -0.1, 0.1, 0.5, 1, 2, 5, 10)
-LOGPROB_EDGES = (-100, -10, -5, -2, -1, -0.5, -0.2, -0.1, -0.01, 0)
+# Nats: lower scores of a teacher are taken as this.
+LOWEST_LOGPROB = -100.0
+_QUANTILES = {"p1": 0.01, "p10": 0.1, "median": 0.5, "p90": 0.9, "p99": 0.99}
 
 # Tokens shown of each of the worst rows.
 _WORST_TOKENS = 5
@@ -62,7 +61,7 @@ def inspect(
             see [`find_tokenizer`].
 
     Returns:
-        `dict`: `model`, see [`about_model`]; `table` with its `name`, its `splits`, see [`about_rows`], and its
+        `dict`: `model`, see [`describe_model`]; `table` with its `name`, its `splits`, see [`describe_rows`], and its
         `problems`; `verdict`. Each where it applies.
 
     Raises:
@@ -79,7 +78,7 @@ def inspect(
         raise ValueError(f"The number of rows to show is 0 or more, not {worst}.")
     result: dict[str, Any] = {}
     if first_is_model:
-        result["model"] = about_model(name, revision, look_inside)
+        result["model"] = describe_model(name, revision, look_inside)
         if table is None:
             return result
     path = table or name
@@ -98,7 +97,7 @@ def inspect(
         decoder, decoded_with = find_tokenizer(tokenizer, name if first_is_model else None, revision, record, path)
     result["table"] = {
         "name": path,
-        "splits": {split: about_rows(rows, worst, decoder) for split, rows in splits.items()},
+        "splits": {split: describe_rows(rows, worst, decoder) for split, rows in splits.items()},
         "decoded_with": decoded_with,
     }
     result["table"]["problems"] = list(
@@ -139,7 +138,7 @@ def is_model(name: str) -> bool:
     return path.suffix != ".parquet" and not name.startswith("datasets/")
 
 
-def about_model(name: str, revision: str | None = None, look_inside: bool = True) -> dict[str, Any]:
+def describe_model(name: str, revision: str | None = None, look_inside: bool = True) -> dict[str, Any]:
     """`fingerprint` (`None` without `look_inside`), `card` and `problems`, the claims that cannot be true."""
     card = read_model_card(name, revision)
     problems = contradictions(f"The card of {name}", card.get("sft_teachers") or [])
@@ -150,7 +149,7 @@ def about_model(name: str, revision: str | None = None, look_inside: bool = True
     return {"name": name, "fingerprint": fingerprint, "card": card, "problems": problems}
 
 
-def about_rows(rows: Dataset, worst: int = 3, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
+def describe_rows(rows: Dataset, worst: int = 3, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
     """
     What one split of a table, scored or not, is and holds.
 
@@ -219,8 +218,7 @@ def statistics(rows: Dataset) -> dict[str, Any] | None:
     """
     Counts and distributions over a table, or over rollouts that are not scored.
 
-    Scores are counted on the tokens that are trained on (`completion_mask`). A histogram has `edges`, one more than
-    its `counts`; a bin holds what is not below its first edge and below its second, the last one its second too.
+    Scores are those of the tokens that are trained on (`completion_mask`).
 
     Args:
         rows ([`~datasets.Dataset`]): The rows.
@@ -230,15 +228,15 @@ def statistics(rows: Dataset) -> dict[str, Any] | None:
 
         - `prompt_tokens`, `distinct_prompts`, `duplicates`: rows whose prompt and completion are those of an earlier.
         - `completion_tokens`, `trainable_tokens`, `length`: tokens of a completion, its `min`, `median`, `mean`,
-          `p90`, `p99`, `max` and `histogram`.
+          `p90`, `p99` and `max`.
         - `finish_reasons`: rows of each, those that are neither `stop` nor `length` counted as `other`; and
           `truncated`, the share of `length`. `None` without the column.
         - `floored`: teacher scores of -inf, sampled and top-k.
         - `top_k`: `k`, the mean `mass` of the stored tokens, and the share of `sampled` tokens that are among them;
           `None` without the columns.
-        - `advantage`: `log pi_T - log pi_ref` a token in nats, clipped to plus or minus `clip`: `mean`, `std`,
-          `clipped`, the share that was, and `histogram`. `None` without `ref_logprobs`.
-        - `teacher_logprob`: instead, `mean`, `std` and `histogram`, in nats, lower ones than -100 taken as -100.
+        - `advantage`: `log pi_T - log pi_ref` a token in nats, clipped to plus or minus `clip`: `mean`, `std`, `p1`,
+          `p10`, `median`, `p90`, `p99` and `clipped`, the share that was. `None` without `ref_logprobs`.
+        - `teacher_logprob`: instead, the same of the teacher's scores, lower ones than -100 taken as -100.
 
     Raises:
         TableError: The rows are scored and no valid table, or have nulls among their ids. The message says where.
@@ -249,137 +247,87 @@ def statistics(rows: Dataset) -> dict[str, Any] | None:
 
 def _statistics(rows: Dataset, worst: int) -> tuple[dict[str, Any], list[tuple[int, float]]] | None:
     """[`statistics`], and the index and mean score of the `worst` rows of lowest advantage, or teacher score."""
-    from ..table.schema import (
-        OPTIONAL_COLUMNS,
-        REQUIRED_COLUMNS,
-        column_counts,
-        flat_values,
-        hash_rows,
-        holds_ids,
-        validate_rows,
-    )
+    from ..table.schema import holds_ids, lengths, prompt_and_row_hashes, validate_table
 
-    scored = "teacher_logprobs" in rows.column_names
+    scored, relative = ("teacher_logprobs" in rows.column_names), ("ref_logprobs" in rows.column_names)
     ids = ("prompt_ids", "completion_ids")
     if not scored and not all(name in rows.column_names and holds_ids(rows, name) for name in ids):
         return None
-    names = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS) if scored else ("prompt_ids", "completion_ids")
-    ours = rows.select_columns([name for name in names if name in rows.column_names]).with_format("arrow")
-    relative = "ref_logprobs" in ours.column_names
-    prompts, completions, floored, trainable, top_k, mass, among = 0, 0, 0, 0, 0, 0.0, 0
-    distribution = _Distribution(ADVANTAGE_EDGES if relative else LOGPROB_EDGES)
-    lengths, prompt_hashes, row_hashes = [], [], []
-    lowest, lowest_rows, first_row = np.empty(0), np.empty(0, np.int64), 0
-    # An empty table has no batch that could be found wanting.
-    for batch in ours.iter(256) if len(ours) else [ours[:]]:
-        if scored:
-            # Any floor will do: the scores below it are counted, not clamped.
-            summary = validate_rows(batch, first_row=first_row, top_k=top_k, teacher_logprob_floor=-1.0)
-            floored, top_k = floored + summary.floored, summary.top_k
-        prompt_lengths, prompt_ids = flat_values("prompt_ids", batch)
-        batch_lengths, ids = flat_values("completion_ids", batch)
-        prompts, completions = prompts + len(prompt_ids), completions + len(ids)
-        lengths.append(batch_lengths)
-        hashes = hash_rows((prompt_lengths, prompt_ids), (batch_lengths, ids))
-        prompt_hashes.append(hashes[0])
-        row_hashes.append(hashes[1])
-        trained = flat_values("completion_mask", batch)[1] if "completion_mask" in batch.column_names else slice(None)
-        ids = ids[trained]
-        trainable += len(ids)
-        if scored:
-            scores = flat_values("teacher_logprobs", batch)[1][trained]
-            if relative:
-                scores = scores - flat_values("ref_logprobs", batch)[1][trained]
-            scores = distribution.add(scores)
-            of_row = np.repeat(np.arange(len(batch_lengths)), batch_lengths)[trained]
-            means = np.bincount(of_row, scores) / np.bincount(of_row)
-            lowest = np.concatenate([lowest, means])
-            lowest_rows = np.concatenate([lowest_rows, first_row + np.arange(len(means))])
-            keep = np.argsort(lowest, kind="stable")[:worst]
-            lowest, lowest_rows = lowest[keep], lowest_rows[keep]
-        if top_k:
-            # numpy computes float16 in software, many times slower.
-            topk_logprobs = (
-                flat_values("teacher_topk_logprobs", batch)[1].astype(np.float32).reshape(-1, top_k)[trained]
-            )
-            topk_ids = flat_values("teacher_topk_ids", batch)[1].reshape(-1, top_k)[trained]
-            mass += float(np.exp(topk_logprobs).sum(dtype=np.float64))
-            among += int((topk_ids == ids[:, None]).any(-1).sum())
-        first_row += len(batch_lengths)
-
-    found: dict[str, Any] = {
-        "prompt_tokens": prompts,
-        "distinct_prompts": len(np.unique(np.concatenate(prompt_hashes))),
-        "duplicates": len(rows) - len(np.unique(np.concatenate(row_hashes))),
-        "completion_tokens": completions,
-        "trainable_tokens": trainable,
-        "length": _about_lengths(np.concatenate(lengths)),
-        "finish_reasons": None,
-        "truncated": None,
-        "floored": floored,
-        "top_k": {"k": top_k, "mass": mass / trainable, "sampled": among / trainable} if top_k else None,
+    # Any floor will do: the scores below it are counted, not clamped.
+    summary = validate_table(rows, teacher_logprob_floor=-1.0) if scored else None
+    prompts, whole = prompt_and_row_hashes(rows)
+    prompt_lengths, completion_lengths = lengths(rows)
+    reasons = _finish_reasons(rows)
+    result: dict[str, Any] = {
+        "prompt_tokens": int(prompt_lengths.sum()),
+        "distinct_prompts": len(np.unique(prompts)),
+        "duplicates": len(rows) - len(np.unique(whole)),
+        "completion_tokens": int(completion_lengths.sum()),
+        "trainable_tokens": summary.trainable_tokens if scored else int(completion_lengths.sum()),
+        "length": None,
+        "finish_reasons": reasons,
+        "truncated": reasons["length"] / sum(reasons.values()) if reasons and any(reasons.values()) else None,
+        "floored": summary.floored if scored else 0,
+        "top_k": None,
         "advantage": None,
         "teacher_logprob": None,
     }
-    if getattr(rows.features.get("finish_reason"), "dtype", "") in ("string", "large_string"):
-        reasons = column_counts(rows, "finish_reason")
-        reasons.pop(None, None)
-        known = {reason: reasons.pop(reason, 0) for reason in ("stop", "length")}
-        found["finish_reasons"] = known | {"other": reasons.total()}
-        if rows_known := sum(found["finish_reasons"].values()):
-            found["truncated"] = known["length"] / rows_known
-    if scored and relative:
-        clipped = {"clip": ADVANTAGE_CLIP, "clipped": distribution.outside / trainable}
-        found["advantage"] = distribution.to_dict() | clipped
-    elif scored:
-        found["teacher_logprob"] = distribution.to_dict()
-    return found, list(zip(lowest_rows.tolist(), lowest.tolist(), strict=True))
-
-
-class _Distribution:
-    """Of values that come in batches, brought to the range of `edges`; `outside` counts those that were not in it."""
-
-    def __init__(self, edges: tuple[float, ...]):
-        self.edges = edges
-        self.values, self.total, self.squares, self.outside = 0, 0.0, 0.0, 0
-        self.counts = np.zeros(len(edges) - 1, np.int64)
-
-    def add(self, values: np.ndarray) -> np.ndarray:
-        """Counts `values`, `(tokens,)`, and returns them as they were counted, in float64."""
-        bounded = values.astype(np.float64).clip(self.edges[0], self.edges[-1])
-        self.values += len(values)
-        self.total += float(bounded.sum())
-        self.squares += float(np.square(bounded).sum())
-        self.outside += int((values != bounded).sum())
-        self.counts += np.histogram(bounded, self.edges)[0]
-        return bounded
-
-    def to_dict(self) -> dict[str, Any]:
-        mean = self.total / self.values
-        return {
-            "mean": mean,
-            "std": max(self.squares / self.values - mean**2, 0.0) ** 0.5,
-            "histogram": {"edges": list(self.edges), "counts": self.counts.tolist()},
-        }
-
-
-def _about_lengths(lengths: np.ndarray) -> dict[str, Any] | None:
-    if not len(lengths):
-        return None
-    median, p90, p99 = np.quantile(lengths, (0.5, 0.9, 0.99)).tolist()
-    low, high = int(lengths.min()), int(lengths.max())
-    if high > 4 * median:
-        edges = [2**power for power in range(max(low, 1).bit_length() - 1, high.bit_length())] + [high + 1]
-        # Few are that short, and a long list of bins is no picture.
-        edges = [min(low, edges[0]), *edges[-10:]] if len(edges) > 11 else [min(low, edges[0]), *edges[1:]]
+    if len(rows):
+        median, p90, p99 = np.quantile(completion_lengths, (0.5, 0.9, 0.99)).tolist()
+        ends = {"min": int(completion_lengths.min()), "max": int(completion_lengths.max())}
+        result["length"] = ends | {"median": median, "mean": float(completion_lengths.mean()), "p90": p90, "p99": p99}
+    if not scored:
+        return result, []
+    scores, counts, result["top_k"] = _token_scores(rows, relative, summary.top_k)
+    bounded = scores.clip(-ADVANTAGE_CLIP, ADVANTAGE_CLIP) if relative else scores.clip(LOWEST_LOGPROB)
+    distribution = {"mean": float(bounded.mean(dtype=np.float64)), "std": float(bounded.std(dtype=np.float64))}
+    distribution |= dict(zip(_QUANTILES, np.quantile(bounded, list(_QUANTILES.values())).tolist(), strict=True))
+    if relative:
+        result["advantage"] = distribution | {"clip": ADVANTAGE_CLIP, "clipped": float((scores != bounded).mean())}
     else:
-        step = next(s * 10**power for power in range(12) for s in (1, 2, 5) if (high - low) < 9 * s * 10**power)
-        edges = list(range(low // step * step, high + step + 1, step))
-    counts = np.histogram(lengths, edges)[0].tolist()
-    while len(counts) > 1 and not counts[-1]:
-        counts.pop(), edges.pop()
-    about = {"min": low, "median": median, "mean": float(lengths.mean()), "p90": p90, "p99": p99, "max": high}
-    return about | {"histogram": {"edges": edges, "counts": counts}}
+        result["teacher_logprob"] = distribution
+    means = np.add.reduceat(bounded, np.cumsum(counts) - counts, dtype=np.float64) / counts
+    lowest = np.argsort(means, kind="stable")[:worst]
+    return result, list(zip(lowest.tolist(), means[lowest].tolist(), strict=True))
+
+
+def _token_scores(rows: Dataset, relative: bool, top_k: int) -> tuple[np.ndarray, np.ndarray, dict[str, float] | None]:
+    """
+    Of the tokens of a valid table that are trained on: the advantage, or the teacher's score, of each, `(tokens,)`;
+    how many each row has, `(rows,)`; and what the top-k columns cover, `None` without them.
+    """
+    from ..table.schema import TOKEN_COLUMNS, flat_values
+
+    parts, counts, mass, among = [], [], 0.0, 0
+    names = [name for name in TOKEN_COLUMNS if name in rows.column_names]
+    for batch in rows.select_columns(names).with_format("arrow").iter(256):
+        sizes, ids = flat_values("completion_ids", batch)
+        values = {name: flat_values(name, batch)[1] for name in names}
+        trained = values.get("completion_mask", slice(None))
+        parts.append(values["teacher_logprobs"][trained])
+        if relative:
+            parts[-1] = parts[-1] - values["ref_logprobs"][trained]
+        counts.append(np.bincount(np.repeat(np.arange(len(sizes)), sizes)[trained]))
+        if top_k:
+            # numpy computes float16 in software, many times slower.
+            logprobs = values["teacher_topk_logprobs"].astype(np.float32).reshape(-1, top_k)[trained]
+            mass += float(np.exp(logprobs).sum(dtype=np.float64))
+            best = values["teacher_topk_ids"].reshape(-1, top_k)[trained]
+            among += int((best == ids[trained, None]).any(-1).sum())
+    scores = np.concatenate(parts)
+    covered = {"k": top_k, "mass": mass / len(scores), "sampled": among / len(scores)} if top_k else None
+    return scores, np.concatenate(counts), covered
+
+
+def _finish_reasons(rows: Dataset) -> dict[str, int] | None:
+    from ..table.schema import column_counts
+
+    if getattr(rows.features.get("finish_reason"), "dtype", "") not in ("string", "large_string"):
+        return None
+    reasons = column_counts(rows, "finish_reason")
+    reasons.pop(None, None)
+    known = {reason: reasons.pop(reason, 0) for reason in ("stop", "length")}
+    return known | {"other": reasons.total()}
 
 
 # ---- The worst rows ----
@@ -565,12 +513,6 @@ def _show_rows(name: str, split: str, about: dict[str, Any], decoded_with: str |
         return
     for title, text in _facts(about["rows"], found):
         print_line(f"  {title:12} {text}")
-    scores = found["advantage"] or found["teacher_logprob"]
-    charts = [_chart("completion length, tokens", found["length"]["histogram"], _length_labels)]
-    if scores:
-        title = "advantage in nats" if found["advantage"] else "teacher log-prob."
-        charts.append(_chart(f"{title}, share of tokens", scores["histogram"], _score_labels))
-    _print_charts(charts)
     if about["worst_rows"]:
         _show_worst(about["worst_rows"], bool(found["advantage"]), split, decoded_with)
 
@@ -600,11 +542,13 @@ def _facts(rows: int, found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "top-k", f"k = {top_k['k']}, with {mass} of the teacher's probability and {sampled} of sampled tokens"
     if found["floored"]:
         yield "-inf", f"{found['floored']:,} teacher scores: training needs `teacher_logprob_floor`"
-    if scores := found["advantage"]:
+    if scores := found["advantage"] or found["teacher_logprob"]:
+        spread = ", ".join(f"{key} {scores[key]:.3f}" for key in ("mean", "std", *_QUANTILES))
+    if found["advantage"]:
         clipped = f"{_share(scores['clipped'])} clipped at ±{scores['clip']:g}"
-        yield "advantage", f"mean {scores['mean']:.3f}, std {scores['std']:.3f} nats a token at the start, {clipped}"
-    elif scores := found["teacher_logprob"]:
-        yield "teacher", f"log-probability: mean {scores['mean']:.3f}, std {scores['std']:.3f} nats a token"
+        yield "advantage", f"{spread}; nats a token at the start, {clipped}"
+    elif found["teacher_logprob"]:
+        yield "teacher", f"log-probability: {spread}; nats a token"
         yield "advantage", "not known: it needs `ref_logprobs`, which scoring adds with `ref_model`"
 
 
@@ -612,40 +556,6 @@ def _share(part: float) -> str:
     if 0 < part < 0.0005:
         return "<0.1%"
     return ">99.9%" if 0.9995 <= part < 1 else f"{part:.1%}"
-
-
-def _length_labels(edges: list[int]) -> list[str]:
-    pairs = zip(edges, edges[1:], strict=False)
-    return [f"{low:,}" if high - low == 1 else f"{low:,}–{high - 1:,}" for low, high in pairs]
-
-
-def _score_labels(edges: list[float]) -> list[str]:
-    # What lies outside is in the first and the last.
-    middle = [f"{low:g} … {high:g}" for low, high in zip(edges[1:-2], edges[2:-1], strict=True)]
-    return [f"< {edges[1]:g}", *middle, f"≥ {edges[-2]:g}"]
-
-
-def _chart(title: str, histogram: dict[str, list], labels: Any) -> RenderableType:
-    counts = histogram["counts"]
-    grid = Table.grid(expand=True, padding=(0, 1))
-    grid.add_column(justify="right", no_wrap=True)
-    grid.add_column(ratio=1)
-    grid.add_column(justify="right", no_wrap=True)
-    for label, count in zip(labels(histogram["edges"]), counts, strict=True):
-        grid.add_row(label, Bar(max(counts), 0, count), _share(count / sum(counts)) if count else "")
-    return Group(Text(title, style="dim"), grid)
-
-
-def _print_charts(charts: list[RenderableType]) -> None:
-    console = Console(highlight=False)
-    if console.width >= 72:
-        beside = Table.grid(expand=True, padding=(0, 2))
-        for _ in charts:
-            beside.add_column(ratio=1)
-        beside.add_row(*charts)
-        charts = [beside]
-    for chart in charts:
-        console.print(Padding(chart, (0, 0, 0, 2)))
 
 
 def _show_worst(worst: list[dict[str, Any]], relative: bool, split: str, decoded_with: str | None) -> None:

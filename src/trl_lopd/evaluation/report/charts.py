@@ -19,7 +19,7 @@ _OPTIONS = {
     "text.parse_math": False,
     "axes.formatter.limits": (-4, 5),
 }
-# matplotlib writes attributes `style`, which a Content-Security-Policy forbids: what is in them becomes attributes, but
+# matplotlib writes attributes `style`, which a Content-Security-Policy forbids: what they hold becomes attributes, but
 # for colours. Of its groups only those that were named here keep their name.
 _STYLE, _DECLARATION = re.compile(r' style="([^"]*)"'), re.compile(r"([\w-]+): ?([^;#]+)(?:;|$)")
 _NAMED, _ID = re.compile(r'<g id="(chart-[^"]*)"'), re.compile(r'<g id="[^"]*"')
