@@ -274,7 +274,7 @@ def test_a_lineage_of_rounds_and_several_teachers(tmp_path):
     ]
     assert rows[1] == ["wrote SFT data", other["id"], "declared", "2,000"]
     assert [row[2] for row in rows if row[0] == "sampled rollouts"] == ["verified", "probed", "unknown"]
-    for shown in ("(topk)", "nobody is named", "overridden (warn)"):
+    for shown in ("(topk)", "not named", "overridden (warn)"):
         assert shown in table, shown
 
 

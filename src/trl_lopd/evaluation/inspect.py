@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-# The default of `OfflineOPDConfig.advantage_clip`, whose module takes seconds to import.
+# The default of `OfflineOPDConfig.advantage_clip`; its module takes seconds to import.
 ADVANTAGE_CLIP = 10.0
 # Nats: lower scores of a teacher are taken as this.
 LOWEST_LOGPROB = -100.0
@@ -101,21 +101,21 @@ def inspect(
         "decoded_with": decoded_with,
     }
     result["table"]["problems"] = list(
-        dict.fromkeys(problem for about in result["table"]["splits"].values() for problem in about.pop("problems"))
+        dict.fromkeys(problem for summary in result["table"]["splits"].values() for problem in summary.pop("problems"))
     )
     if first_is_model:
         result["table"]["problems"] += [
             f"{split}: these rows have no scores. They are SFT data or rollouts, not a table to train on: "
             "`trl-lopd score` makes one of rollouts."
-            for split, about in result["table"]["splits"].items()
-            if not about["scored"]
+            for split, summary in result["table"]["splits"].items()
+            if not summary["scored"]
         ]
         result["verdict"] = _verdict(result, splits, mode, revision)
     return result
 
 
 def accepted(result: dict[str, Any]) -> bool:
-    """Whether what [`inspect`] found is in order: no claim is contradicted, rows are valid, a pair may be trained."""
+    """Whether what [`inspect`] gives is in order: no claim contradicted, rows valid, a pair that may be trained."""
     if "verdict" in result:
         return result["verdict"]["accepted"]
     return not any(part["problems"] for part in result.values())
@@ -165,24 +165,23 @@ def describe_rows(rows: Dataset, worst: int = 3, tokenizer: PreTrainedTokenizerB
     """
     from ..table.schema import TableError, column_counts
 
-    about: dict[str, Any] = {"rows": len(rows)}
-    found, shown, invalid = None, [], []
+    summary: dict[str, Any] = {"rows": len(rows)}
+    measured, shown, invalid = None, [], []
     try:
-        if (held := _statistics(rows, worst)) is not None:
-            found, ranking = held
-            about["completion_tokens"] = found["completion_tokens"]
-            shown = worst_rows(rows, ranking, tokenizer)
+        if (measured := statistics(rows, worst)) is not None:
+            summary["completion_tokens"] = measured["completion_tokens"]
+            shown = worst_rows(rows, measured.pop("lowest"), tokenizer)
     except TableError as error:
         invalid = [f"This table cannot be trained on. {error}"]
     for key, column in (("teachers", "teacher_fingerprint"), ("students", "student_fingerprint")):
-        about[key] = dict(column_counts(rows, column))
+        summary[key] = dict(column_counts(rows, column))
     record = record_of(rows)
     status, changed = check_rows(rows)
     problems = changed if status == "altered" else ()  # otherwise the status says all
-    about |= {"scored": "teacher_logprobs" in rows.column_names, "integrity": status, "card": record}
+    summary |= {"scored": "teacher_logprobs" in rows.column_names, "integrity": status, "card": record}
     claimed = record.get("teachers") or []
-    contradicted = contradictions("The card of the table", claimed, about["teachers"], status)
-    return about | {"problems": [*invalid, *problems, *contradicted], "statistics": found, "worst_rows": shown}
+    contradicted = contradictions("The card of the table", claimed, summary["teachers"], status)
+    return summary | {"problems": [*invalid, *problems, *contradicted], "statistics": measured, "worst_rows": shown}
 
 
 def _verdict(result: dict[str, Any], splits: dict[str, Dataset], mode: str, revision: str | None) -> dict[str, Any]:
@@ -214,7 +213,7 @@ def _verdict(result: dict[str, Any], splits: dict[str, Dataset], mode: str, revi
 # ---- What the rows hold ----
 
 
-def statistics(rows: Dataset) -> dict[str, Any] | None:
+def statistics(rows: Dataset, worst: int = 0) -> dict[str, Any] | None:
     """
     Counts and distributions over a table, or over rollouts that are not scored.
 
@@ -222,11 +221,12 @@ def statistics(rows: Dataset) -> dict[str, Any] | None:
 
     Args:
         rows ([`~datasets.Dataset`]): The rows.
+        worst (`int`, *optional*, defaults to `0`): How many of the rows with the lowest scores to name.
 
     Returns:
         `dict`, or `None` if the rows have no token ids:
 
-        - `prompt_tokens`, `distinct_prompts`, `duplicates`: rows whose prompt and completion are those of an earlier.
+        - `prompt_tokens`, `distinct_prompts`, `duplicates`: rows with the prompt and the completion of an earlier one.
         - `completion_tokens`, `trainable_tokens`, `length`: tokens of a completion, its `min`, `median`, `mean`,
           `p90`, `p99` and `max`.
         - `finish_reasons`: rows of each, those that are neither `stop` nor `length` counted as `other`; and
@@ -237,16 +237,11 @@ def statistics(rows: Dataset) -> dict[str, Any] | None:
         - `advantage`: `log pi_T - log pi_ref` a token in nats, clipped to plus or minus `clip`: `mean`, `std`, `p1`,
           `p10`, `median`, `p90`, `p99` and `clipped`, the share that was. `None` without `ref_logprobs`.
         - `teacher_logprob`: instead, the same of the teacher's scores, lower ones than -100 taken as -100.
+        - `lowest`: index and mean advantage, or teacher score, of the `worst` rows, the lowest first.
 
     Raises:
         TableError: The rows are scored and no valid table, or have nulls among their ids. The message says where.
     """
-    held = _statistics(rows, 0)
-    return held and held[0]
-
-
-def _statistics(rows: Dataset, worst: int) -> tuple[dict[str, Any], list[tuple[int, float]]] | None:
-    """[`statistics`], and the index and mean score of the `worst` rows of lowest advantage, or teacher score."""
     from ..table.schema import holds_ids, lengths, prompt_and_row_hashes, validate_table
 
     scored, relative = ("teacher_logprobs" in rows.column_names), ("ref_logprobs" in rows.column_names)
@@ -254,7 +249,7 @@ def _statistics(rows: Dataset, worst: int) -> tuple[dict[str, Any], list[tuple[i
     if not scored and not all(name in rows.column_names and holds_ids(rows, name) for name in ids):
         return None
     # Any floor will do: the scores below it are counted, not clamped.
-    summary = validate_table(rows, teacher_logprob_floor=-1.0) if scored else None
+    valid = validate_table(rows, teacher_logprob_floor=-1.0) if scored else None
     prompts, whole = prompt_and_row_hashes(rows)
     prompt_lengths, completion_lengths = lengths(rows)
     reasons = _finish_reasons(rows)
@@ -263,22 +258,23 @@ def _statistics(rows: Dataset, worst: int) -> tuple[dict[str, Any], list[tuple[i
         "distinct_prompts": len(np.unique(prompts)),
         "duplicates": len(rows) - len(np.unique(whole)),
         "completion_tokens": int(completion_lengths.sum()),
-        "trainable_tokens": summary.trainable_tokens if scored else int(completion_lengths.sum()),
+        "trainable_tokens": valid.trainable_tokens if scored else int(completion_lengths.sum()),
         "length": None,
         "finish_reasons": reasons,
         "truncated": reasons["length"] / sum(reasons.values()) if reasons and any(reasons.values()) else None,
-        "floored": summary.floored if scored else 0,
+        "floored": valid.floored if scored else 0,
         "top_k": None,
         "advantage": None,
         "teacher_logprob": None,
+        "lowest": [],
     }
     if len(rows):
         median, p90, p99 = np.quantile(completion_lengths, (0.5, 0.9, 0.99)).tolist()
         ends = {"min": int(completion_lengths.min()), "max": int(completion_lengths.max())}
         result["length"] = ends | {"median": median, "mean": float(completion_lengths.mean()), "p90": p90, "p99": p99}
     if not scored:
-        return result, []
-    scores, counts, result["top_k"] = _token_scores(rows, relative, summary.top_k)
+        return result
+    scores, counts, result["top_k"] = _token_scores(rows, relative, valid.top_k)
     bounded = scores.clip(-ADVANTAGE_CLIP, ADVANTAGE_CLIP) if relative else scores.clip(LOWEST_LOGPROB)
     distribution = {"mean": float(bounded.mean(dtype=np.float64)), "std": float(bounded.std(dtype=np.float64))}
     distribution |= dict(zip(_QUANTILES, np.quantile(bounded, list(_QUANTILES.values())).tolist(), strict=True))
@@ -288,7 +284,7 @@ def _statistics(rows: Dataset, worst: int) -> tuple[dict[str, Any], list[tuple[i
         result["teacher_logprob"] = distribution
     means = np.add.reduceat(bounded, np.cumsum(counts) - counts, dtype=np.float64) / counts
     lowest = np.argsort(means, kind="stable")[:worst]
-    return result, list(zip(lowest.tolist(), means[lowest].tolist(), strict=True))
+    return result | {"lowest": list(zip(lowest.tolist(), means[lowest].tolist(), strict=True))}
 
 
 def _token_scores(rows: Dataset, relative: bool, top_k: int) -> tuple[np.ndarray, np.ndarray, dict[str, float] | None]:
@@ -354,43 +350,37 @@ def worst_rows(
     """
     names = ["prompt_ids", "completion_ids", "teacher_logprobs", "ref_logprobs", "completion_mask"]
     texts = ["prompt", "completion"]
-    ours = rows.select_columns([name for name in [*names, *texts] if name in rows.column_names])
-    result = []
-    for index, mean in ranking:
-        row = ours[index]
-        teacher = np.array(row["teacher_logprobs"], np.float64)
-        ref = np.array(row["ref_logprobs"], np.float64) if "ref_logprobs" in row else None
-        order = np.argsort(teacher if ref is None else teacher - ref, kind="stable")
-        if "completion_mask" in row:
-            order = order[np.array(row["completion_mask"], bool)[order]]
-        if tokenizer is not None:
-            prompt, completion = (tokenizer.decode(row[f"{name}_ids"]) for name in texts)
-        else:
-            prompt, completion = (_text_of(row.get(name)) for name in texts)
-        about = {"row": index, "mean": mean, "prompt": prompt, "completion": completion}
-        about |= {name: row[name] for name in ("prompt_ids", "completion_ids")}
-        about["tokens"] = [
-            _about_token(row["completion_ids"], int(at), teacher, ref, tokenizer) for at in order[:_WORST_TOKENS]
-        ]
-        result.append(about)
-    return result
+    rows = rows.select_columns([name for name in [*names, *texts] if name in rows.column_names])
 
-
-def _about_token(
-    ids: list[int], at: int, teacher: np.ndarray, ref: np.ndarray | None, tokenizer: PreTrainedTokenizerBase | None
-) -> dict[str, Any]:
     def finite(value: float) -> float | None:
         return float(value) if np.isfinite(value) else None
 
-    return {
-        "position": at,
-        "id": ids[at],
-        "text": tokenizer and tokenizer.decode([ids[at]]),
-        "before": tokenizer and tokenizer.decode(ids[max(at - 8, 0) : at]),
-        "teacher_logprob": finite(teacher[at]),
-        "ref_logprob": None if ref is None else float(ref[at]),
-        "advantage": None if ref is None else finite(teacher[at] - ref[at]),
-    }
+    result = []
+    for index, mean in ranking:
+        row = rows[index]
+        ids = row["completion_ids"]
+        teacher = np.array(row["teacher_logprobs"], np.float64)
+        ref = np.array(row["ref_logprobs"], np.float64) if "ref_logprobs" in row else None
+        order = np.argsort(teacher if ref is None else teacher - ref, kind="stable")
+        order = order[np.array(row.get("completion_mask", [True] * len(ids)), bool)[order]].tolist()
+        tokens = [
+            {
+                "position": at,
+                "id": ids[at],
+                "text": tokenizer and tokenizer.decode([ids[at]]),
+                "before": tokenizer and tokenizer.decode(ids[max(at - 8, 0) : at]),
+                "teacher_logprob": finite(teacher[at]),
+                "ref_logprob": None if ref is None else float(ref[at]),
+                "advantage": None if ref is None else finite(teacher[at] - ref[at]),
+            }
+            for at in order[:_WORST_TOKENS]
+        ]
+        shown = {
+            name: tokenizer.decode(row[f"{name}_ids"]) if tokenizer else _text_of(row.get(name)) for name in texts
+        }
+        kept = {name: row[name] for name in ("prompt_ids", "completion_ids")}
+        result.append({"row": index, "mean": mean, **shown, **kept, "tokens": tokens})
+    return result
 
 
 def _text_of(value: Any) -> str | None:
@@ -430,8 +420,8 @@ def find_tokenizer(
         with contextlib.suppress(Exception):
             return load_tokenizer(model, revision=revision, trust_remote_code=False), model
     entries = [*(record.get("students") or []), *(record.get("teachers") or [])]
-    found = (tokenizer_of(entry, table) for entry in entries)
-    return next((tokenizer for tokenizer in found if tokenizer is not None), (None, None))
+    candidates = (tokenizer_of(entry, table) for entry in entries)
+    return next((tokenizer for tokenizer in candidates if tokenizer is not None), (None, None))
 
 
 # ---- For a person ----
@@ -459,8 +449,8 @@ def show(result: dict[str, Any]) -> None:
     """Prints what [`inspect`] gives."""
     if "model" in result:
         _show_model(result["model"])
-    for split, about in result.get("table", {}).get("splits", {}).items():
-        _show_rows(result["table"]["name"], split, about, result["table"]["decoded_with"])
+    for split, summary in result.get("table", {}).get("splits", {}).items():
+        _show_rows(result["table"]["name"], split, summary, result["table"]["decoded_with"])
     for part in ("model", "table"):
         for problem in result.get(part, {}).get("problems", ()):
             print_line(f"! {problem}", "yellow")
@@ -499,55 +489,52 @@ def _show_model(model: dict[str, Any]) -> None:
         entries("", [{**item, "id": f"scored by {item['id']}"} for item in round.get("teachers") or []])
 
 
-def _show_rows(name: str, split: str, about: dict[str, Any], decoded_with: str | None) -> None:
+def _show_rows(name: str, split: str, summary: dict[str, Any], decoded_with: str | None) -> None:
     print_line(f"Table {name}, {split}", "bold")
     print_line(
-        f"  {'rows':12} {about['rows']:,}, of {about.get('completion_tokens', 0):,} completion tokens; "
-        f"{_INTEGRITY[about['integrity']]}"
+        f"  {'rows':12} {summary['rows']:,}, of {summary.get('completion_tokens', 0):,} completion tokens; "
+        f"{_INTEGRITY[summary['integrity']]}"
     )
-    for key, title in (("teachers", "scored by" if about["scored"] else "written by"), ("students", "sampled by")):
-        for id, count in about[key].items() or {"nobody named": about["rows"]}.items():
-            print_line(f"  {title:12} {id or 'nobody named'}  {count:,} rows")
-    found = about["statistics"]
-    if not found or not about["rows"]:
+    for key, title in (
+        ("teachers", "scored by" if summary["scored"] else "written by"),
+        ("students", "sampled by"),
+    ):
+        for id, count in summary[key].items() or {"not named": summary["rows"]}.items():
+            print_line(f"  {title:12} {id or 'not named'}  {count:,} rows")
+    measured = summary["statistics"]
+    if not measured or not summary["rows"]:
         return
-    for title, text in _facts(about["rows"], found):
+    for title, text in _facts(summary["rows"], measured):
         print_line(f"  {title:12} {text}")
-    if about["worst_rows"]:
-        _show_worst(about["worst_rows"], bool(found["advantage"]), split, decoded_with)
+    if summary["worst_rows"]:
+        _show_worst(summary["worst_rows"], bool(measured["advantage"]), split, decoded_with)
 
 
-def _facts(rows: int, found: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    distinct, repeated, length = found["distinct_prompts"], found["duplicates"], found["length"]
+def _facts(rows: int, measured: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    distinct, repeated, length = measured["distinct_prompts"], measured["duplicates"], measured["length"]
     answers = "1 answer" if rows == distinct else f"{rows / distinct:.3g} answers"
     repeats = f"{repeated:,} rows repeat an earlier prompt and answer" if repeated else "no row repeats another"
-    yield "prompts", f"{distinct:,} distinct, {answers} each, {found['prompt_tokens']:,} tokens; {repeats}"
-    yield (
-        "completions",
-        ", ".join(
-            f"{key} {length[key]:,.{digits}f}"
-            for key, digits in (("min", 0), ("median", 0), ("mean", 1), ("p90", 0), ("p99", 0), ("max", 0))
-        )
-        + " tokens",
-    )
-    if found["truncated"] is not None:
-        other = found["finish_reasons"]["other"]
+    yield "prompts", f"{distinct:,} distinct, {answers} each, {measured['prompt_tokens']:,} tokens; {repeats}"
+    sizes = ", ".join(f"{key} {length[key]:,.0f}" for key in ("min", "median", "mean", "p90", "p99", "max"))
+    yield "completions", f"{sizes} tokens"
+    if measured["truncated"] is not None:
+        other = measured["finish_reasons"]["other"]
         more = f"; {other:,} ended otherwise" if other else ""
-        yield "truncated", f"{_share(found['truncated'])} of completions reached the length limit{more}"
-    if found["trainable_tokens"] < found["completion_tokens"]:
-        share = _share(found["trainable_tokens"] / found["completion_tokens"])
-        yield "trained on", f"{found['trainable_tokens']:,} tokens, {share} (completion_mask)"
-    if top_k := found["top_k"]:
+        yield "truncated", f"{_share(measured['truncated'])} of completions reached the length limit{more}"
+    if measured["trainable_tokens"] < measured["completion_tokens"]:
+        share = _share(measured["trainable_tokens"] / measured["completion_tokens"])
+        yield "trained on", f"{measured['trainable_tokens']:,} tokens, {share} (completion_mask)"
+    if top_k := measured["top_k"]:
         mass, sampled = _share(top_k["mass"]), _share(top_k["sampled"])
         yield "top-k", f"k = {top_k['k']}, with {mass} of the teacher's probability and {sampled} of sampled tokens"
-    if found["floored"]:
-        yield "-inf", f"{found['floored']:,} teacher scores: training needs `teacher_logprob_floor`"
-    if scores := found["advantage"] or found["teacher_logprob"]:
+    if measured["floored"]:
+        yield "-inf", f"{measured['floored']:,} teacher scores: training needs `teacher_logprob_floor`"
+    if scores := measured["advantage"] or measured["teacher_logprob"]:
         spread = ", ".join(f"{key} {scores[key]:.3f}" for key in ("mean", "std", *_QUANTILES))
-    if found["advantage"]:
+    if measured["advantage"]:
         clipped = f"{_share(scores['clipped'])} clipped at ±{scores['clip']:g}"
         yield "advantage", f"{spread}; nats a token at the start, {clipped}"
-    elif found["teacher_logprob"]:
+    elif measured["teacher_logprob"]:
         yield "teacher", f"log-probability: {spread}; nats a token"
         yield "advantage", "not known: it needs `ref_logprobs`, which scoring adds with `ref_model`"
 
@@ -565,18 +552,20 @@ def _show_worst(worst: list[dict[str, Any]], relative: bool, split: str, decoded
         print_line(f"  decoded with {decoded_with}", "dim")
     elif any(row["completion"] is None for row in worst):
         print_line(
-            "  token ids, because no tokenizer was found: name one with --tokenizer to read them as text", "dim"
+            "  token ids, because no tokenizer was measured: name one with --tokenizer to read them as text", "dim"
         )
     for row in worst:
-        ids = {name: " ".join(map(str, row[f"{name}_ids"])) for name in ("prompt", "completion")}
-        prompt, completion = (visible(ids[n] if row[n] is None else row[n]) for n in ("prompt", "completion"))
+        prompt, completion = (
+            visible(" ".join(map(str, row[f"{name}_ids"])) if row[name] is None else row[name])
+            for name in ("prompt", "completion")
+        )
+        scores = "teacher | ref" if relative else "teacher"
+        summary = f"{row['mean']:.2f} nats a token, {len(row['completion_ids']):,} tokens; worst tokens: {scores}"
         grid = Table.grid(padding=(0, 1))
         grid.add_column(no_wrap=True, min_width=12)
         grid.add_column(overflow="fold")
-        scores = "teacher | ref" if relative else "teacher"
-        about = f"{row['mean']:.2f} nats a token, {len(row['completion_ids']):,} tokens; worst tokens: {scores}"
-        grid.add_row(f"row {row['row']:,}", about)
-        grid.add_row("prompt", Text(f"…{prompt[-200:]}" if len(prompt) > 201 else prompt))
+        grid.add_row(f"row {row['row']:,}", summary)
+        grid.add_row("prompt", Text(_shortened(prompt, 200)))
         grid.add_row("answer", Text(_shortened(completion, 400)))
         grid.add_row("worst", Columns([_token(token) for token in row["tokens"]], padding=(0, 2)))
         console.print(Padding(grid, (0, 0, 0, 2)))

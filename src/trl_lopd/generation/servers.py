@@ -1,7 +1,7 @@
 """Models behind HTTP: servers of vLLM and SGLang that score tokens already sampled, and of vLLM that sample.
 
 A server answers with something even when it is wrong: replicas of different models, another tokenizer's ids, nulls
-where a sum overflowed, defaults that nobody asked for. Each answer is checked before it counts as scores or as a
+where a sum overflowed, defaults that were not asked for. Each answer is checked before it counts as scores or as a
 sample, and a server before it scores.
 """
 

@@ -157,7 +157,7 @@ def rows_digest(dataset: Dataset, columns: list[str] | None = None) -> str:
     Digest of a valid table's rows, which does not depend on their order, on sharding, or on the types that hold them.
 
     It is the sum of the rows' digests, so that the digests of the parts of a table add up to that of the whole: see
-    [`add_digests`]. That holds against accidents, not against somebody who constructs rows to fit.
+    [`add_digests`]. That holds against accidents, not against rows that are constructed to fit.
 
     Args:
         dataset (`datasets.Dataset`): The table.

@@ -367,7 +367,7 @@ def check_complete(directory: str | Path) -> None:
 
 
 def read_pins(directory: str | Path) -> dict[str, Any]:
-    """What the run computes whose shards are in a directory; `{}` if there is none, or it cannot be read."""
+    """What the run that writes a directory computes; `{}` if there is none, or it cannot be read."""
     try:
         return json.loads((Path(directory) / HIDDEN / "manifest.json").read_bytes())["pins"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -153,7 +153,7 @@ def write_report(
         clip = settings.get("advantage_clip", ADVANTAGE_CLIP)
         trained = next((place / TRAINED_ROWS for place in places if (place / TRAINED_ROWS).is_file()), None)
         trained = trained and np.load(trained)
-        rollouts = _rollouts(run, model, table, split, trained, student, rows, card, clip)
+        rollouts = _rollouts(run, model, _Source(table, split, rows, student), trained, card, clip)
         warnings += rollouts.pop("warnings")
     content = {
         "name": run.resolve().name,
@@ -437,7 +437,7 @@ def _lineage(card: dict[str, Any], name: str) -> list[tuple[str, str, str, int |
         if "teacher_consistency" in round:
             how.append(f"teacher consistency: {round['teacher_consistency']}")
         lines.append((f"began round {i}" + f" ({'; '.join(how)})" * bool(how), str(round.get("student")), None, None))
-        add("sampled rollouts", round.get("sampled_by") or [{"id": "nobody is named", "evidence": "unknown"}])
+        add("sampled rollouts", round.get("sampled_by") or [{"id": "not named", "evidence": "unknown"}])
         add("scored rollouts", round.get("teachers"))
     add("this model", [card.get("model") or {"id": name}])
     return lines
@@ -446,20 +446,23 @@ def _lineage(card: dict[str, Any], name: str) -> list[tuple[str, str, str, int |
 # ---- Rollouts ----
 
 
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """The rollouts to show: a table, which of its splits, how many rows, and the student as it was before training."""
+
+    table: str
+    split: str | None
+    rows: int
+    student: str | None
+
+
 def _rollouts(
-    run: Path,
-    model: Path | None,
-    name: str,
-    split: str | None,
-    trained: np.ndarray | None,
-    student: str | None,
-    count: int,
-    card: dict[str, Any],
-    clip: float,
+    run: Path, model: Path | None, source: _Source, trained: np.ndarray | None, card: dict[str, Any], clip: float
 ) -> dict[str, Any]:
     """The rollouts as the script reads them, and what the page says of them."""
     disable_progress_bars()
-    table, split, candidates, seen = _candidates(name, split, trained)
+    name, student = source.table, source.student
+    table, split, candidates, seen = _candidates(name, source.split, trained)
     if model is None and student is None and "ref_logprobs" not in table.column_names:
         raise ValueError(
             "The run has no weights, the table no `ref_logprobs`: nothing says how likely the tokens were to a "
@@ -467,7 +470,7 @@ def _rollouts(
         )
     if not len(table):
         raise TableError(f"{name} has no rows in {split!r}.")
-    chosen = np.sort(candidates[np.random.default_rng(0).permutation(len(candidates))[:count]])
+    chosen = np.sort(candidates[np.random.default_rng(0).permutation(len(candidates))[: source.rows]])
     tokenizer, decoded_with = find_tokenizer(None, str(model or run), None, record_of(table), name)
     rows = table.select(chosen)
     try:
@@ -479,16 +482,50 @@ def _rollouts(
     values = TableRows(rows).__getitems__(list(range(len(rows))))
     flat = {key: np.concatenate([row[key] for row in values]) for key in values[0] if key != "prompt_ids"}
     scores: dict[str, np.ndarray] = {"teacher": flat["teacher_logprobs"]}
-    if "ref_logprobs" in flat:
-        scores["ref"] = flat["ref_logprobs"]
     if student is not None:
         scores["before"] = _scored(student, values, chosen)
-    elif "ref" in scores:
-        scores["before"] = scores.pop("ref")
+    if "ref_logprobs" in flat:
+        scores["ref" if student is not None else "before"] = flat["ref_logprobs"]
     if model is not None:
         scores["after"] = _scored(str(model), values, chosen)
+    shown = flat.get("completion_mask", slice(None))
+    states = [key for key in ("before", "after") if key in scores]
+    advantage = {key: (scores["teacher"] - scores[key]).clip(-clip, clip)[shown] for key in states}
+    packed = _packed(values, flat, scores, tokenizer, chosen, clip)
+    warnings = list(_mismatches(table, student, card))
+    if seen:
+        warnings.append(
+            f"The run was trained on {seen:,} of the {len(candidates):,} rows that the rollouts are drawn from."
+        )
+    return {
+        "data": packed,
+        "disagreement": {key: float(np.abs(value).mean()) for key, value in advantage.items()},
+        "means": {key: float(value.mean()) for key, value in advantage.items()},
+        "table": Path(name).name if Path(name).exists() else name,
+        "split": split,
+        "of": len(candidates),
+        "in_split": len(table),
+        # How many of them the run was trained on; `None` if nothing says so.
+        "seen": seen,
+        "shown": len(rows),
+        "tokens": len(flat["completion_ids"]),
+        "clip": clip,
+        "sampler": student is None,
+        "decoded": decoded_with is not None,
+        "states": states,
+        "warnings": warnings,
+    }
 
-    lengths = [len(row["completion_ids"]) for row in values]
+
+def _packed(
+    values: list[dict[str, np.ndarray]],
+    flat: dict[str, np.ndarray],
+    scores: dict[str, np.ndarray],
+    tokenizer: PreTrainedTokenizerBase | None,
+    chosen: np.ndarray,
+    clip: float,
+) -> dict[str, str]:
+    """The columns that the script unpacks, as text."""
     texts = [_pieces(tokenizer, [*row["prompt_ids"].tolist(), *row["completion_ids"].tolist()]) for row in values]
     known: dict[tuple[int, str], int] = {}
     tokens = [
@@ -511,52 +548,24 @@ def _rollouts(
         columns["topk"] = np.array(indices, np.uint32)[places.ravel()]
         columns["topk_logprobs"] = _thousandths(np.take_along_axis(logprobs, order, 1).ravel())
     columns["tokens"] = np.array(tokens, np.uint32)
-    trained = flat.get("completion_mask", np.ones(len(tokens), bool))
-    if not trained.all():
-        columns["mask"] = trained.astype(np.uint8)
+    if "completion_mask" in flat and not flat["completion_mask"].all():
+        columns["mask"] = flat["completion_mask"].astype(np.uint8)
     header = {
         "clip": clip,
         "top": kept,
         "columns": list(columns),
         "vocabulary": [list(pair) for pair in known],
         "rows": [
-            {"row": int(row), "tokens": length, "prompt": "".join(pieces[: len(value["prompt_ids"])])}
-            for row, length, value, pieces in zip(chosen, lengths, values, texts, strict=True)
+            {
+                "row": int(row),
+                "tokens": len(value["completion_ids"]),
+                "prompt": "".join(pieces[: len(value["prompt_ids"])]),
+            }
+            for row, value, pieces in zip(chosen, values, texts, strict=True)
         ],
     }
     packed = {"header": json.dumps(header).encode(), **{key: value.tobytes() for key, value in columns.items()}}
-    advantage = {
-        key: (scores["teacher"] - scores[key]).clip(-clip, clip)[trained]
-        for key in ("before", "after")
-        if key in scores
-    }
-    return {
-        "data": {key: base64.b64encode(gzip.compress(value, mtime=0)).decode() for key, value in packed.items()},
-        "disagreement": {key: float(np.abs(value).mean()) for key, value in advantage.items()},
-        "means": {key: float(value.mean()) for key, value in advantage.items()},
-        "table": Path(name).name if Path(name).exists() else name,
-        "split": split,
-        "of": len(candidates),
-        "in_split": len(table),
-        # How many of them the run was trained on; `None` if nothing says so.
-        "seen": seen,
-        "shown": len(rows),
-        "tokens": len(tokens),
-        "clip": clip,
-        "k": flat[TOPK_COLUMNS[0]].shape[1] if kept else 0,
-        "top": kept,
-        "sampler": student is None,
-        "decoded": decoded_with is not None,
-        "states": [key for key in ("before", "after") if key in scores],
-        "warnings": [
-            *_mismatches(table, student, card),
-            *(
-                [f"The run was trained on {seen:,} of the {len(candidates):,} rows that the rollouts are drawn from."]
-                if seen
-                else []
-            ),
-        ],
-    }
+    return {key: base64.b64encode(gzip.compress(value, mtime=0)).decode() for key, value in packed.items()}
 
 
 def _candidates(
