@@ -229,7 +229,7 @@ def test_no_record(tmp_path, card):
         ({"sft_teachers": OLD}, r"README.md: trl_lopd.sft_teachers must be a list"),
         (
             {"sft_teachers": [{"id": OLD}, OLD]},
-            r"each of trl_lopd.sft_teachers must be a mapping, not 'old@",
+            r"trl_lopd.sft_teachers\[1\] must be a mapping, not 'old@",
         ),
         (
             {"teachers": [{"name": "a"}]},
@@ -247,8 +247,8 @@ def test_no_record(tmp_path, card):
         ),
         ({"sft_teachers": [{"id": OLD, "probes": "yes"}]}, r"sft_teachers\[0\].probes must be a mapping, not 'yes'"),
         ({"sft_rows": "many"}, r"README.md: trl_lopd.sft_rows must be a whole number, not 'many'"),
-        ({"opd_rounds": ["first"]}, r"README.md: each of trl_lopd.opd_rounds must be a mapping, not 'first'"),
-        ({"model": OLD}, r"README.md: trl_lopd.model: must be a mapping, not 'old@"),
+        ({"opd_rounds": ["first"]}, r"README.md: trl_lopd.opd_rounds\[0\] must be a mapping, not 'first'"),
+        ({"model": OLD}, r"README.md: trl_lopd.model must be a mapping, not 'old@"),
         ({"model": {"id": 5}}, r"README.md: trl_lopd.model: 5 is not the id of a model"),
     ],
 )

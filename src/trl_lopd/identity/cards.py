@@ -484,32 +484,31 @@ def _text_of(path: Path) -> str:
 
 
 def _validated(record: Any, path: Path) -> dict[str, Any]:
+    def check(where: str, value: Any, kind: type, what: str) -> None:
+        if not isinstance(value, kind):
+            raise ValueError(f"{path}: {where} must be {what}, not {value!r}.")
+
     if record is None:
         return {}
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}: {KEY} must be a mapping, not {record!r}.")
-    entries = [("model", record["model"])] if record.get("model") is not None else []
+    check(KEY, record, dict, "a mapping")
+    entries = [(f"{KEY}.model", record["model"])] if record.get("model") is not None else []
     for key in (*_ENTRY_LISTS, "opd_rounds"):
         items = record.get(key) or []
-        if not isinstance(items, list):
-            raise ValueError(f"{path}: {KEY}.{key} must be a list, not {items!r}.")
-        if bad := [item for item in items if not isinstance(item, dict)]:
-            raise ValueError(f"{path}: each of {KEY}.{key} must be a mapping, not {bad[0]!r}.")
-        if key in _ENTRY_LISTS:
-            entries += [(f"{key}[{i}]", item) for i, item in enumerate(items)]
+        check(f"{KEY}.{key}", items, list, "a list")
+        named = [(f"{KEY}.{key}[{i}]", item) for i, item in enumerate(items)]
+        for where, item in named:
+            check(where, item, dict, "a mapping")
+        entries += named if key in _ENTRY_LISTS else []
+    for where, item in [(KEY, record), *entries]:
+        check(where, item, dict, "a mapping")
+        check(f"{where}.probes", item.get("probes", {}), dict, "a mapping")
+        for key in ("rows", "sft_rows"):
+            check(f"{where}.{key}", item.get(key, 0), int, "a whole number")
     for where, item in entries:
         try:
-            if not isinstance(item, dict):
-                raise TypeError(f"must be a mapping, not {item!r}")
             entry(item)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {KEY}.{where}: {error}") from None
-        if not isinstance(item.get("probes", {}), dict):
-            raise ValueError(f"{path}: {KEY}.{where}.probes must be a mapping, not {item['probes']!r}.")
-    for where, item in [(KEY, record), *((f"{KEY}.{where}", item) for where, item in entries)]:
-        for key in ("rows", "sft_rows"):
-            if not isinstance(item.get(key, 0), int):
-                raise ValueError(f"{path}: {where}.{key} must be a whole number, not {item[key]!r}.")
+        except ValueError as error:
+            raise ValueError(f"{path}: {where}: {error}") from None
     return record
 
 
