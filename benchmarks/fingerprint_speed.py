@@ -31,10 +31,9 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trl_lopd import fingerprint_teacher
-from trl_lopd.identity import fingerprint
 
-# The second read asks for as much at a time as the fingerprint does: what the disk can give.
-VARIANTS = ("read", "read, in threads", "sha256sum", "fingerprint", "fingerprint, cached")
+# The second read is what the disk can give.
+VARIANTS = ("read", "read, in threads", "sha256sum", "fingerprint")
 
 
 def make_checkpoint(directory: Path, hidden: int, gigabytes: float, shards: int) -> list[Path]:
@@ -75,7 +74,7 @@ def leave_page_cache(files: list[Path]):
 
 
 def read(file: Path):
-    buffer = bytearray(fingerprint.CHUNK_BYTES)
+    buffer = bytearray(2**20)
     with open(file, "rb", buffering=0) as handle:
         while handle.readinto(buffer):
             pass
@@ -85,12 +84,12 @@ def run(variant: str, directory: Path, files: list[Path]) -> float:
     """Seconds."""
     start = time.perf_counter()
     if variant.startswith("read"):
-        with ThreadPoolExecutor(1 if variant == "read" else fingerprint._threads()) as threads:
+        with ThreadPoolExecutor(1 if variant == "read" else 4) as threads:
             list(threads.map(read, files))
     elif variant == "sha256sum":
         subprocess.run(["sha256sum", *files], stdout=subprocess.DEVNULL, check=True)
     else:
-        fingerprint_teacher(directory, use_cache=variant.endswith("cached"))
+        fingerprint_teacher(directory)
     return time.perf_counter() - start
 
 
@@ -101,7 +100,7 @@ def memory_mib() -> dict[str, float]:
 
 def measure_memory(directory: Path, warm_up: Path) -> dict[str, float]:
     """MiB of this process before the fingerprint, and the most during it."""
-    fingerprint_teacher(warm_up, use_cache=False)  # what the libraries take, for a checkpoint of a few MB
+    fingerprint_teacher(warm_up)  # what the libraries take, for a checkpoint of a few MB
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
     before, peak, done = memory_mib(), [0.0], threading.Event()
 
@@ -111,7 +110,7 @@ def measure_memory(directory: Path, warm_up: Path) -> dict[str, float]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    fingerprint_teacher(directory, use_cache=False)
+    fingerprint_teacher(directory)
     done.set()
     watcher.join()
     return {
@@ -150,11 +149,7 @@ def main():
         child = subprocess.run(child, capture_output=True, text=True, check=True)
         memory = json.loads(child.stdout.splitlines()[-1])
 
-        import huggingface_hub.constants
-
-        huggingface_hub.constants.HF_HOME = str(Path(tmp, "home"))  # not the user's cache
-        time.sleep(fingerprint.CACHE_MIN_AGE_SECONDS)  # younger files are not remembered
-        for variant in reversed(VARIANTS):  # untimed; leaves the files in the page cache, and in ours
+        for variant in reversed(VARIANTS):  # untimed; leaves the files in the page cache
             run(variant, directory, files)
         times = {(state, variant): [] for state in ("cold", "warm") for variant in VARIANTS}
         rng = random.Random(0)

@@ -41,7 +41,6 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("model", help="directory or Hub id, of a model or an adapter")
     command.add_argument("--revision", help="Hub revision")
     command.add_argument("--trust_remote_code", action="store_true", help="allow a model that ships Python code")
-    command.add_argument("--no_cache", action="store_true", help="hash the files even if they were hashed before")
     command.add_argument("--probes", action="store_true", help="load the model and add its answers to the probes")
 
     command = commands.add_parser("stamp", help="declare in a model's card which teacher wrote its SFT data")
@@ -200,7 +199,7 @@ def _fingerprint(args: argparse.Namespace) -> Answer:
 
     args.model = as_name(args.model)
     options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    fingerprint = fingerprint_teacher(args.model, use_cache=not args.no_cache, **options)
+    fingerprint = fingerprint_teacher(args.model, **options)
     record = fingerprint.to_dict()
     if args.probes:
         from .identity.probes import probe_model

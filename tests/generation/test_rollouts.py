@@ -437,10 +437,10 @@ def test_what_is_not_complete_or_not_whole_is_not_read(tmp_path, student_dir, te
     whole = collect_rollouts(PROMPTS, str(student_dir), output_dir=out, max_completion_length=3, rows_per_shard=1)
     first, second, *_ = sorted(out.glob("*.parquet"))
     second.write_bytes(second.read_bytes()[:-10])
-    with pytest.raises(ShardError, match=f"{second.name} is missing, truncated or altered. Run what writes it again"):
+    with pytest.raises(ShardError, match=rf"{second.name} is truncated or altered \(.*\). Run what writes it again"):
         load_table(out)
-    (out / ".trl_lopd" / f"{first.stem}.json").unlink()
-    with pytest.raises(ShardError, match="not complete: 1 of 4 shards are missing. Run what writes it again"):
+    first.unlink()
+    with pytest.raises(ShardError, match="not complete: 1 of 4 shards are missing, .*. Run what writes it again"):
         load_table(out)
     again = collect_rollouts(PROMPTS, str(student_dir), output_dir=out, max_completion_length=3, rows_per_shard=1)
     assert load_table(out, split="train").to_dict() == again.to_dict() == whole.to_dict()

@@ -455,11 +455,9 @@ def noise(scale, seed=0):
     return changed(change)
 
 
-@pytest.mark.parametrize("temperature", [0.9, 0.99, 1.5])
-@pytest.mark.parametrize("scale", [0.02, 0.1])
-def test_rounding_is_no_temperature(model, temperature, scale):
-    with stub_server("vllm", model, faults=itertools.repeat(noise(scale))) as server:
-        VLLMServer(server.url).sample(PROMPTS[:4], replace(PLAIN, temperature=temperature))
+def test_rounding_is_no_temperature(model):
+    with stub_server("vllm", model, faults=itertools.repeat(noise(0.1))) as server:
+        VLLMServer(server.url).sample(PROMPTS[:4], replace(PLAIN, temperature=0.99))
 
 
 def test_replicas_of_two_models_are_refused(model):
@@ -473,8 +471,8 @@ def test_the_comparison_costs_little(model):
     with stub_server("vllm", model) as server:
         VLLMServer(server.url).sample(PROMPTS, replace(WARPED, max_completion_length=100))
     scored = [body for body in server.requests if "prompt_logprobs" in body]
-    assert len(server.requests) - len(scored) - len(PROMPTS) == len(scored) == 4
-    assert all(len(body["prompt"][0]) <= 5 + 64 for body in scored)
+    assert len(server.requests) - len(scored) - len(PROMPTS) == len(scored) == 1
+    assert len(scored[0]["prompt"][0]) == len(PROMPTS[0]) + 16
 
 
 # ---- The engine in this process ----
@@ -531,13 +529,3 @@ def test_the_engine_s_answer_of_nan(vllm):
     vllm.edit = lambda output: setattr(output.logprobs[0][output.token_ids[0]], "logprob", math.nan)
     with pytest.raises(RuntimeError, match="null or NaN for the log-probability, at completion token 0 of"):
         VLLMEngine("served").sample(PROMPTS, GREEDY)
-
-
-def test_a_vocabulary_with_tokens_that_cannot_be():
-    """Where most have no probability, as in a vocabulary padded with -inf, there is still a comparison."""
-    top = np.full((8, 16), -np.inf, np.float16)
-    top[:, 0] = 0
-    scores = served.Scores(np.zeros(8, np.float32), np.zeros((8, 16), np.int32), top)
-    for temperature in (0.5, 1.5):
-        sampling = replace(PLAIN, temperature=temperature)
-        assert served._other_logprobs(np.full(8, -0.02), [scores], sampling) == ""

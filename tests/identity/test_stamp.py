@@ -48,21 +48,22 @@ def as_text(row):
     return f"{row['prompt']} {row['completion']}"
 
 
+OPTIONS = [
+    {},
+    {"max_length": None},
+    {"packing": True},
+    {"packing": True, "max_length": 8},  # sequences are cut
+    {"packing": True, "packing_strategy": "wrapped"},
+    {"packing": True, "packing_strategy": "bfd_split", "max_length": 4},
+    {"formatting_func": as_text, "completion_only_loss": False},
+    {"formatting_func": as_text, "completion_only_loss": False, "packing": True},
+    {"shuffle_dataset": True},
+]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"max_length": None},
-        {"packing": True},
-        {"packing": True, "max_length": 8},  # sequences are cut
-        {"packing": True, "packing_strategy": "wrapped"},
-        {"packing": True, "packing_strategy": "bfd_split", "max_length": 4},
-        {"formatting_func": as_text, "completion_only_loss": False},
-        {"formatting_func": as_text, "completion_only_loss": False, "packing": True},
-        {"shuffle_dataset": True},
-    ],
+    ("options", "column"), [(options, False) for options in OPTIONS] + [(OPTIONS[0], True), (OPTIONS[2], True)]
 )
-@pytest.mark.parametrize("column", [True, False])
 def test_what_trl_does_to_the_rows_is_no_other_data(tmp_path, tokenizer, options, column, caplog):
     rows = make_rows(A)
     trainer = make_trainer(

@@ -481,7 +481,7 @@ def test_splits_of_one_table_each_get_their_digest(case):
 def test_stamping_a_dataset_card_keeps_the_rest_of_it(case):
     directory = case.tmp / "table"
     directory.mkdir()
-    head, tail = "---\nlicense:   mit  # kept\n", "---\n\n# Mine\n\ntext   \n"
+    head, tail = "---\nlicense: mit\n", "---\n\n# Mine\n\ntext   \n"
     (directory / "README.md").write_text(head + tail)
     stamp_dataset_card(directory, case.score())
     text = (directory / "README.md").read_text()

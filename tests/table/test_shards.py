@@ -128,7 +128,7 @@ def test_other_columns_than_before(tmp_path):
 
 @pytest.mark.parametrize("name", ["out", "test", "val[1] *"])
 def test_datasets_loads_exactly_the_shards(tmp_path, finished, name):
-    """Whatever else is there: a card with our block, left-overs of a killed run, receipts, another run's files."""
+    """Whatever else is there: a card with our block, left-overs of a killed run, another run's files."""
     directory = tmp_path / name
     with open_store(directory) as store:
         (store.directory / ".trl_lopd" / "data-00000-of-00048.parquet.tmp").write_bytes(b"half a shar")
@@ -160,8 +160,7 @@ def test_on_the_hub(tmp_path, finished):
         api.create_repo("tester/table", repo_type="dataset")
         api.upload_folder(repo_id="tester/table", repo_type="dataset", folder_path=sys.argv[1])
         names = api.list_repo_files("tester/table", repo_type="dataset")
-        assert ".trl_lopd/manifest.json" in names and ".trl_lopd/data-00000-of-00048.json" in names, names
-        assert not any("process-0.json" in name for name in names), names
+        assert ".trl_lopd/manifest.json" in names, names
         for streaming in (False, True):
             (table,) = load_dataset("tester/table", streaming=streaming).values()
             assert [row["row"] for row in table] == eval(sys.argv[2])
@@ -258,7 +257,7 @@ def test_a_manifest_of_another_version_or_broken(tmp_path):
     with small(tmp_path):
         pass
     manifest = tmp_path / ".trl_lopd" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"schema_version": 1', '"schema_version": 2'))
+    manifest.write_text(manifest.read_text().replace('"schema_version": 2', '"schema_version": 1'))
     with pytest.raises(ShardError, match="another version of trl-lopd"), small(tmp_path):
         pass
     manifest.write_text("{")
@@ -266,7 +265,7 @@ def test_a_manifest_of_another_version_or_broken(tmp_path):
         pass
 
 
-def test_somebody_s_directory_is_refused(tmp_path):
+def test_a_directory_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ShardError, match=r"is not empty, .*thesis.tex"), small(tmp_path):
         pass
@@ -283,28 +282,22 @@ def test_damaged_shards_are_said_and_done_again(tmp_path, caplog):
     with small(tmp_path, shards=6) as store:
         fill(store)
     before = files(tmp_path)
-    missing, truncated, altered, unreadable = (tmp_path / f"data-0000{i}-of-00006.parquet" for i in range(4))
+    missing, truncated, altered = (tmp_path / f"data-0000{i}-of-00006.parquet" for i in range(3))
     missing.unlink()
     truncated.write_bytes(truncated.read_bytes()[:-1])
     content = bytearray(altered.read_bytes())
-    content[50] ^= 1
+    column = pq.read_metadata(altered).row_group(0).column(0)
+    content[column.data_page_offset + column.total_compressed_size - 1] ^= 1
     altered.write_bytes(content)
-    (tmp_path / ".trl_lopd" / f"{unreadable.stem}.json").write_text("")
     with caplog.at_level(logging.WARNING), small(tmp_path, shards=6) as store:
-        assert store.pending == [0, 1, 2, 3] and store.counts() == {"rows": 4}
-        with pytest.raises(ShardError, match="4 of 6 shards are missing"):
+        assert store.pending == [0, 1, 2] and store.counts() == {"rows": 6}
+        with pytest.raises(ShardError, match="3 of 6 shards are missing"):
             store.dataset()
         fill(store)
-    problems = [
-        "is missing",
-        "is truncated or altered",
-        "is truncated or altered",
-        "has a receipt that cannot be read",
-    ]
-    paths = (missing, truncated, altered, unreadable)
-    assert len(caplog.messages) == 4
-    for path, problem, message in zip(paths, problems, caplog.messages, strict=True):
-        assert message.startswith(f"{path} {problem}") and message.endswith("Its rows are computed again.")
+    assert len(caplog.messages) == 2
+    for path, message in zip((truncated, altered), caplog.messages, strict=True):
+        assert message.startswith(f"{path} is truncated or altered")
+        assert message.endswith("Its rows are computed again.")
     assert files(tmp_path) == before and store.counts() == {"rows": 12}
 
 
@@ -353,7 +346,7 @@ def test_a_disk_that_is_really_full(tmp_path):
 
 def test_two_runs_on_one_output(tmp_path):
     with small(tmp_path) as store:
-        with pytest.raises(ShardError, match=f"Another run is writing to .* pid {os.getpid()} on ") as caught:
+        with pytest.raises(ShardError, match=r"Another run is writing to .* \(process-0\)") as caught:
             small(tmp_path).__enter__()
         assert str(tmp_path) in str(caught.value)
         fill(store)
@@ -373,13 +366,8 @@ def test_processes_share_the_work(tmp_path):
         fill(first, limit=1)
         # Another run's second process, whose first one was refused.
         with (
-            pytest.raises(ShardError, match="process 1, pid"),
+            pytest.raises(ShardError, match=r"\(process-1\)"),
             small(tmp_path, shards=5, process_index=1, num_processes=2),
-        ):
-            pass
-        with (
-            pytest.raises(ShardError, match="process 0 of this run"),
-            small(tmp_path, shards=5, process_index=2, num_processes=3),
         ):
             pass
     with small(tmp_path, shards=5) as store:
@@ -393,7 +381,7 @@ def test_a_process_that_outlives_process_0_is_noticed(tmp_path):
     first.__enter__()
     with second:
         first.__exit__()
-        with pytest.raises(ShardError, match=r"Another run is writing to .* \(process 1, pid"), small(tmp_path):
+        with pytest.raises(ShardError, match=r"Another run is writing to .* \(process-1\)"), small(tmp_path):
             pass
     with small(tmp_path) as store:
         assert store.pending == [0, 1, 2]
@@ -430,11 +418,10 @@ def test_the_job_loads_only_what_it_needs():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_again_and_again(tmp_path, finished, processes):
+def test_killed_again_and_again(tmp_path, finished):
     """By SIGKILL at random moments, entering included: the table is that of a run that was left alone."""
-    rng, directory, kills = random.Random(processes), tmp_path / "out", 0
-    while kills < 20:
+    processes, rng, directory, kills = 2, random.Random(2), tmp_path / "out", 0
+    while kills < 10:
         jobs = start(directory, processes, pause=0.01)
         if rng.random() < 0.2:
             # Process 0 is killed somewhere on its way in.

@@ -1,7 +1,7 @@
 """What a model claims, what a table holds, whether the two fit: `trl-lopd inspect` as functions.
 
 [`inspect`] and what it calls return plain dicts that JSON can hold; [`show`] prints them for a person. Tables are read
-in batches: what is kept of each row is its length and two hashes, and of each token nothing.
+in batches: what is kept of each row is its length and two hashes, and of each token one score.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.bar import Bar
 from rich.columns import Columns
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -28,11 +27,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-# The default of `OfflineOPDConfig.advantage_clip`, whose module takes seconds to import.
+# The default of `OfflineOPDConfig.advantage_clip`; its module takes seconds to import.
 ADVANTAGE_CLIP = 10.0
-# Nats. Most tokens are within a hundredth of 0 and those that matter are nats away: even bins would show one bar.
-ADVANTAGE_EDGES = (-10, -5, -2, -1, -0.5, -0.1, 0.1, 0.5, 1, 2, 5, 10)
-LOGPROB_EDGES = (-100, -10, -5, -2, -1, -0.5, -0.2, -0.1, -0.01, 0)
+# Nats: lower scores of a teacher are taken as this.
+LOWEST_LOGPROB = -100.0
+_QUANTILES = {"p1": 0.01, "p10": 0.1, "median": 0.5, "p90": 0.9, "p99": 0.99}
 
 # Tokens shown of each of the worst rows.
 _WORST_TOKENS = 5
@@ -62,7 +61,7 @@ def inspect(
             see [`find_tokenizer`].
 
     Returns:
-        `dict`: `model`, see [`about_model`]; `table` with its `name`, its `splits`, see [`about_rows`], and its
+        `dict`: `model`, see [`describe_model`]; `table` with its `name`, its `splits`, see [`describe_rows`], and its
         `problems`; `verdict`. Each where it applies.
 
     Raises:
@@ -79,7 +78,7 @@ def inspect(
         raise ValueError(f"The number of rows to show is 0 or more, not {worst}.")
     result: dict[str, Any] = {}
     if first_is_model:
-        result["model"] = about_model(name, revision, look_inside)
+        result["model"] = describe_model(name, revision, look_inside)
         if table is None:
             return result
     path = table or name
@@ -98,25 +97,25 @@ def inspect(
         decoder, decoded_with = find_tokenizer(tokenizer, name if first_is_model else None, revision, record, path)
     result["table"] = {
         "name": path,
-        "splits": {split: about_rows(rows, worst, decoder) for split, rows in splits.items()},
+        "splits": {split: describe_rows(rows, worst, decoder) for split, rows in splits.items()},
         "decoded_with": decoded_with,
     }
     result["table"]["problems"] = list(
-        dict.fromkeys(problem for about in result["table"]["splits"].values() for problem in about.pop("problems"))
+        dict.fromkeys(problem for summary in result["table"]["splits"].values() for problem in summary.pop("problems"))
     )
     if first_is_model:
         result["table"]["problems"] += [
             f"{split}: these rows have no scores. They are SFT data or rollouts, not a table to train on: "
             "`trl-lopd score` makes one of rollouts."
-            for split, about in result["table"]["splits"].items()
-            if not about["scored"]
+            for split, summary in result["table"]["splits"].items()
+            if not summary["scored"]
         ]
         result["verdict"] = _verdict(result, splits, mode, revision)
     return result
 
 
 def accepted(result: dict[str, Any]) -> bool:
-    """Whether what [`inspect`] found is in order: no claim is contradicted, rows are valid, a pair may be trained."""
+    """Whether what [`inspect`] gives is in order: no claim contradicted, rows valid, a pair that may be trained."""
     if "verdict" in result:
         return result["verdict"]["accepted"]
     return not any(part["problems"] for part in result.values())
@@ -139,7 +138,7 @@ def is_model(name: str) -> bool:
     return path.suffix != ".parquet" and not name.startswith("datasets/")
 
 
-def about_model(name: str, revision: str | None = None, look_inside: bool = True) -> dict[str, Any]:
+def describe_model(name: str, revision: str | None = None, look_inside: bool = True) -> dict[str, Any]:
     """`fingerprint` (`None` without `look_inside`), `card` and `problems`, the claims that cannot be true."""
     card = read_model_card(name, revision)
     problems = contradictions(f"The card of {name}", card.get("sft_teachers") or [])
@@ -150,7 +149,7 @@ def about_model(name: str, revision: str | None = None, look_inside: bool = True
     return {"name": name, "fingerprint": fingerprint, "card": card, "problems": problems}
 
 
-def about_rows(rows: Dataset, worst: int = 3, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
+def describe_rows(rows: Dataset, worst: int = 3, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
     """
     What one split of a table, scored or not, is and holds.
 
@@ -166,24 +165,23 @@ def about_rows(rows: Dataset, worst: int = 3, tokenizer: PreTrainedTokenizerBase
     """
     from ..table.schema import TableError, column_counts
 
-    about: dict[str, Any] = {"rows": len(rows)}
-    found, shown, invalid = None, [], []
+    summary: dict[str, Any] = {"rows": len(rows)}
+    measured, shown, invalid = None, [], []
     try:
-        if (held := _statistics(rows, worst)) is not None:
-            found, ranking = held
-            about["completion_tokens"] = found["completion_tokens"]
-            shown = worst_rows(rows, ranking, tokenizer)
+        if (measured := statistics(rows, worst)) is not None:
+            summary["completion_tokens"] = measured["completion_tokens"]
+            shown = worst_rows(rows, measured.pop("lowest"), tokenizer)
     except TableError as error:
         invalid = [f"This table cannot be trained on. {error}"]
     for key, column in (("teachers", "teacher_fingerprint"), ("students", "student_fingerprint")):
-        about[key] = dict(column_counts(rows, column))
+        summary[key] = dict(column_counts(rows, column))
     record = record_of(rows)
     status, changed = check_rows(rows)
     problems = changed if status == "altered" else ()  # otherwise the status says all
-    about |= {"scored": "teacher_logprobs" in rows.column_names, "integrity": status, "card": record}
+    summary |= {"scored": "teacher_logprobs" in rows.column_names, "integrity": status, "card": record}
     claimed = record.get("teachers") or []
-    contradicted = contradictions("The card of the table", claimed, about["teachers"], status)
-    return about | {"problems": [*invalid, *problems, *contradicted], "statistics": found, "worst_rows": shown}
+    contradicted = contradictions("The card of the table", claimed, summary["teachers"], status)
+    return summary | {"problems": [*invalid, *problems, *contradicted], "statistics": measured, "worst_rows": shown}
 
 
 def _verdict(result: dict[str, Any], splits: dict[str, Dataset], mode: str, revision: str | None) -> dict[str, Any]:
@@ -215,171 +213,117 @@ def _verdict(result: dict[str, Any], splits: dict[str, Dataset], mode: str, revi
 # ---- What the rows hold ----
 
 
-def statistics(rows: Dataset) -> dict[str, Any] | None:
+def statistics(rows: Dataset, worst: int = 0) -> dict[str, Any] | None:
     """
     Counts and distributions over a table, or over rollouts that are not scored.
 
-    Scores are counted on the tokens that are trained on (`completion_mask`). A histogram has `edges`, one more than
-    its `counts`; a bin holds what is not below its first edge and below its second, the last one its second too.
+    Scores are those of the tokens that are trained on (`completion_mask`).
 
     Args:
         rows ([`~datasets.Dataset`]): The rows.
+        worst (`int`, *optional*, defaults to `0`): How many of the rows with the lowest scores to name.
 
     Returns:
         `dict`, or `None` if the rows have no token ids:
 
-        - `prompt_tokens`, `distinct_prompts`, `duplicates`: rows whose prompt and completion are those of an earlier.
+        - `prompt_tokens`, `distinct_prompts`, `duplicates`: rows with the prompt and the completion of an earlier one.
         - `completion_tokens`, `trainable_tokens`, `length`: tokens of a completion, its `min`, `median`, `mean`,
-          `p90`, `p99`, `max` and `histogram`.
+          `p90`, `p99` and `max`.
         - `finish_reasons`: rows of each, those that are neither `stop` nor `length` counted as `other`; and
           `truncated`, the share of `length`. `None` without the column.
         - `floored`: teacher scores of -inf, sampled and top-k.
         - `top_k`: `k`, the mean `mass` of the stored tokens, and the share of `sampled` tokens that are among them;
           `None` without the columns.
-        - `advantage`: `log pi_T - log pi_ref` a token in nats, clipped to plus or minus `clip`: `mean`, `std`,
-          `clipped`, the share that was, and `histogram`. `None` without `ref_logprobs`.
-        - `teacher_logprob`: instead, `mean`, `std` and `histogram`, in nats, lower ones than -100 taken as -100.
+        - `advantage`: `log pi_T - log pi_ref` a token in nats, clipped to plus or minus `clip`: `mean`, `std`, `p1`,
+          `p10`, `median`, `p90`, `p99` and `clipped`, the share that was. `None` without `ref_logprobs`.
+        - `teacher_logprob`: instead, the same of the teacher's scores, lower ones than -100 taken as -100.
+        - `lowest`: index and mean advantage, or teacher score, of the `worst` rows, the lowest first.
 
     Raises:
         TableError: The rows are scored and no valid table, or have nulls among their ids. The message says where.
     """
-    held = _statistics(rows, 0)
-    return held and held[0]
+    from ..table.schema import holds_ids, lengths, prompt_and_row_hashes, validate_table
 
-
-def _statistics(rows: Dataset, worst: int) -> tuple[dict[str, Any], list[tuple[int, float]]] | None:
-    """[`statistics`], and the index and mean score of the `worst` rows of lowest advantage, or teacher score."""
-    from ..table.schema import (
-        OPTIONAL_COLUMNS,
-        REQUIRED_COLUMNS,
-        column_counts,
-        flat_values,
-        hash_rows,
-        holds_ids,
-        validate_rows,
-    )
-
-    scored = "teacher_logprobs" in rows.column_names
+    scored, relative = ("teacher_logprobs" in rows.column_names), ("ref_logprobs" in rows.column_names)
     ids = ("prompt_ids", "completion_ids")
     if not scored and not all(name in rows.column_names and holds_ids(rows, name) for name in ids):
         return None
-    names = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS) if scored else ("prompt_ids", "completion_ids")
-    ours = rows.select_columns([name for name in names if name in rows.column_names]).with_format("arrow")
-    relative = "ref_logprobs" in ours.column_names
-    prompts, completions, floored, trainable, top_k, mass, among = 0, 0, 0, 0, 0, 0.0, 0
-    distribution = _Distribution(ADVANTAGE_EDGES if relative else LOGPROB_EDGES)
-    lengths, prompt_hashes, row_hashes = [], [], []
-    lowest, lowest_rows, first_row = np.empty(0), np.empty(0, np.int64), 0
-    # An empty table has no batch that could be found wanting.
-    for batch in ours.iter(256) if len(ours) else [ours[:]]:
-        if scored:
-            # Any floor will do: the scores below it are counted, not clamped.
-            summary = validate_rows(batch, first_row=first_row, top_k=top_k, teacher_logprob_floor=-1.0)
-            floored, top_k = floored + summary.floored, summary.top_k
-        prompt_lengths, prompt_ids = flat_values("prompt_ids", batch)
-        batch_lengths, ids = flat_values("completion_ids", batch)
-        prompts, completions = prompts + len(prompt_ids), completions + len(ids)
-        lengths.append(batch_lengths)
-        hashes = hash_rows((prompt_lengths, prompt_ids), (batch_lengths, ids))
-        prompt_hashes.append(hashes[0])
-        row_hashes.append(hashes[1])
-        trained = flat_values("completion_mask", batch)[1] if "completion_mask" in batch.column_names else slice(None)
-        ids = ids[trained]
-        trainable += len(ids)
-        if scored:
-            scores = flat_values("teacher_logprobs", batch)[1][trained]
-            if relative:
-                scores = scores - flat_values("ref_logprobs", batch)[1][trained]
-            scores = distribution.add(scores)
-            of_row = np.repeat(np.arange(len(batch_lengths)), batch_lengths)[trained]
-            means = np.bincount(of_row, scores) / np.bincount(of_row)
-            lowest = np.concatenate([lowest, means])
-            lowest_rows = np.concatenate([lowest_rows, first_row + np.arange(len(means))])
-            keep = np.argsort(lowest, kind="stable")[:worst]
-            lowest, lowest_rows = lowest[keep], lowest_rows[keep]
-        if top_k:
-            # numpy computes float16 in software, many times slower.
-            topk_logprobs = (
-                flat_values("teacher_topk_logprobs", batch)[1].astype(np.float32).reshape(-1, top_k)[trained]
-            )
-            topk_ids = flat_values("teacher_topk_ids", batch)[1].reshape(-1, top_k)[trained]
-            mass += float(np.exp(topk_logprobs).sum(dtype=np.float64))
-            among += int((topk_ids == ids[:, None]).any(-1).sum())
-        first_row += len(batch_lengths)
-
-    found: dict[str, Any] = {
-        "prompt_tokens": prompts,
-        "distinct_prompts": len(np.unique(np.concatenate(prompt_hashes))),
-        "duplicates": len(rows) - len(np.unique(np.concatenate(row_hashes))),
-        "completion_tokens": completions,
-        "trainable_tokens": trainable,
-        "length": _about_lengths(np.concatenate(lengths)),
-        "finish_reasons": None,
-        "truncated": None,
-        "floored": floored,
-        "top_k": {"k": top_k, "mass": mass / trainable, "sampled": among / trainable} if top_k else None,
+    # Any floor will do: the scores below it are counted, not clamped.
+    valid = validate_table(rows, teacher_logprob_floor=-1.0) if scored else None
+    prompts, whole = prompt_and_row_hashes(rows)
+    prompt_lengths, completion_lengths = lengths(rows)
+    reasons = _finish_reasons(rows)
+    result: dict[str, Any] = {
+        "prompt_tokens": int(prompt_lengths.sum()),
+        "distinct_prompts": len(np.unique(prompts)),
+        "duplicates": len(rows) - len(np.unique(whole)),
+        "completion_tokens": int(completion_lengths.sum()),
+        "trainable_tokens": valid.trainable_tokens if scored else int(completion_lengths.sum()),
+        "length": None,
+        "finish_reasons": reasons,
+        "truncated": reasons["length"] / sum(reasons.values()) if reasons and any(reasons.values()) else None,
+        "floored": valid.floored if scored else 0,
+        "top_k": None,
         "advantage": None,
         "teacher_logprob": None,
+        "lowest": [],
     }
-    if getattr(rows.features.get("finish_reason"), "dtype", "") in ("string", "large_string"):
-        reasons = column_counts(rows, "finish_reason")
-        reasons.pop(None, None)
-        known = {reason: reasons.pop(reason, 0) for reason in ("stop", "length")}
-        found["finish_reasons"] = known | {"other": reasons.total()}
-        if rows_known := sum(found["finish_reasons"].values()):
-            found["truncated"] = known["length"] / rows_known
-    if scored and relative:
-        clipped = {"clip": ADVANTAGE_CLIP, "clipped": distribution.outside / trainable}
-        found["advantage"] = distribution.to_dict() | clipped
-    elif scored:
-        found["teacher_logprob"] = distribution.to_dict()
-    return found, list(zip(lowest_rows.tolist(), lowest.tolist(), strict=True))
-
-
-class _Distribution:
-    """Of values that come in batches, brought to the range of `edges`; `outside` counts those that were not in it."""
-
-    def __init__(self, edges: tuple[float, ...]):
-        self.edges = edges
-        self.values, self.total, self.squares, self.outside = 0, 0.0, 0.0, 0
-        self.counts = np.zeros(len(edges) - 1, np.int64)
-
-    def add(self, values: np.ndarray) -> np.ndarray:
-        """Counts `values`, `(tokens,)`, and returns them as they were counted, in float64."""
-        bounded = values.astype(np.float64).clip(self.edges[0], self.edges[-1])
-        self.values += len(values)
-        self.total += float(bounded.sum())
-        self.squares += float(np.square(bounded).sum())
-        self.outside += int((values != bounded).sum())
-        self.counts += np.histogram(bounded, self.edges)[0]
-        return bounded
-
-    def to_dict(self) -> dict[str, Any]:
-        mean = self.total / self.values
-        return {
-            "mean": mean,
-            "std": max(self.squares / self.values - mean**2, 0.0) ** 0.5,
-            "histogram": {"edges": list(self.edges), "counts": self.counts.tolist()},
-        }
-
-
-def _about_lengths(lengths: np.ndarray) -> dict[str, Any] | None:
-    if not len(lengths):
-        return None
-    median, p90, p99 = np.quantile(lengths, (0.5, 0.9, 0.99)).tolist()
-    low, high = int(lengths.min()), int(lengths.max())
-    if high > 4 * median:
-        edges = [2**power for power in range(max(low, 1).bit_length() - 1, high.bit_length())] + [high + 1]
-        # Few are that short, and a long list of bins is no picture.
-        edges = [min(low, edges[0]), *edges[-10:]] if len(edges) > 11 else [min(low, edges[0]), *edges[1:]]
+    if len(rows):
+        median, p90, p99 = np.quantile(completion_lengths, (0.5, 0.9, 0.99)).tolist()
+        ends = {"min": int(completion_lengths.min()), "max": int(completion_lengths.max())}
+        result["length"] = ends | {"median": median, "mean": float(completion_lengths.mean()), "p90": p90, "p99": p99}
+    if not scored:
+        return result
+    scores, counts, result["top_k"] = _token_scores(rows, relative, valid.top_k)
+    bounded = scores.clip(-ADVANTAGE_CLIP, ADVANTAGE_CLIP) if relative else scores.clip(LOWEST_LOGPROB)
+    distribution = {"mean": float(bounded.mean(dtype=np.float64)), "std": float(bounded.std(dtype=np.float64))}
+    distribution |= dict(zip(_QUANTILES, np.quantile(bounded, list(_QUANTILES.values())).tolist(), strict=True))
+    if relative:
+        result["advantage"] = distribution | {"clip": ADVANTAGE_CLIP, "clipped": float((scores != bounded).mean())}
     else:
-        step = next(s * 10**power for power in range(12) for s in (1, 2, 5) if (high - low) < 9 * s * 10**power)
-        edges = list(range(low // step * step, high + step + 1, step))
-    counts = np.histogram(lengths, edges)[0].tolist()
-    while len(counts) > 1 and not counts[-1]:
-        counts.pop(), edges.pop()
-    about = {"min": low, "median": median, "mean": float(lengths.mean()), "p90": p90, "p99": p99, "max": high}
-    return about | {"histogram": {"edges": edges, "counts": counts}}
+        result["teacher_logprob"] = distribution
+    means = np.add.reduceat(bounded, np.cumsum(counts) - counts, dtype=np.float64) / counts
+    lowest = np.argsort(means, kind="stable")[:worst]
+    return result | {"lowest": list(zip(lowest.tolist(), means[lowest].tolist(), strict=True))}
+
+
+def _token_scores(rows: Dataset, relative: bool, top_k: int) -> tuple[np.ndarray, np.ndarray, dict[str, float] | None]:
+    """
+    Of the tokens of a valid table that are trained on: the advantage, or the teacher's score, of each, `(tokens,)`;
+    how many each row has, `(rows,)`; and what the top-k columns cover, `None` without them.
+    """
+    from ..table.schema import TOKEN_COLUMNS, flat_values
+
+    parts, counts, mass, among = [], [], 0.0, 0
+    names = [name for name in TOKEN_COLUMNS if name in rows.column_names]
+    for batch in rows.select_columns(names).with_format("arrow").iter(256):
+        sizes, ids = flat_values("completion_ids", batch)
+        values = {name: flat_values(name, batch)[1] for name in names}
+        trained = values.get("completion_mask", slice(None))
+        parts.append(values["teacher_logprobs"][trained])
+        if relative:
+            parts[-1] = parts[-1] - values["ref_logprobs"][trained]
+        counts.append(np.bincount(np.repeat(np.arange(len(sizes)), sizes)[trained]))
+        if top_k:
+            # numpy computes float16 in software, many times slower.
+            logprobs = values["teacher_topk_logprobs"].astype(np.float32).reshape(-1, top_k)[trained]
+            mass += float(np.exp(logprobs).sum(dtype=np.float64))
+            best = values["teacher_topk_ids"].reshape(-1, top_k)[trained]
+            among += int((best == ids[trained, None]).any(-1).sum())
+    scores = np.concatenate(parts)
+    covered = {"k": top_k, "mass": mass / len(scores), "sampled": among / len(scores)} if top_k else None
+    return scores, np.concatenate(counts), covered
+
+
+def _finish_reasons(rows: Dataset) -> dict[str, int] | None:
+    from ..table.schema import column_counts
+
+    if getattr(rows.features.get("finish_reason"), "dtype", "") not in ("string", "large_string"):
+        return None
+    reasons = column_counts(rows, "finish_reason")
+    reasons.pop(None, None)
+    known = {reason: reasons.pop(reason, 0) for reason in ("stop", "length")}
+    return known | {"other": reasons.total()}
 
 
 # ---- The worst rows ----
@@ -406,43 +350,37 @@ def worst_rows(
     """
     names = ["prompt_ids", "completion_ids", "teacher_logprobs", "ref_logprobs", "completion_mask"]
     texts = ["prompt", "completion"]
-    ours = rows.select_columns([name for name in [*names, *texts] if name in rows.column_names])
-    result = []
-    for index, mean in ranking:
-        row = ours[index]
-        teacher = np.array(row["teacher_logprobs"], np.float64)
-        ref = np.array(row["ref_logprobs"], np.float64) if "ref_logprobs" in row else None
-        order = np.argsort(teacher if ref is None else teacher - ref, kind="stable")
-        if "completion_mask" in row:
-            order = order[np.array(row["completion_mask"], bool)[order]]
-        if tokenizer is not None:
-            prompt, completion = (tokenizer.decode(row[f"{name}_ids"]) for name in texts)
-        else:
-            prompt, completion = (_text_of(row.get(name)) for name in texts)
-        about = {"row": index, "mean": mean, "prompt": prompt, "completion": completion}
-        about |= {name: row[name] for name in ("prompt_ids", "completion_ids")}
-        about["tokens"] = [
-            _about_token(row["completion_ids"], int(at), teacher, ref, tokenizer) for at in order[:_WORST_TOKENS]
-        ]
-        result.append(about)
-    return result
+    rows = rows.select_columns([name for name in [*names, *texts] if name in rows.column_names])
 
-
-def _about_token(
-    ids: list[int], at: int, teacher: np.ndarray, ref: np.ndarray | None, tokenizer: PreTrainedTokenizerBase | None
-) -> dict[str, Any]:
     def finite(value: float) -> float | None:
         return float(value) if np.isfinite(value) else None
 
-    return {
-        "position": at,
-        "id": ids[at],
-        "text": tokenizer and tokenizer.decode([ids[at]]),
-        "before": tokenizer and tokenizer.decode(ids[max(at - 8, 0) : at]),
-        "teacher_logprob": finite(teacher[at]),
-        "ref_logprob": None if ref is None else float(ref[at]),
-        "advantage": None if ref is None else finite(teacher[at] - ref[at]),
-    }
+    result = []
+    for index, mean in ranking:
+        row = rows[index]
+        ids = row["completion_ids"]
+        teacher = np.array(row["teacher_logprobs"], np.float64)
+        ref = np.array(row["ref_logprobs"], np.float64) if "ref_logprobs" in row else None
+        order = np.argsort(teacher if ref is None else teacher - ref, kind="stable")
+        order = order[np.array(row.get("completion_mask", [True] * len(ids)), bool)[order]].tolist()
+        tokens = [
+            {
+                "position": at,
+                "id": ids[at],
+                "text": tokenizer and tokenizer.decode([ids[at]]),
+                "before": tokenizer and tokenizer.decode(ids[max(at - 8, 0) : at]),
+                "teacher_logprob": finite(teacher[at]),
+                "ref_logprob": None if ref is None else float(ref[at]),
+                "advantage": None if ref is None else finite(teacher[at] - ref[at]),
+            }
+            for at in order[:_WORST_TOKENS]
+        ]
+        shown = {
+            name: tokenizer.decode(row[f"{name}_ids"]) if tokenizer else _text_of(row.get(name)) for name in texts
+        }
+        kept = {name: row[name] for name in ("prompt_ids", "completion_ids")}
+        result.append({"row": index, "mean": mean, **shown, **kept, "tokens": tokens})
+    return result
 
 
 def _text_of(value: Any) -> str | None:
@@ -482,8 +420,8 @@ def find_tokenizer(
         with contextlib.suppress(Exception):
             return load_tokenizer(model, revision=revision, trust_remote_code=False), model
     entries = [*(record.get("students") or []), *(record.get("teachers") or [])]
-    found = (tokenizer_of(entry, table) for entry in entries)
-    return next((tokenizer for tokenizer in found if tokenizer is not None), (None, None))
+    candidates = (tokenizer_of(entry, table) for entry in entries)
+    return next((tokenizer for tokenizer in candidates if tokenizer is not None), (None, None))
 
 
 # ---- For a person ----
@@ -511,8 +449,8 @@ def show(result: dict[str, Any]) -> None:
     """Prints what [`inspect`] gives."""
     if "model" in result:
         _show_model(result["model"])
-    for split, about in result.get("table", {}).get("splits", {}).items():
-        _show_rows(result["table"]["name"], split, about, result["table"]["decoded_with"])
+    for split, summary in result.get("table", {}).get("splits", {}).items():
+        _show_rows(result["table"]["name"], split, summary, result["table"]["decoded_with"])
     for part in ("model", "table"):
         for problem in result.get(part, {}).get("problems", ()):
             print_line(f"! {problem}", "yellow")
@@ -551,60 +489,53 @@ def _show_model(model: dict[str, Any]) -> None:
         entries("", [{**item, "id": f"scored by {item['id']}"} for item in round.get("teachers") or []])
 
 
-def _show_rows(name: str, split: str, about: dict[str, Any], decoded_with: str | None) -> None:
+def _show_rows(name: str, split: str, summary: dict[str, Any], decoded_with: str | None) -> None:
     print_line(f"Table {name}, {split}", "bold")
     print_line(
-        f"  {'rows':12} {about['rows']:,}, of {about.get('completion_tokens', 0):,} completion tokens; "
-        f"{_INTEGRITY[about['integrity']]}"
+        f"  {'rows':12} {summary['rows']:,}, of {summary.get('completion_tokens', 0):,} completion tokens; "
+        f"{_INTEGRITY[summary['integrity']]}"
     )
-    for key, title in (("teachers", "scored by" if about["scored"] else "written by"), ("students", "sampled by")):
-        for id, count in about[key].items() or {"nobody named": about["rows"]}.items():
-            print_line(f"  {title:12} {id or 'nobody named'}  {count:,} rows")
-    found = about["statistics"]
-    if not found or not about["rows"]:
+    for key, title in (
+        ("teachers", "scored by" if summary["scored"] else "written by"),
+        ("students", "sampled by"),
+    ):
+        for id, count in summary[key].items() or {"not named": summary["rows"]}.items():
+            print_line(f"  {title:12} {id or 'not named'}  {count:,} rows")
+    measured = summary["statistics"]
+    if not measured or not summary["rows"]:
         return
-    for title, text in _facts(about["rows"], found):
+    for title, text in _facts(summary["rows"], measured):
         print_line(f"  {title:12} {text}")
-    scores = found["advantage"] or found["teacher_logprob"]
-    charts = [_chart("completion length, tokens", found["length"]["histogram"], _length_labels)]
-    if scores:
-        title = "advantage in nats" if found["advantage"] else "teacher log-prob."
-        charts.append(_chart(f"{title}, share of tokens", scores["histogram"], _score_labels))
-    _print_charts(charts)
-    if about["worst_rows"]:
-        _show_worst(about["worst_rows"], bool(found["advantage"]), split, decoded_with)
+    if summary["worst_rows"]:
+        _show_worst(summary["worst_rows"], bool(measured["advantage"]), split, decoded_with)
 
 
-def _facts(rows: int, found: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    distinct, repeated, length = found["distinct_prompts"], found["duplicates"], found["length"]
+def _facts(rows: int, measured: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    distinct, repeated, length = measured["distinct_prompts"], measured["duplicates"], measured["length"]
     answers = "1 answer" if rows == distinct else f"{rows / distinct:.3g} answers"
     repeats = f"{repeated:,} rows repeat an earlier prompt and answer" if repeated else "no row repeats another"
-    yield "prompts", f"{distinct:,} distinct, {answers} each, {found['prompt_tokens']:,} tokens; {repeats}"
-    yield (
-        "completions",
-        ", ".join(
-            f"{key} {length[key]:,.{digits}f}"
-            for key, digits in (("min", 0), ("median", 0), ("mean", 1), ("p90", 0), ("p99", 0), ("max", 0))
-        )
-        + " tokens",
-    )
-    if found["truncated"] is not None:
-        other = found["finish_reasons"]["other"]
+    yield "prompts", f"{distinct:,} distinct, {answers} each, {measured['prompt_tokens']:,} tokens; {repeats}"
+    sizes = ", ".join(f"{key} {length[key]:,.0f}" for key in ("min", "median", "mean", "p90", "p99", "max"))
+    yield "completions", f"{sizes} tokens"
+    if measured["truncated"] is not None:
+        other = measured["finish_reasons"]["other"]
         more = f"; {other:,} ended otherwise" if other else ""
-        yield "truncated", f"{_share(found['truncated'])} of completions reached the length limit{more}"
-    if found["trainable_tokens"] < found["completion_tokens"]:
-        share = _share(found["trainable_tokens"] / found["completion_tokens"])
-        yield "trained on", f"{found['trainable_tokens']:,} tokens, {share} (completion_mask)"
-    if top_k := found["top_k"]:
+        yield "truncated", f"{_share(measured['truncated'])} of completions reached the length limit{more}"
+    if measured["trainable_tokens"] < measured["completion_tokens"]:
+        share = _share(measured["trainable_tokens"] / measured["completion_tokens"])
+        yield "trained on", f"{measured['trainable_tokens']:,} tokens, {share} (completion_mask)"
+    if top_k := measured["top_k"]:
         mass, sampled = _share(top_k["mass"]), _share(top_k["sampled"])
         yield "top-k", f"k = {top_k['k']}, with {mass} of the teacher's probability and {sampled} of sampled tokens"
-    if found["floored"]:
-        yield "-inf", f"{found['floored']:,} teacher scores: training needs `teacher_logprob_floor`"
-    if scores := found["advantage"]:
+    if measured["floored"]:
+        yield "-inf", f"{measured['floored']:,} teacher scores: training needs `teacher_logprob_floor`"
+    if scores := measured["advantage"] or measured["teacher_logprob"]:
+        spread = ", ".join(f"{key} {scores[key]:.3f}" for key in ("mean", "std", *_QUANTILES))
+    if measured["advantage"]:
         clipped = f"{_share(scores['clipped'])} clipped at ±{scores['clip']:g}"
-        yield "advantage", f"mean {scores['mean']:.3f}, std {scores['std']:.3f} nats a token at the start, {clipped}"
-    elif scores := found["teacher_logprob"]:
-        yield "teacher", f"log-probability: mean {scores['mean']:.3f}, std {scores['std']:.3f} nats a token"
+        yield "advantage", f"{spread}; nats a token at the start, {clipped}"
+    elif measured["teacher_logprob"]:
+        yield "teacher", f"log-probability: {spread}; nats a token"
         yield "advantage", "not known: it needs `ref_logprobs`, which scoring adds with `ref_model`"
 
 
@@ -614,40 +545,6 @@ def _share(part: float) -> str:
     return ">99.9%" if 0.9995 <= part < 1 else f"{part:.1%}"
 
 
-def _length_labels(edges: list[int]) -> list[str]:
-    pairs = zip(edges, edges[1:], strict=False)
-    return [f"{low:,}" if high - low == 1 else f"{low:,}–{high - 1:,}" for low, high in pairs]
-
-
-def _score_labels(edges: list[float]) -> list[str]:
-    # What lies outside is in the first and the last.
-    middle = [f"{low:g} … {high:g}" for low, high in zip(edges[1:-2], edges[2:-1], strict=True)]
-    return [f"< {edges[1]:g}", *middle, f"≥ {edges[-2]:g}"]
-
-
-def _chart(title: str, histogram: dict[str, list], labels: Any) -> RenderableType:
-    counts = histogram["counts"]
-    grid = Table.grid(expand=True, padding=(0, 1))
-    grid.add_column(justify="right", no_wrap=True)
-    grid.add_column(ratio=1)
-    grid.add_column(justify="right", no_wrap=True)
-    for label, count in zip(labels(histogram["edges"]), counts, strict=True):
-        grid.add_row(label, Bar(max(counts), 0, count), _share(count / sum(counts)) if count else "")
-    return Group(Text(title, style="dim"), grid)
-
-
-def _print_charts(charts: list[RenderableType]) -> None:
-    console = Console(highlight=False)
-    if console.width >= 72:
-        beside = Table.grid(expand=True, padding=(0, 2))
-        for _ in charts:
-            beside.add_column(ratio=1)
-        beside.add_row(*charts)
-        charts = [beside]
-    for chart in charts:
-        console.print(Padding(chart, (0, 0, 0, 2)))
-
-
 def _show_worst(worst: list[dict[str, Any]], relative: bool, split: str, decoded_with: str | None) -> None:
     console = Console(highlight=False)
     print_line(f"Lowest mean {'advantage' if relative else 'teacher log-probability'}, {split}", "bold")
@@ -655,18 +552,20 @@ def _show_worst(worst: list[dict[str, Any]], relative: bool, split: str, decoded
         print_line(f"  decoded with {decoded_with}", "dim")
     elif any(row["completion"] is None for row in worst):
         print_line(
-            "  token ids, because no tokenizer was found: name one with --tokenizer to read them as text", "dim"
+            "  token ids, because no tokenizer was measured: name one with --tokenizer to read them as text", "dim"
         )
     for row in worst:
-        ids = {name: " ".join(map(str, row[f"{name}_ids"])) for name in ("prompt", "completion")}
-        prompt, completion = (visible(ids[n] if row[n] is None else row[n]) for n in ("prompt", "completion"))
+        prompt, completion = (
+            visible(" ".join(map(str, row[f"{name}_ids"])) if row[name] is None else row[name])
+            for name in ("prompt", "completion")
+        )
+        scores = "teacher | ref" if relative else "teacher"
+        summary = f"{row['mean']:.2f} nats a token, {len(row['completion_ids']):,} tokens; worst tokens: {scores}"
         grid = Table.grid(padding=(0, 1))
         grid.add_column(no_wrap=True, min_width=12)
         grid.add_column(overflow="fold")
-        scores = "teacher | ref" if relative else "teacher"
-        about = f"{row['mean']:.2f} nats a token, {len(row['completion_ids']):,} tokens; worst tokens: {scores}"
-        grid.add_row(f"row {row['row']:,}", about)
-        grid.add_row("prompt", Text(f"…{prompt[-200:]}" if len(prompt) > 201 else prompt))
+        grid.add_row(f"row {row['row']:,}", summary)
+        grid.add_row("prompt", Text(_shortened(prompt, 200)))
         grid.add_row("answer", Text(_shortened(completion, 400)))
         grid.add_row("worst", Columns([_token(token) for token in row["tokens"]], padding=(0, 2)))
         console.print(Padding(grid, (0, 0, 0, 2)))

@@ -64,7 +64,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from huggingface_hub import DatasetCard, HfApi, ModelCard, constants, hf_hub_download
+from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -164,8 +164,8 @@ def stamp_model_card(
     """
     Write in a model's card which teachers it comes from.
 
-    Only the `trl_lopd` block of the front matter is written: every other byte of the card stays. A card is created if
-    there is none. Stamping twice with the same teachers writes the same bytes.
+    Only the key `trl_lopd` of the front matter is written: other keys keep their values and their order, and the text
+    of the card stays. A card is created if there is none. Stamping twice with the same teachers writes the same bytes.
 
     Args:
         model (`str` or `Path`): Directory of the checkpoint, or a Hub id, whose card is then changed on the Hub.
@@ -181,8 +181,8 @@ def stamp_model_card(
         token (`str`, *optional*): For writing to the Hub.
 
     Raises:
-        `ValueError`: if there is nothing to stamp, if an id is malformed, if the card's record is malformed, or if
-            its front matter cannot be edited without touching more than the block.
+        `ValueError`: if there is nothing to stamp, if an id is malformed, or if the card's front matter or record is
+            malformed.
     """
     changes: dict[str, Any] = {}
     if checkpoint is not None:
@@ -224,7 +224,7 @@ def stamp_dataset_card(
     Write in a dataset's card what its rows are: who sampled and who scored them, how many, and their digest.
 
     Parquet files and `push_to_hub` keep the columns but not the record that sampling and scoring attach to a
-    `Dataset`; this puts it beside them. Every byte of the card outside the `trl_lopd` block stays.
+    `Dataset`; this puts it beside them. The rest of the card stays.
 
     ```python
     table.push_to_hub("my-org/scored-rollouts")
@@ -240,7 +240,7 @@ def stamp_dataset_card(
         token (`str`, *optional*): For writing to the Hub.
 
     Raises:
-        `ValueError`: if the card's front matter or record is malformed or cannot be edited in place.
+        `ValueError`: if the card's front matter or record is malformed.
     """
     from ..table.schema import refuse_no_dataset
 
@@ -446,22 +446,18 @@ def _read(repo: str | Path, revision: str | None, repo_type: str) -> dict[str, A
         except (LocalEntryNotFoundError, RepositoryNotFoundError, OfflineModeIsEnabled) as error:
             logger.warning("No %s card could be read for %s: %s", repo_type, repo, error)
             return {}
-    if not REGEX_YAML_BLOCK.search(_text_of(path).removeprefix("\ufeff")):
-        return {}
-    try:
-        # Other people's metadata (a malformed model-index, say) is none of our business.
-        card = (ModelCard if repo_type == "model" else DatasetCard).load(path, ignore_metadata_errors=True)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: the front matter cannot be read: {' '.join(str(error).split())}") from error
-    return _validated(card.data.to_dict().get(KEY), path)
+    return _validated(_parts(_text_of(path), path)[0].get(KEY), path)
 
 
 def _write(repo: str | Path, changes: dict[str, Any], repo_type: str, token: str | None) -> None:
+    from ..table.store import replacing
+
     name, directory = constants.REPOCARD_NAME, Path(repo)
     if directory.is_dir():
         path = directory / name
         text = _text_of(path) if path.is_file() else None
-        path.write_bytes(_stamped(text, changes, path).encode())
+        with replacing(path) as file:
+            file.write(_stamped(text, changes, path).encode())
         return
     if directory.is_absolute() or str(repo).startswith("."):
         raise FileNotFoundError(f"{repo} is not a directory.")
@@ -482,99 +478,64 @@ def _write(repo: str | Path, changes: dict[str, Any], repo_type: str, token: str
 def _text_of(path: Path) -> str:
     try:
         # Not as a text file, which would change the ends of lines.
-        return path.read_bytes().decode()
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
 
 
 def _validated(record: Any, path: Path) -> dict[str, Any]:
+    def check(where: str, value: Any, kind: type, what: str) -> None:
+        if not isinstance(value, kind):
+            raise ValueError(f"{path}: {where} must be {what}, not {value!r}.")
+
     if record is None:
         return {}
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}: {KEY} must be a mapping, not {record!r}.")
-    entries = [("model", record["model"])] if record.get("model") is not None else []
+    check(KEY, record, dict, "a mapping")
+    entries = [(f"{KEY}.model", record["model"])] if record.get("model") is not None else []
     for key in (*_ENTRY_LISTS, "opd_rounds"):
         items = record.get(key) or []
-        if not isinstance(items, list):
-            raise ValueError(f"{path}: {KEY}.{key} must be a list, not {items!r}.")
-        if bad := [item for item in items if not isinstance(item, dict)]:
-            raise ValueError(f"{path}: each of {KEY}.{key} must be a mapping, not {bad[0]!r}.")
-        if key in _ENTRY_LISTS:
-            entries += [(f"{key}[{i}]", item) for i, item in enumerate(items)]
+        check(f"{KEY}.{key}", items, list, "a list")
+        named = [(f"{KEY}.{key}[{i}]", item) for i, item in enumerate(items)]
+        for where, item in named:
+            check(where, item, dict, "a mapping")
+        entries += named if key in _ENTRY_LISTS else []
+    for where, item in [(KEY, record), *entries]:
+        check(where, item, dict, "a mapping")
+        check(f"{where}.probes", item.get("probes", {}), dict, "a mapping")
+        for key in ("rows", "sft_rows"):
+            check(f"{where}.{key}", item.get(key, 0), int, "a whole number")
     for where, item in entries:
         try:
-            if not isinstance(item, dict):
-                raise TypeError(f"must be a mapping, not {item!r}")
             entry(item)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {KEY}.{where}: {error}") from None
-        if not isinstance(item.get("probes", {}), dict):
-            raise ValueError(f"{path}: {KEY}.{where}.probes must be a mapping, not {item['probes']!r}.")
-    for where, item in [(KEY, record), *((f"{KEY}.{where}", item) for where, item in entries)]:
-        for key in ("rows", "sft_rows"):
-            if not isinstance(item.get(key, 0), int):
-                raise ValueError(f"{path}: {where}.{key} must be a whole number, not {item[key]!r}.")
+        except ValueError as error:
+            raise ValueError(f"{path}: {where}: {error}") from None
     return record
 
 
-def _stamped(text: str | None, changes: dict[str, Any], path: Path) -> str:
-    """The card `text`, or a new one, with `changes` in its `trl_lopd` block."""
-    if text is None:
-        text = f"---\n---\n\n# {path.parent.absolute().name}\n"
-    # A byte order mark is no part of the front matter, and hides it from the pattern.
-    bom, text = text[: text.startswith("\ufeff")], text.removeprefix("\ufeff")
-    newline = "\r\n" if text.lstrip().partition("\n")[0].endswith("\r") else "\n"
-    if match := REGEX_YAML_BLOCK.match(text):
-        end = text.index("---", match.start(3))
-        opening, front, rest = match[1], text[match.end(1) : end], text[end:]
-    elif text.startswith(empty := f"---{newline}---"):
-        # The pattern wants a line between the two marks.
-        opening, front, rest = f"---{newline}", "", text[len(empty) - 3 :]
-    else:
-        opening, front, rest = f"---{newline}", "", f"---{newline}{text}"
-
+def _parts(text: str, path: Path) -> tuple[dict[str, Any], str]:
+    """The metadata of a card, and the text behind them."""
+    match = REGEX_YAML_BLOCK.match(text)
+    if match is None:
+        return {}, text
     try:
-        root = yaml.compose(front, Loader=yaml.SafeLoader)
-        before = yaml.safe_load(front) or {}
-    except yaml.YAMLError as error:
+        metadata = yaml.safe_load(match[2]) or {}
+        if not isinstance(metadata, dict):
+            raise ValueError(f"it must be a mapping, not {metadata!r:.80}")
+    except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: the front matter cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(before, dict):
-        raise ValueError(f"{path}: the front matter must be a mapping.")
-    record = {**_validated(before.get(KEY), path), **changes}
-    record = {key: value for key, value in record.items() if value is not None}
+    return metadata, text[match.end() :]
+
+
+def _stamped(text: str | None, changes: dict[str, Any], path: Path) -> str:
+    """The card `text`, or a new one, with `changes` in its `trl_lopd` record."""
+    text = f"\n# {path.parent.absolute().name}\n" if text is None else text
+    newline = "\r\n" if text.lstrip().startswith("---\r\n") else "\n"
+    metadata, text = _parts(text, path)
+    record = {**_validated(metadata.get(KEY), path), **changes}
+    metadata[KEY] = {key: value for key, value in record.items() if value is not None}
     # Wide, so that a long name stays on one line.
-    block = yaml.dump(
-        {KEY: record}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000, line_break=newline
-    )
-    start, end = _block_span(front, root)
-    edited = front[:start] + block + front[end:]
-
-    # YAML offers more ways to write a mapping than text surgery knows: never save what does not read back as meant.
-    try:
-        after = yaml.safe_load(edited)
-    except yaml.YAMLError:
-        after = {}
-    # Compared as text because a metric may be NaN.
-    others = [repr({key: value for key, value in data.items() if key != KEY}) for data in (before, after)]
-    if after.get(KEY) != record or others[0] != others[1]:
-        raise ValueError(f"{path}: cannot edit this front matter in place. Write this block into it by hand:\n{block}")
-    return f"{bom}{opening}{edited}{rest}"
-
-
-def _block_span(front: str, root: yaml.Node | None) -> tuple[int, int]:
-    """Start and end of our block in the front matter, in characters; where it goes if it is not there."""
-    for key, value in root.value if root else ():
-        if key.value == KEY:
-            start, end = key.start_mark.index, value.end_mark.index
-            if value.end_mark.column:
-                # A value on one line ends before its line does.
-                end += len(front[end:].splitlines(keepends=True)[0])
-            # The parser counts blank lines and comments before the next key as ours; they are the next key's.
-            lines = front[start:end].splitlines(keepends=True)
-            while lines[-1].lstrip()[:1] in ("", "#"):
-                end -= len(lines.pop())
-            return start, end
-    return len(front), len(front)
+    front = yaml.dump(metadata, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000, line_break=newline)
+    return f"---{newline}{front}---{newline}{text}"
 
 
 class _Dumper(yaml.SafeDumper):

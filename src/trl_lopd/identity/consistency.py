@@ -102,7 +102,7 @@ def check_teacher_consistency(
     Args:
         student_card (`dict`): What [`read_model_card`] gives for the student.
         table ([`~datasets.Dataset`] or `Iterable[str]`): The table, or only the distinct values of its
-            `teacher_fingerprint` column. A value that is no fingerprint stands for rows whose teacher is unknown, and
+            `teacher_fingerprint` column. A value that is no fingerprint stands for rows of an unknown teacher, and
             is never consistent.
         sampled_by (`Iterable[str]`, *optional*): The distinct values of its `student_fingerprint` column, if `table`
             is not the table itself.
@@ -153,7 +153,7 @@ def check_teacher_consistency(
 def inherited_teachers(card: dict[str, Any], own_id: str | None) -> list[dict[str, Any]]:
     """
     The SFT teachers of a card, for the card of a model made from this one. Unless the card was written for these very
-    weights, what it says of them is no more than somebody's word.
+    weights, what it says of them counts as declared.
 
     Args:
         card (`dict`): What [`read_model_card`] gives.
@@ -199,7 +199,7 @@ def _judge_teachers(
             f"again with a teacher that is fingerprinted, or {_OVERRIDE}."
         )
     scored = f"{table_name} was scored by {_listed(teachers)}"
-    stamp = f"`trl-lopd stamp {student if ' ' not in student else 'STUDENT'} --sft-teacher TEACHER"
+    stamp = f"`trl-lopd stamp {student if ' ' not in student else 'STUDENT'} --sft_teacher TEACHER"
     if not entries:
         return refused(
             f"The card of {student} names no SFT teacher, and {scored}. If you know which teacher wrote the SFT data, "
@@ -220,12 +220,12 @@ def _judge_teachers(
 
     if own_id is not None and not written_for(card, own_id):
         bound_to = (card.get("model") or {}).get("id")
-        whose = f"was written for {bound_to}" if bound_to else "does not say for which weights it was written"
+        binding = f"was written for {bound_to}" if bound_to else "does not say for which weights it was written"
         these = f"these are {own_id}" if own_id else "nothing says which these are"
         return Verdict(
             True,
             "declared",
-            f"The card of {student} {whose}, and {these}: what it says of SFT teachers is no more than "
+            f"The card of {student} {binding}, and {these}: what it says of SFT teachers is no more than "
             "declared. (A card copied or written by hand, or weights merged, cast or trained on since.) If it holds "
             f'for these weights, declare it, {stamp} --replace`, and train with teacher_consistency="declared_ok"; '
             f"otherwise {_OVERRIDE}.",

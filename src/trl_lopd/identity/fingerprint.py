@@ -12,14 +12,10 @@ import contextlib
 import copy
 import json
 import math
-import os
 import re
 import sys
-import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -56,31 +52,8 @@ ADAPTER_CONFIG_TO_SKIP = {
 # Components that PEFT puts into the names of a base model's tensors.
 PEFT_WRAPPERS = {"base_layer", "original_module", "token_adapter"}
 
-# What the safetensors format calls torch's dtypes.
-SAFETENSORS_DTYPES = {
-    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
-    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
-    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
-    **{f"F8_{kind}": f"float8_{kind.lower()}" for kind in ("E4M3FNUZ", "E5M2", "E5M2FNUZ")},
-    **{
-        "F8_E4M3": "float8_e4m3fn",
-        "F8_E8M0": "float8_e8m0fnu",
-        "BF16": "bfloat16",
-        "BOOL": "bool",
-        "C64": "complex64",
-    },
-}
-
-# Bytes read at a time by each thread: little enough to be hashed while still in the processor's cache.
-CHUNK_BYTES = 2**20
-# More threads than this read no faster from any one disk.
-MAX_THREADS = 8
 # Smaller checkpoints are hashed before a bar would be seen.
 PROGRESS_MIN_BYTES = 10**9
-# Hashing a smaller file costs about as much as looking it up.
-CACHE_MIN_BYTES = 64 * 2**20
-# A file written twice within the resolution of its timestamps looks like one written once; the coarsest is 2 s (FAT).
-CACHE_MIN_AGE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -256,12 +229,11 @@ def fingerprint_teacher(
     name: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    use_cache: bool = True,
 ) -> TeacherFingerprint:
     """
     Fingerprint a teacher from its content.
 
-    A directory is hashed from its safetensors files, in 1 MiB pieces, so it may be larger than memory. A loaded model
+    A directory is hashed from its memory-mapped safetensors files, so it may be larger than memory. A loaded model
     gets the digest of the directory that its `save_pretrained` would write. If it is sharded over processes (DeepSpeed
     ZeRO-3, FSDP2), every process has to call this; all get the same answer, and each holds one layer at a time.
 
@@ -274,8 +246,6 @@ def fingerprint_teacher(
         revision (`str`, *optional*): Hub revision. Ignored for a local directory and for a loaded model.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Run the model and tokenizer code that comes with
             the weights.
-        use_cache (`bool`, *optional*, defaults to `True`): Remember the digests of large files, in
-            `$HF_HOME/trl_lopd/fingerprints`, and reuse them while path, inode, size and timestamps are the same.
 
     Raises:
         `FileNotFoundError`: if there are no safetensors weights, if one of the shards is missing, or if an adapter's
@@ -297,7 +267,7 @@ def fingerprint_teacher(
             if not any((origin.path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
                 tokenizer_source = base.path
             origin = _over(base, origin)
-        weights = _saved_weights(base.path, trust_remote_code, use_cache)
+        weights = _saved_weights(base.path, trust_remote_code)
     else:
         module, peft_model = _unwrap(model)
         origin = base = _origin_of_loaded(module)
@@ -586,7 +556,7 @@ def _meta_model(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrained
         return getattr(transformers, auto).from_config(config, trust_remote_code=trust_remote_code)
 
 
-def _saved_weights(directory: Path, trust_remote_code: bool, use_cache: bool) -> _Weights:
+def _saved_weights(directory: Path, trust_remote_code: bool) -> _Weights:
     import transformers
 
     files = _safetensors_files(directory)
@@ -597,7 +567,7 @@ def _saved_weights(directory: Path, trust_remote_code: bool, use_cache: bool) ->
     dropped = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
 
     entries: dict[str, str] = {}
-    for of_file in _file_entries(files, use_cache):
+    for of_file in _file_entries(files):
         kept = {key: entry for key, entry in of_file.items() if not any(re.search(x, key) for x in dropped)}
         if twice := entries.keys() & kept.keys():
             raise ValueError(f"{directory}: {min(twice)!r} is in more than one safetensors file.")
@@ -606,17 +576,14 @@ def _saved_weights(directory: Path, trust_remote_code: bool, use_cache: bool) ->
 
 
 def _saved_adapter_digest(directory: Path) -> str:
-    from safetensors.torch import load_file
-
     file = directory / "adapter_model.safetensors"
     if not file.is_file():
         raise FileNotFoundError(
             f"{directory} holds an adapter without adapter_model.safetensors. Pickled weights (.bin) are never "
             "loaded: re-save the adapter as safetensors with `model.save_pretrained(directory)`."
         )
-    _layout(file)  # says what is wrong with a broken file
     config = json.loads((directory / ADAPTER_CONFIG).read_text())
-    entries = {name: _tensor_entry(_as_peft_loads(tensor)) for name, tensor in load_file(file).items()}
+    (entries,) = _file_entries([file], _as_peft_loads)
     return _adapter_digest(config, entries)
 
 
@@ -637,144 +604,29 @@ def _safetensors_files(directory: Path) -> list[Path]:
     )
 
 
-class _Tensor(NamedTuple):
-    file: Path
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    """Offset in the file, in bytes."""
-    size: int
-    """Bytes."""
-
-
-def _layout(file: Path) -> list[_Tensor]:
-    """The tensors of a safetensors file in the order of their bytes. Reads the header only."""
-    import torch
+def _file_entries(
+    files: list[Path], convert: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+) -> Iterator[dict[str, str]]:
+    """Tensor entries by name, of each file in turn, of what `convert` makes of the tensors."""
+    from huggingface_hub.utils import tqdm
     from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            # Slices, because a tensor, though it is a memory map, has its first megabytes read ahead.
-            slices = {name: tensors.get_slice(name) for name in tensors.offset_keys()}
-            kinds = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except SafetensorError as error:
-        raise ValueError(f"{file} is truncated or corrupt ({error}). Download or save it again.") from error
-    if unknown := {dtype for dtype, _ in kinds.values()} - SAFETENSORS_DTYPES.keys():
-        raise ValueError(f"{file} holds tensors of a dtype that trl-lopd does not know: {', '.join(unknown)}.")
-    layout, start = [], 0
-    for name, (kind, shape) in kinds.items():
-        dtype = getattr(torch, SAFETENSORS_DTYPES[kind])
-        layout.append(_Tensor(file, name, dtype, shape, start, math.prod(shape) * dtype.itemsize))
-        start += layout[-1].size
-    # safe_open has checked that the tensors fill the file behind its header without gap or overlap.
-    header = file.stat().st_size - start
-    return [tensor._replace(start=header + tensor.start) for tensor in layout]
-
-
-def _hash_tensor(tensor: _Tensor, advance: Callable[[int], Any]) -> str:
-    """
-    Digest of a tensor's bytes in its file. Reads them into a small buffer: a memory map is no faster, and counts as
-    memory of this process until the system wants it back.
-    """
-    digest = blake3()
-    buffer = memoryview(bytearray(min(CHUNK_BYTES, tensor.size)))
-    left = tensor.size
-    with open(tensor.file, "rb", buffering=0) as file:
-        file.seek(tensor.start)
-        while left:
-            read = file.readinto(buffer[:left])
-            if not read:
-                raise ValueError(f"{tensor.file} was truncated while it was read. Fingerprint it when it is complete.")
-            digest.update(buffer[:read])
-            left -= read
-            advance(read)
-    return digest.hexdigest()
-
-
-def _threads() -> int:
-    """Two a processor: while one waits for the disk, the other hashes."""
-    return min(MAX_THREADS, 2 * (os.cpu_count() or 1))
-
-
-def _file_entries(files: list[Path], use_cache: bool) -> list[dict[str, str]]:
-    """Tensor entries by name, of each file."""
-    from huggingface_hub.utils import tqdm
-
-    before = {file: _FileCache(file) for file in files}
-    entries = {file: before[file].read() if use_cache else None for file in files}
-    todo = [file for file in files if entries[file] is None]
-    tensors = [tensor for file in todo for tensor in _layout(file)]
-    total = sum(tensor.size for tensor in tensors)
-    entries |= {file: {} for file in todo}
-    with (
-        # None: shown on a terminal only.
-        tqdm(
-            total=total,
-            desc="Fingerprinting",
-            unit="B",
-            unit_scale=True,
-            disable=None if total >= PROGRESS_MIN_BYTES else True,
-        ) as bar,
-        ThreadPoolExecutor(_threads()) as threads,
-    ):
-        # By tensor, not by file: a checkpoint in one file is as fast as one in many.
-        digests = threads.map(lambda tensor: _hash_tensor(tensor, bar.update), tensors)
-        for tensor, digest in zip(tensors, digests, strict=True):
-            entries[tensor.file][tensor.name] = _entry(tensor.dtype, tensor.shape, digest)
-    if use_cache:
-        for file in todo:
-            before[file].write(entries[file])
-    return [entries[file] for file in files]
-
-
-class _FileCache:
-    """
-    The tensor entries of a large file, kept while the file is the same: in one small JSON a file, whose name follows
-    from the file's path, so that a new version replaces the old one. Never fatal: what cannot be read or written is
-    hashed again.
-    """
-
-    def __init__(self, file: Path):
-        from huggingface_hub.constants import HF_HOME
-
-        self.file = file.resolve()
-        self.identity = self._identity()
-        name = blake3(os.fsencode(self.file)).hexdigest()[:32]
-        self.path = Path(HF_HOME) / "trl_lopd" / "fingerprints" / f"{name}.json"
-        # Changed too recently: another write could leave the same timestamps behind.
-        self.age = time.time() - max(self.identity["mtime_ns"], self.identity["ctime_ns"]) / 1e9
-        self.large = self.identity["size"] >= CACHE_MIN_BYTES
-
-    def _identity(self) -> dict[str, Any]:
-        stat = self.file.stat()
-        numbers = {key: getattr(stat, f"st_{key}") for key in ("dev", "ino", "size", "mtime_ns", "ctime_ns")}
-        return {"schema": SCHEMA_VERSION, "path": os.fsdecode(self.file)} | numbers
-
-    def read(self) -> dict[str, str] | None:
-        if not self.large:
-            return None
-        try:
-            record = json.loads(self.path.read_text())
-            whole = record["digest"] == _json_digest([record["identity"], record["entries"]])
-            return record["entries"] if whole and record["identity"] == self.identity else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def write(self, entries: dict[str, str]) -> None:
-        if not self.large or self.age < CACHE_MIN_AGE_SECONDS or self._identity() != self.identity:
-            return
-        record = {
-            "identity": self.identity,
-            "entries": entries,
-            "digest": _json_digest([self.identity, entries]),
-        }
-        with contextlib.suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Other processes may be reading or writing it.
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as temporary:
-                json.dump(record, temporary)
-            os.replace(temporary.name, self.path)
+    total = sum(file.stat().st_size for file in files)
+    # None: shown on a terminal only.
+    options = {"unit": "B", "unit_scale": True, "disable": None if total >= PROGRESS_MIN_BYTES else True}
+    with tqdm(total=total, desc="Fingerprinting", **options) as bar:
+        for file in files:
+            entries = {}
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    # In the order of the file, which is read from front to back.
+                    for name in tensors.offset_keys():
+                        tensor = tensors.get_tensor(name)
+                        entries[name] = _tensor_entry(convert(tensor))
+                        bar.update(tensor.nbytes)
+            except SafetensorError as error:
+                raise ValueError(f"{file} is truncated or corrupt ({error}). Download or save it again.") from error
+            yield entries
 
 
 # Weights in memory

@@ -1,4 +1,4 @@
-"""Writing the SFT teachers into the student's card while somebody else's trainer makes the student."""
+"""Writes the SFT teachers into the student's card while a trainer, TRL's or another, makes the student."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def contradicting_text(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> 
 
     Args:
         dataset ([`~datasets.Dataset`]): Rollouts with a `completion`, the text, or a list with one message.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Whose reading is compared.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The one to read with.
     """
     special = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len, reverse=True)
 

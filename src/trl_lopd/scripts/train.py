@@ -1,1 +1,168 @@
-../../../examples/train.py
+"""
+Trains a student on a table of scored rollouts, without its teacher, and shows what that changed.
+
+The bundled quickstart, less than two minutes on a CPU core:
+
+    accelerate launch examples/train.py
+    accelerate launch examples/train.py --compare
+
+Your own student and table (Hub ids or local paths); options of `OfflineOPDConfig` as flags or in a YAML file. Without
+a clone, `trl-lopd train` is the same script:
+
+    accelerate launch examples/train.py --model_name_or_path my-org/student-sft --dataset_name my-org/scored-rollouts \
+        --output_dir student-opd --learning_rate 2e-6 --max_steps 150
+
+A line for each evaluation and a table is what it prints; `-v`, or `TRL_LOPD_VERBOSE=1`, adds what the libraries behind
+it say. With `--eval_prompts` (JSON lines of `prompt` and `answer`), greedy accuracy is measured before and after; with
+`--teacher` too, so is the reverse KL divergence on rollouts sampled afresh.
+"""
+
+import logging
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import datasets
+import transformers
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+
+from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer, compare_models, load_benchmark, load_table
+from trl_lopd.launch import refuse_unknown_options
+
+QUICKSTART = Path(__file__).parent / "quickstart"
+
+
+@dataclass
+class TrainScriptArguments(ScriptArguments):
+    compare: bool = field(default=False, metadata={"help": "Also train with the other objective from the same start."})
+    eval_prompts: str | None = field(
+        default=None, metadata={"help": "JSON lines with `prompt` and `answer`: held-out problems to answer."}
+    )
+    answer_after: str = field(
+        default="#", metadata={"help": "The answer is what follows the last of these in a completion."}
+    )
+    teacher: str | None = field(
+        default=None, metadata={"help": "Teacher to measure the reverse KL divergence on fresh rollouts against."}
+    )
+    eval_max_completion_length: int = field(default=1024, metadata={"help": "Tokens an answer may have."})
+    verbose: bool = field(
+        default=bool(os.environ.get("TRL_LOPD_VERBOSE")),
+        metadata={"help": "Also show what the libraries behind it say.", "aliases": ["-v"]},
+    )
+
+
+def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, model_args: ModelConfig) -> None:
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    train_table, eval_table = load_splits(script_args)
+    if script_args.compare and "teacher_topk_ids" not in next(iter(train_table)):
+        raise SystemExit("`--compare` needs a table with teacher top-k columns: score it with `top_k=8`.")
+    if (training_args.resume_from_checkpoint or "").lower() == "true":
+        training_args.resume_from_checkpoint = True
+    # Within `train`: DeepSpeed has no engine to evaluate with before.
+    training_args.eval_on_start = eval_table is not None
+    student = model_args.model_name_or_path
+    models, held_out = {"SFT student": student}, {}
+
+    def train(args: OfflineOPDConfig) -> OfflineOPDTrainer:
+        trainer = OfflineOPDTrainer(
+            model=student,
+            args=args,
+            train_dataset=train_table,
+            eval_dataset=eval_table,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
+        name = f"offline OPD ({trainer.loss_type})"
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        if eval_table is not None:
+            held_out.setdefault("SFT student", trainer.state.log_history[0].get("eval_reverse_kl_topk"))
+            held_out[name] = trainer.evaluate().get("eval_reverse_kl_topk")
+        trainer.save_model(args.output_dir)
+        trainer.save_state()
+        trainer.accelerator.print(f"Model saved to {args.output_dir}")
+        if args.push_to_hub:
+            trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        models[name] = args.output_dir
+        return trainer
+
+    trainer = train(training_args)
+    if script_args.compare:
+        other = "sampled" if trainer.loss_type == "topk" else "topk"
+        changes = {"loss_type": other, "output_dir": f"{training_args.output_dir}-{other}", "push_to_hub": False}
+        train(replace(training_args, **changes, ratio_clip=None, resume_from_checkpoint=None))
+
+    if script_args.eval_prompts:
+        unset_hf_deepspeed_config()  # else ZeRO-3 would shard these models too
+        compare_models(
+            models | ({"teacher": script_args.teacher} if script_args.teacher else {}),
+            load_benchmark(script_args.eval_prompts),
+            training_args.output_dir,
+            name=Path(script_args.eval_prompts).stem,
+            answer_after=script_args.answer_after,
+            teacher=script_args.teacher,
+            held_out=held_out,
+            max_completion_length=script_args.eval_max_completion_length,
+        )
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
+
+
+def load_splits(script_args: ScriptArguments):
+    """A table and, if there is one, its held-out split: from the Hub, a directory or a parquet file."""
+    name = script_args.dataset_name
+    table = load_table(name, script_args.dataset_config, streaming=script_args.dataset_streaming)
+    splits = table if isinstance(table, dict) else {str(table.split or "train"): table}
+    if script_args.dataset_train_split not in splits:
+        raise SystemExit(
+            f"{name} has no split {script_args.dataset_train_split!r}, only {sorted(splits)}: set "
+            "`--dataset_train_split`."
+        )
+    return splits[script_args.dataset_train_split], splits.get(script_args.dataset_test_split)
+
+
+def make_parser(prog: str | None = None) -> TrlParser:
+    return TrlParser((TrainScriptArguments, OfflineOPDConfig, ModelConfig), prog=prog)
+
+
+def with_quickstart(flags: list[str]) -> list[str]:
+    """The flags, and those of the bundled quickstart where neither a model nor a table is given."""
+    given = {flag.partition("=")[0] for flag in flags}
+    wanted = {"--model_name_or_path", "--dataset_name"}
+    if given & {"--config", "-h", "--help"} or given >= wanted:
+        return flags
+    if given & wanted or not QUICKSTART.is_dir():
+        raise SystemExit(
+            "Give both `--model_name_or_path` and `--dataset_name`"
+            + (", or neither for the quickstart." if QUICKSTART.is_dir() else ", as flags or in a YAML file.")
+        )
+    print("No model and no table given: training the bundled quickstart student.")
+    paths = {"model_name_or_path": "student", "dataset_name": "table", "teacher": "teacher"}
+    paths |= {"eval_prompts": "prompts.jsonl"}
+    own = [word for option, path in paths.items() for word in (f"--{option}", str(QUICKSTART / path))]
+    return ["--config", str(QUICKSTART.with_suffix(".yaml")), *own, *flags]
+
+
+def hide_what_libraries_say() -> None:
+    """Their bars for things done in seconds, and that there is no GPU."""
+    datasets.disable_progress_bars()  # `evaluate_model` goes by this, too
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator" not in record.getMessage())
+
+
+if __name__ == "__main__":
+    flags = with_quickstart(sys.argv[1:])
+    if not {"-v", "--verbose"} & {*flags} and not TrainScriptArguments.verbose:
+        hide_what_libraries_say()
+    *parsed, remaining = make_parser().parse_args_and_config(flags, return_remaining_strings=True)
+    try:
+        refuse_unknown_options(remaining)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    main(*parsed)

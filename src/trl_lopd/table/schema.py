@@ -157,7 +157,7 @@ def rows_digest(dataset: Dataset, columns: list[str] | None = None) -> str:
     Digest of a valid table's rows, which does not depend on their order, on sharding, or on the types that hold them.
 
     It is the sum of the rows' digests, so that the digests of the parts of a table add up to that of the whole: see
-    [`add_digests`]. That holds against accidents, not against somebody who constructs rows to fit.
+    [`add_digests`]. That holds against accidents, not against rows that are constructed to fit.
 
     Args:
         dataset (`datasets.Dataset`): The table.
@@ -261,18 +261,22 @@ def _row_arrays(name: str, array: pa.Array) -> list[np.ndarray]:
 
 def row_hashes(dataset: Dataset) -> np.ndarray:
     """64 bits for the prompt and the completion of each row of a valid table: `(rows,)` uint64."""
-    hashes = [np.empty(0, np.uint64)]
+    return prompt_and_row_hashes(dataset)[1]
+
+
+def prompt_and_row_hashes(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Hashes of the prompts, and of the prompts with their completions, each `(rows,)` uint64.
+
+    Raises:
+        TableError: If there are nulls among the ids.
+    """
+    hashes = [(np.empty(0, np.uint64),) * 2]
     for batch in dataset.select_columns(["prompt_ids", "completion_ids"]).with_format("arrow").iter(1000):
-        hashes.append(hash_rows(flat_values("prompt_ids", batch), flat_values("completion_ids", batch))[1])
-    return np.concatenate(hashes)
-
-
-def hash_rows(
-    prompts: tuple[np.ndarray, np.ndarray], completions: tuple[np.ndarray, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of the prompts, and of the prompts with their completions, from what [`flat_values`] gives."""
-    of_prompts = _hash(*prompts)
-    return of_prompts, _mix(of_prompts) + _hash(*completions)
+        of_prompts = _hash(*flat_values("prompt_ids", batch))
+        hashes.append((of_prompts, _mix(of_prompts) + _hash(*flat_values("completion_ids", batch))))
+    of_prompts, of_rows = zip(*hashes, strict=True)
+    return np.concatenate(of_prompts), np.concatenate(of_rows)
 
 
 def flat_values(name: str, batch: pa.Table) -> tuple[np.ndarray, np.ndarray]:

@@ -6,15 +6,13 @@ A store is a directory that `load_dataset` reads:
 data-00003-of-00012.parquet       the rows that came out of `rows_per_shard` consecutive input rows
 .trl_lopd/                        hidden, so `datasets` takes nothing in it for data
     manifest.json                 what the run computes; there before any shard is, and never changed
-    data-00003-of-00012.json      receipt of that shard: rows, bytes, blake3, counts
     process-0.lock                locked while process 0 of a run writes; the kernel unlocks it if the process dies
-    process-0.json                who that is
     *.tmp                         being written
 ```
 
-A shard is done if it has a receipt and is what the receipt says. Every file appears by a rename after its bytes are on
-disk, the shard before its receipt. So a process killed at any instruction, or a power cut, leaves a shard that is
-whole or one that is computed again, never half of one.
+Every file appears by a rename after its bytes are on disk, so a shard that has its name is done: a process killed at
+any instruction, or a power cut, leaves a shard that is whole or one that is computed again, never half of one. What
+happens to it later is found by the checksums of its pages. Its footer holds the counts that came with it.
 """
 
 from __future__ import annotations
@@ -24,7 +22,6 @@ import glob
 import json
 import logging
 import os
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +30,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from blake3 import blake3
 from filelock import FileLock, Timeout
 
 from ..errors import ShardError
@@ -44,7 +40,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HIDDEN = ".trl_lopd"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+# The key of the counts in a shard's footer.
+_COUNTS = b"trl_lopd"
 
 # What may lie in a directory that becomes a store: a dataset repository that has just been cloned.
 _MAY_BE_THERE = {HIDDEN, "README.md", ".gitattributes", ".git"}
@@ -86,7 +85,7 @@ class ShardStore:
 
     Raises:
         ShardError: On entering: another run writes to the directory; it holds another run's shards (other pins, rows
-            or rows per shard), or somebody's files; process 0 has not entered; the disk is full.
+            or rows per shard), or files of another program; the disk is full.
         ValueError: If a number is out of range.
         TypeError: If `pins` is not JSON.
     """
@@ -120,11 +119,14 @@ class ShardStore:
     def __enter__(self) -> ShardStore:
         with self._explain_full_disk():
             if self.process_index == 0:
-                self._check_not_somebodys()
+                self._refuse_other_files()
                 self._hidden.mkdir(parents=True, exist_ok=True)
                 _sync(self.directory)
-            else:
-                self._check_process_0_entered()
+            elif not self._manifest_path.exists():
+                raise ShardError(
+                    f"Process {self.process_index} of {self.num_processes} cannot write to {self.directory}: process "
+                    "0 of this run has not entered the store, or was refused. It enters first, then the others."
+                )
             self._acquire(self._lock)
             try:
                 self._open()
@@ -134,8 +136,6 @@ class ShardStore:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        # Who held the lock is nobody's business once it is free, least of all the Hub's.
-        self._holder(self.process_index).unlink(missing_ok=True)
         self._lock.release()
 
     def span(self, shard: int) -> range:
@@ -169,17 +169,8 @@ class ShardStore:
                 "another process's, or does not exist."
             )
         self._check_schema(shard, table.schema)
-        path = self._path(shard)
-        with self._explain_full_disk():
-            with replacing(path, self._hidden) as file:
-                _write_parquet(table, file)
-            receipt = {
-                "rows": table.num_rows,
-                "bytes": path.stat().st_size,
-                "blake3": _digest(path),
-                "counts": {name: int(count) for name, count in counts.items()},
-            }
-            self._write_json(self._receipt(shard), receipt)
+        with self._explain_full_disk(), replacing(self._path(shard), self._hidden) as file:
+            _write_parquet(table, file, {name: int(count) for name, count in counts.items()})
         # A new list: the caller may be iterating over the old one.
         self.pending = self.pending.copy()
         self.pending.remove(shard)
@@ -187,9 +178,9 @@ class ShardStore:
     def counts(self) -> dict[str, int]:
         """The counts given to `write`, by whichever process in whichever run, summed over the shards that are done."""
         total: Counter[str] = Counter()
-        for receipt in self._receipts():
+        for path in filter(Path.exists, self._paths()):
             # Unlike `+`, this keeps what counts 0.
-            total.update(receipt["counts"])
+            total.update(json.loads(pq.read_metadata(path).metadata[_COUNTS]))
         return dict(total)
 
     def dataset(self) -> Dataset:
@@ -199,25 +190,17 @@ class ShardStore:
         `datasets` converts them once to an Arrow file in its cache, which it memory-maps.
 
         Raises:
-            ShardError: If a shard is missing.
+            ShardError: If a shard is missing or damaged.
         """
         from datasets import Dataset, load_dataset
 
-        missing = [
-            shard
-            for shard in range(self.num_shards)
-            if not (self._receipt(shard).exists() and self._path(shard).exists())
-        ]
-        if missing:
-            raise ShardError(
-                f"{self.directory} is not complete: {len(missing)} of {self.num_shards} shards are missing, the first "
-                f"is {self._path(missing[0]).name}. Run what writes it again with the same arguments; it continues."
-            )
-        if not any(receipt["rows"] for receipt in self._receipts()):
+        check_complete(self.directory)
+        if not any(pq.read_metadata(path).num_rows for path in self._paths()):
             # `load_dataset` has no tables without rows.
             return Dataset(pq.read_table(self._path(0)))
         # One pattern, because `datasets` searches the directory once for each.
-        pattern = f"{glob.escape(str(self.directory))}/data-*-of-{self._number(self.num_shards)}.parquet"
+        of_all = _shard_name(0, self.num_shards).partition("-of-")[2]
+        pattern = f"{glob.escape(str(self.directory))}/data-*-of-{of_all}"
         return load_dataset("parquet", data_files=pattern, split="train")
 
     # ---- Entering ----
@@ -231,19 +214,17 @@ class ShardStore:
                     lock = FileLock(path, timeout=0)
                     self._acquire(lock)
                     lock.release()
-            for path in (*self._hidden.glob("*.tmp"), *self._hidden.glob("process-*.json")):
+            for path in self._hidden.glob("*.tmp"):
                 path.unlink()
             if not self._manifest_path.exists():
                 self._write_json(self._manifest_path, self._manifest)
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "num_processes": self.num_processes}
-        self._write_json(self._holder(self.process_index), holder)
         self._check_manifest()
         share = range(self.process_index, self.num_shards, self.num_processes)
         self.pending = [shard for shard in share if not self._is_done(shard)]
         if done := sorted(set(share) - set(self.pending)):
             self._schema = pq.read_schema(self._path(done[0]))
 
-    def _check_not_somebodys(self) -> None:
+    def _refuse_other_files(self) -> None:
         # Listed before the manifest is looked for: a run that starts at this moment writes its shards after it.
         names = {path.name for path in self.directory.iterdir()} if self.directory.exists() else set()
         others = sorted(names - _MAY_BE_THERE)
@@ -251,14 +232,6 @@ class ShardStore:
             raise ShardError(
                 f"{self.directory} is not empty, and what is in it ({_short(', '.join(others))}) was not written by "
                 "trl-lopd. Choose a new or empty directory for the output."
-            )
-
-    def _check_process_0_entered(self) -> None:
-        holder = self._read_holder(0)
-        if holder.get("num_processes") != self.num_processes or not self._manifest_path.exists():
-            raise ShardError(
-                f"Process {self.process_index} of {self.num_processes} cannot write to {self.directory}: process 0 of "
-                "this run has not entered the store, or was refused. It enters first, then the others."
             )
 
     def _check_manifest(self) -> None:
@@ -275,7 +248,7 @@ class ShardStore:
                 f"{self.directory} was written by another version of trl-lopd (layout {version}, this one has "
                 f"{SCHEMA_VERSION}). Resume it with that version, or choose another output directory."
             )
-        if self.process_index == 0 and not any(self._hidden.glob("data-*.json")):
+        if self.process_index == 0 and not any(self.directory.glob("data-*.parquet")):
             # A run that came to nothing does not bind the next.
             self._write_json(self._manifest_path, self._manifest)
             return
@@ -300,23 +273,18 @@ class ShardStore:
             )
 
     def _is_done(self, shard: int) -> bool:
-        path, receipt = self._path(shard), self._receipt(shard)
-        if not receipt.exists():
-            return False
+        path = self._path(shard)
         try:
-            expected = json.loads(receipt.read_bytes())
-            intact = path.stat().st_size == expected["bytes"] and _digest(path) == expected["blake3"]
-            if intact:
-                return True
-            problem = f"is truncated or altered: it is not the file of {expected['bytes']} bytes that was written"
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                for group in range(file.num_row_groups):
+                    file.read_row_group(group)
+            return True
         except FileNotFoundError:
-            problem = "is missing"
-        except (ValueError, KeyError, TypeError):
-            problem = f"has a receipt that cannot be read, {receipt}"
-        logger.warning("%s %s. Its rows are computed again.", path, problem)
-        receipt.unlink()
-        path.unlink(missing_ok=True)
-        return False
+            return False
+        except (OSError, pa.ArrowException) as error:
+            logger.warning("%s is truncated or altered (%s). Its rows are computed again.", path, error)
+            path.unlink()
+            return False
 
     def _check_schema(self, shard: int, schema: pa.Schema) -> None:
         self._schema = self._schema or schema
@@ -339,19 +307,10 @@ class ShardStore:
         try:
             lock.acquire()
         except Timeout as error:
-            index = int(Path(lock.lock_file).stem.rpartition("-")[2])
-            holder = self._read_holder(index)
-            who = f"pid {holder['pid']} on {holder['host']}" if holder else "its pid is unknown"
             raise ShardError(
-                f"Another run is writing to {self.directory} (process {index}, {who}). Wait for it, stop it, or "
+                f"Another run is writing to {self.directory} ({Path(lock.lock_file).stem}). Wait for it, stop it, or "
                 "choose another output directory."
             ) from error
-
-    def _read_holder(self, index: int) -> dict[str, Any]:
-        try:
-            return json.loads(self._holder(index).read_bytes())
-        except FileNotFoundError:
-            return {}
 
     # ---- Files ----
 
@@ -359,28 +318,11 @@ class ShardStore:
     def _manifest_path(self) -> Path:
         return self._hidden / "manifest.json"
 
-    def _number(self, shard: int) -> str:
-        # All of one width, so that the order of the names is that of the shards.
-        return str(shard).zfill(max(5, len(str(self.num_shards))))
-
-    def _name(self, shard: int) -> str:
-        return f"data-{self._number(shard)}-of-{self._number(self.num_shards)}"
-
     def _path(self, shard: int) -> Path:
-        return self.directory / f"{self._name(shard)}.parquet"
+        return self.directory / _shard_name(shard, self.num_shards)
 
-    def _receipt(self, shard: int) -> Path:
-        return self._hidden / f"{self._name(shard)}.json"
-
-    def _receipts(self) -> Iterator[dict[str, Any]]:
-        for path in self._hidden.glob("data-*.json"):
-            yield json.loads(path.read_bytes())
-
-    def _holder(self, index: int) -> Path:
-        return self._hidden / f"process-{index}.json"
-
-    def _safe(self) -> str:
-        return f"{sum(self._receipt(shard).exists() for shard in range(self.num_shards))} of {self.num_shards} shards"
+    def _paths(self) -> Iterator[Path]:
+        return map(self._path, range(self.num_shards))
 
     def _write_json(self, path: Path, content: dict[str, Any]) -> None:
         with replacing(path, self._hidden) as file:
@@ -393,37 +335,39 @@ class ShardStore:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
+            safe = sum(path.exists() for path in self._paths())
             raise ShardError(
-                f"The disk of {self.directory} is full ({error.strerror}); {self._safe()} are safe on it. Make room "
-                "and run the same command again; it continues."
+                f"The disk of {self.directory} is full ({error.strerror}); {safe} of {self.num_shards} shards are "
+                "safe on it. Make room and run the same command again; it continues."
             ) from error
 
 
 def check_complete(directory: str | Path) -> None:
     """
     Raises:
-        ShardError: If a directory is a store, and shards of it are missing or not whole.
+        ShardError: If a directory is a store, and shards of it are missing or truncated.
     """
-    hidden = Path(directory) / HIDDEN
     try:
-        manifest = json.loads((hidden / "manifest.json").read_bytes())
-        shards = -(-manifest["rows"] // manifest["rows_per_shard"])
+        manifest = json.loads((Path(directory) / HIDDEN / "manifest.json").read_bytes())
     except FileNotFoundError:
         return
-    receipts = {path.stem: json.loads(path.read_bytes()) for path in hidden.glob("data-*.json")}
+    shards = -(-manifest["rows"] // manifest["rows_per_shard"])
+    paths = [Path(directory) / _shard_name(shard, shards) for shard in range(shards)]
     again = "Run what writes it again with the same arguments; it continues."
-    if len(receipts) < shards:
+    if missing := [path for path in paths if not path.exists()]:
         raise ShardError(
-            f"{directory} is not complete: {shards - len(receipts)} of {shards} shards are missing. {again}"
+            f"{directory} is not complete: {len(missing)} of {shards} shards are missing, the first is "
+            f"{missing[0].name}. {again}"
         )
-    for name, receipt in sorted(receipts.items()):
-        path = Path(directory) / f"{name}.parquet"
-        if not path.exists() or path.stat().st_size != receipt["bytes"]:
-            raise ShardError(f"{path} is missing, truncated or altered. {again}")
+    for path in paths:
+        try:
+            pq.read_metadata(path)
+        except (OSError, pa.ArrowException) as error:
+            raise ShardError(f"{path} is truncated or altered ({error}). {again}") from error
 
 
 def read_pins(directory: str | Path) -> dict[str, Any]:
-    """What the run computes whose shards are in a directory; `{}` if there is none, or it cannot be read."""
+    """What the run that writes a directory computes; `{}` if there is none, or it cannot be read."""
     try:
         return json.loads((Path(directory) / HIDDEN / "manifest.json").read_bytes())["pins"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -456,11 +400,13 @@ def _sync(directory: Path) -> None:
             os.close(descriptor)
 
 
-def _digest(path: Path) -> str:
-    return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
+def _shard_name(shard: int, shards: int) -> str:
+    # Numbers of one width, so that the order of the names is that of the shards.
+    width = max(5, len(str(shards)))
+    return f"data-{shard:0{width}}-of-{shards:0{width}}.parquet"
 
 
-def _write_parquet(table: pa.Table, file: BinaryIO) -> None:
+def _write_parquet(table: pa.Table, file: BinaryIO, counts: dict[str, int]) -> None:
     # Pages end where chunks do.
     table = table.combine_chunks()
     empty = pa.BufferOutputStream()
@@ -471,8 +417,14 @@ def _write_parquet(table: pa.Table, file: BinaryIO) -> None:
     split = [leaf.path for leaf in leaves if leaf.physical_type not in ("BYTE_ARRAY", "BOOLEAN", "INT96")]
     strings = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
     with pq.ParquetWriter(
-        file, table.schema, compression="zstd", use_dictionary=strings, use_byte_stream_split=split
+        file,
+        table.schema,
+        compression="zstd",
+        use_dictionary=strings,
+        use_byte_stream_split=split,
+        write_page_checksum=True,
     ) as writer:
+        writer.add_key_value_metadata({_COUNTS: json.dumps(counts)})
         # `datasets` does not get past a row group without rows.
         if table.num_rows:
             writer.write_table(table, row_group_size=max(1, _ROW_GROUP_BYTES * table.num_rows // max(1, table.nbytes)))

@@ -38,6 +38,7 @@ from ...models import load_model
 from ...names import as_name
 from ...table.schema import TOPK_COLUMNS, TRAINED_ROWS, TableRows, column_counts, row_hashes, validate_table
 from ..inspect import ADVANTAGE_CLIP, find_tokenizer, visible
+from .charts import curves, marks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,22 +52,22 @@ _LOWEST, _MINUS_INF = -32767, -32768
 # Lightning OPD measures importance weights of this mean, with a standard deviation below this.
 _PAPER_MEAN, _PAPER_STD = 0.94, 0.1
 
-# Title, unit, and the name of what is logged.
+# Title, unit, the name of what is logged, and a range to draw behind it.
 _CURVES = (
-    ("Loss", "the objective", "loss"),
-    ("Reverse KL on the stored top-k", "nats a token", "reverse_kl_topk"),
-    ("Advantage, mean", "nats", "advantage/mean"),
-    ("Advantage, standard deviation", "nats", "advantage/std"),
-    ("Student’s first choice is the teacher’s", "share of tokens", "top1_agreement"),
-    ("Entropy of the student", "nats", "entropy"),
-    ("Gradient norm", "", "grad_norm"),
-    ("Learning rate", "", "learning_rate"),
+    ("Loss", "the objective", "loss", None),
+    ("Reverse KL on the stored top-k", "nats a token", "reverse_kl_topk", None),
+    ("Advantage, mean", "nats", "advantage/mean", None),
+    ("Advantage, standard deviation", "nats", "advantage/std", None),
+    ("Student’s first choice is the teacher’s", "share of tokens", "top1_agreement", None),
+    ("Entropy of the student", "nats", "entropy", None),
+    ("Gradient norm", "", "grad_norm", None),
+    ("Learning rate", "", "learning_rate", None),
 )
 _WEIGHTS = (
-    ("Mean", (_PAPER_MEAN - _PAPER_STD, _PAPER_MEAN + _PAPER_STD), "importance_weight/mean"),
-    ("Standard deviation", (0.0, _PAPER_STD), "importance_weight/std"),
-    ("Effective sample size", None, "importance_weight/ess"),
-    ("Largest", None, "importance_weight/max"),
+    ("Mean", "", "importance_weight/mean", (_PAPER_MEAN - _PAPER_STD, _PAPER_MEAN + _PAPER_STD)),
+    ("Standard deviation", "", "importance_weight/std", (0.0, _PAPER_STD)),
+    ("Effective sample size", "", "importance_weight/ess", None),
+    ("Largest", "", "importance_weight/max", None),
 )
 
 # Shown even where they are the defaults.
@@ -75,7 +76,7 @@ _SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "weight_decay", "max_steps", "num_train_epochs", "seed"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
 )
-# Paths of a machine, which are nobody else’s business, and a block that nobody sets.
+# Paths of a machine, and a block that is seldom set.
 _NOT_SHOWN = (
     *("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "hub_model_id", "accelerator_config"),
     "wandb_run",
@@ -152,7 +153,7 @@ def write_report(
         clip = settings.get("advantage_clip", ADVANTAGE_CLIP)
         trained = next((place / TRAINED_ROWS for place in places if (place / TRAINED_ROWS).is_file()), None)
         trained = trained and np.load(trained)
-        rollouts = _rollouts(run, model, table, split, trained, student, rows, card, clip)
+        rollouts = _rollouts(run, model, _Source(table, split, rows, student), trained, card, clip)
         warnings += rollouts.pop("warnings")
     content = {
         "name": run.resolve().name,
@@ -164,16 +165,8 @@ def write_report(
         "rollouts": rollouts,
         "has_weights": model is not None,
         "has_state": bool(logs),
-        "curves": [
-            chart
-            for title, unit, key in _CURVES
-            if (chart := _chart(title, _series(logs, key), unit=unit)) is not None
-        ],
-        "weights": [
-            chart
-            for title, band, key in _WEIGHTS
-            if (chart := _chart(title, _series(logs, key), band=band)) is not None
-        ],
+        "curves": list(_charts(logs, _CURVES)),
+        "weights": list(_charts(logs, _WEIGHTS)),
         "drift": _drift(logs),
         "logs": _log_table(logs),
         "searches": _searches(searches, history.get("summary")),
@@ -376,9 +369,6 @@ def _versions(place: Path, card: dict[str, Any]) -> list[tuple[str, str]]:
 
 # ---- Curves ----
 
-# The edges of a chart's field, in a picture of 340 by 176.
-_LEFT, _RIGHT, _TOP_EDGE, _BOTTOM = 48, 332, 10, 150
-
 
 def _series(logs: list[dict[str, Any]], key: str) -> list[tuple[str, list[tuple[float, float]]]]:
     """The curve of what training logs under a name, and those of its evaluations."""
@@ -394,57 +384,16 @@ def _series(logs: list[dict[str, Any]], key: str) -> list[tuple[str, list[tuple[
     return list(named.items())
 
 
-def _chart(
-    title: str,
-    series: list[tuple[str, list[tuple[float, float]]]],
-    unit: str = "",
-    band: tuple[float, float] | None = None,
-) -> dict[str, Any] | None:
-    """Where the lines, points and ticks of a chart go, for the template to draw; `None` if there is nothing in it."""
-    points = [point for _, values in series for point in values]
-    if not points:
-        return None
-    ys = [y for _, y in points] + list(band or ())
-    x_of, x_ticks = _axis([x for x, _ in points], _LEFT, _RIGHT)
-    y_of, y_ticks = _axis(ys, _BOTTOM, _TOP_EDGE)
-    return {
-        "title": title,
-        "unit": unit,
-        "x_ticks": x_ticks,
-        "y_ticks": y_ticks,
-        "band": band and {"y": y_of(band[1]), "height": round(y_of(band[0]) - y_of(band[1]), 1), "range": band},
-        "series": [
-            {
-                "name": name,
-                "last": values[-1][1],
-                "path": "M" + "L".join(f"{x_of(x)} {y_of(y)}" for x, y in values),
-                # More would be a wide line.
-                "points": [
-                    {"x": x_of(x), "y": y_of(y), "about": f"{name}, step {x:g}: {_number(y)}"}
-                    for x, y in values[:: max(1, len(values) // 100)]
-                ],
+def _charts(logs: list[dict[str, Any]], wanted: tuple[tuple, ...]) -> Iterator[dict[str, Any]]:
+    """What was logged of what is wanted, each as title, unit, drawing, and the last value of each curve."""
+    for title, unit, key, band in wanted:
+        if series := _series(logs, key):
+            yield {
+                "title": title,
+                "unit": unit,
+                "svg": curves([points for _, points in series], band),
+                "last": [(name, points[-1][1]) for name, points in series],
             }
-            for name, values in series
-        ],
-    }
-
-
-def _axis(values: list[float], start: int, end: int):
-    """A function from values to coordinates between `start` and `end`, and ticks at round values."""
-    low, high = min(values), max(values)
-    if low == high:
-        room = abs(low) / 2 or 1.0
-        low, high = low - room, high + room
-    raw = (high - low) / 4
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(multiple * power for multiple in (1, 2, 5, 10) if multiple * power >= raw * 0.999)
-
-    def place(value: float) -> float:
-        return round(start + (end - start) * (value - low) / (high - low), 1)
-
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    # As a multiple of the step, so that 3 * 0.1 is 0.3.
-    return place, [(place(i * step), f"{round(i * step, 12):g}") for i in range(first, last + 1)]
 
 
 def _searches(searches: list[dict[str, Any]], summary: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -452,14 +401,10 @@ def _searches(searches: list[dict[str, Any]], summary: dict[str, Any] | None) ->
     if not searches:
         return None
     scales = sorted({float(scale) for search in searches for scale in search["scores"]})
-    rows, marks = [], []
-    finite = [score for search in searches for score in search["scores"].values() if math.isfinite(score)]
-    y_of, y_ticks = _axis(finite or [0.0], _BOTTOM, _TOP_EDGE)
-    pitch = (_RIGHT - _LEFT) / len(searches)
-    for i, search in enumerate(searches):
+    rows, points = [], {"tried": [], "taken": []}
+    for search in searches:
         scores = {float(scale): score for scale, score in search["scores"].items()}
         taken = float(search["accepted"])
-        x = round(_LEFT + pitch * (i + 0.5), 1)
         rows.append(
             {
                 "step": search["step"],
@@ -468,107 +413,56 @@ def _searches(searches: list[dict[str, Any]], summary: dict[str, Any] | None) ->
                 "more": [search[name] for name in ("p_value", "delta_cosine", "seconds")],
             }
         )
-        marks += [
-            {
-                "x": x,
-                "y": y_of(score),
-                "kind": "taken" if scale == taken else "tried",
-                "about": f"step {search['step']}, {scale:g} times the direction: {_number(score)}"
-                + (", taken" if scale == taken else ""),
-            }
-            for scale, score in scores.items()
-            if math.isfinite(score)
-        ]
-    every = max(1, len(searches) // 8)
-    x_ticks = [(round(_LEFT + pitch * (i + 0.5), 1), str(s["step"])) for i, s in enumerate(searches)][::every]
-    chart = {"title": "The gate’s value of each candidate", "x_ticks": x_ticks, "y_ticks": y_ticks, "marks": marks}
-    return {"scales": [f"{scale:g}" for scale in scales], "rows": rows, "summary": summary, "chart": chart}
+        for scale, score in scores.items():
+            if math.isfinite(score):
+                points["taken" if scale == taken else "tried"].append((search["step"], score))
+    return {"scales": [f"{scale:g}" for scale in scales], "rows": rows, "summary": summary, "svg": marks(points)}
 
 
 # ---- Lineage ----
 
-# The width and height of a box, where the right column begins, from one teacher to the next, and from one
-# checkpoint to the next.
-_BOX, _BOX_HEIGHT, _FAR, _PITCH, _GAP = 132, 44, 228, 72, 64
 
-
-def _lineage(card: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """Teachers on the left, checkpoints on the right, oldest first; what each did to make the next."""
+def _lineage(card: dict[str, Any], name: str) -> list[tuple[str, str, str, int | None]]:
+    """Teachers and checkpoints, oldest first: what each did, its id, how that is known, and rows."""
     if not card:
-        return None
-    rounds = card.get("opd_rounds") or []
-    model = card.get("model") or {"id": name, "evidence": "declared"}
-    checkpoints = [*(str(round.get("student")) for round in rounds), model["id"]]
-    drawn: dict[str, Any] = {"boxes": [], "links": [], "entries": []}
-    top, bottom, middle = 0, 0, _FAR + _BOX / 2
-    for i, checkpoint in enumerate(checkpoints):
-        round = rounds[i - 1] if i else {"teachers": card.get("sft_teachers")}
-        if i:
-            samplers = round.get("sampled_by") or []
-            evidence = samplers[0].get("evidence", "declared") if samplers else "unknown"
-            names = ", ".join(dict.fromkeys(sampler["id"].partition("@")[0] for sampler in samplers))
-            own = all(same_teacher(sampler["id"], checkpoints[i - 1]) for sampler in samplers)
-            who = f"rollouts sampled by {'it' if own else names}" if samplers else "nothing says who sampled"
-            how = [round["objective"]] if "objective" in round else []
-            if "teacher_consistency" in round:
-                how.append(f"teacher consistency: {round['teacher_consistency']}")
-            texts = (f"{who} ({evidence})", "; ".join(how))
-            labels = [(middle - 10, top - _GAP + 30 + 13 * j, text, "end") for j, text in enumerate(texts)]
-            link = {"path": f"M{middle} {bottom}V{top - 3}", "evidence": evidence, "labels": labels}
-            drawn["links"].append(link)
-            drawn["entries"] += [
-                ("sampled rollouts", s["id"], s.get("evidence", "declared"), s.get("rows")) for s in samplers
-            ]
-        did = "scored rollouts" if i else "wrote SFT data"
-        teachers = round.get("teachers") or []
-        for j, teacher in enumerate(teachers):
-            y, evidence = top + j * _PITCH, teacher.get("evidence", "declared")
-            at = y + _BOX_HEIGHT / 2
-            rows = f"{teacher['rows']:,} rows" if "rows" in teacher else "rows not counted"
-            texts = ((at - 7, did), (at + 14, rows), (at + 26, evidence))
-            drawn["boxes"].append(_box(0, y, teacher["id"], "teacher"))
-            drawn["links"].append(
-                {
-                    # Those below the first come up to the same box.
-                    "path": f"M{_BOX} {at}H{_FAR - 3}"
-                    if j == 0
-                    else f"M{_BOX} {at}H{_FAR + 30}V{top + _BOX_HEIGHT + 3}",
-                    "evidence": evidence,
-                    "labels": [((_BOX + _FAR) / 2, y, text, "middle") for y, text in texts],
-                }
-            )
-            drawn["entries"].append((did, teacher["id"], evidence, teacher.get("rows")))
-        drawn["boxes"].append(_box(_FAR, top, checkpoint, "own" if i == len(rounds) else "checkpoint"))
-        bottom = top + _BOX_HEIGHT
-        top = bottom + max(0, len(teachers) - 1) * _PITCH + _GAP
-    drawn["entries"].append(("this model", model["id"], model.get("evidence", "declared"), None))
-    return {**drawn, "height": top - _GAP + 10}
+        return []
+    lines = []
 
+    def add(did: str, entries: list[dict[str, Any]] | None) -> None:
+        lines.extend((did, e["id"], e.get("evidence", "declared"), e.get("rows")) for e in entries or ())
 
-def _box(x: int, y: float, id: str, kind: str) -> dict[str, Any]:
-    name, _, content = id.partition("@")
-    name = name if len(name) <= 16 else f"{name[:15]}…"
-    # Of `1-0123456789ab-...`, the digest of the weights.
-    return {"x": x, "y": y, "name": name, "content": content.partition("-")[2][:12], "id": id, "kind": kind}
+    add("wrote SFT data", card.get("sft_teachers"))
+    for i, round in enumerate(card.get("opd_rounds") or (), start=1):
+        how = [str(round["objective"])] if "objective" in round else []
+        if "teacher_consistency" in round:
+            how.append(f"teacher consistency: {round['teacher_consistency']}")
+        lines.append((f"began round {i}" + f" ({'; '.join(how)})" * bool(how), str(round.get("student")), None, None))
+        add("sampled rollouts", round.get("sampled_by") or [{"id": "not named", "evidence": "unknown"}])
+        add("scored rollouts", round.get("teachers"))
+    add("this model", [card.get("model") or {"id": name}])
+    return lines
 
 
 # ---- Rollouts ----
 
 
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """The rollouts to show: a table, which of its splits, how many rows, and the student as it was before training."""
+
+    table: str
+    split: str | None
+    rows: int
+    student: str | None
+
+
 def _rollouts(
-    run: Path,
-    model: Path | None,
-    name: str,
-    split: str | None,
-    trained: np.ndarray | None,
-    student: str | None,
-    count: int,
-    card: dict[str, Any],
-    clip: float,
+    run: Path, model: Path | None, source: _Source, trained: np.ndarray | None, card: dict[str, Any], clip: float
 ) -> dict[str, Any]:
     """The rollouts as the script reads them, and what the page says of them."""
     disable_progress_bars()
-    table, split, candidates, seen = _candidates(name, split, trained)
+    name, student = source.table, source.student
+    table, split, candidates, seen = _candidates(name, source.split, trained)
     if model is None and student is None and "ref_logprobs" not in table.column_names:
         raise ValueError(
             "The run has no weights, the table no `ref_logprobs`: nothing says how likely the tokens were to a "
@@ -576,7 +470,7 @@ def _rollouts(
         )
     if not len(table):
         raise TableError(f"{name} has no rows in {split!r}.")
-    chosen = np.sort(candidates[np.random.default_rng(0).permutation(len(candidates))[:count]])
+    chosen = np.sort(candidates[np.random.default_rng(0).permutation(len(candidates))[: source.rows]])
     tokenizer, decoded_with = find_tokenizer(None, str(model or run), None, record_of(table), name)
     rows = table.select(chosen)
     try:
@@ -588,16 +482,50 @@ def _rollouts(
     values = TableRows(rows).__getitems__(list(range(len(rows))))
     flat = {key: np.concatenate([row[key] for row in values]) for key in values[0] if key != "prompt_ids"}
     scores: dict[str, np.ndarray] = {"teacher": flat["teacher_logprobs"]}
-    if "ref_logprobs" in flat:
-        scores["ref"] = flat["ref_logprobs"]
     if student is not None:
         scores["before"] = _scored(student, values, chosen)
-    elif "ref" in scores:
-        scores["before"] = scores.pop("ref")
+    if "ref_logprobs" in flat:
+        scores["ref" if student is not None else "before"] = flat["ref_logprobs"]
     if model is not None:
         scores["after"] = _scored(str(model), values, chosen)
+    shown = flat.get("completion_mask", slice(None))
+    states = [key for key in ("before", "after") if key in scores]
+    advantage = {key: (scores["teacher"] - scores[key]).clip(-clip, clip)[shown] for key in states}
+    packed = _packed(values, flat, scores, tokenizer, chosen, clip)
+    warnings = list(_mismatches(table, student, card))
+    if seen:
+        warnings.append(
+            f"The run was trained on {seen:,} of the {len(candidates):,} rows that the rollouts are drawn from."
+        )
+    return {
+        "data": packed,
+        "disagreement": {key: float(np.abs(value).mean()) for key, value in advantage.items()},
+        "means": {key: float(value.mean()) for key, value in advantage.items()},
+        "table": Path(name).name if Path(name).exists() else name,
+        "split": split,
+        "of": len(candidates),
+        "in_split": len(table),
+        # How many of them the run was trained on; `None` if nothing says so.
+        "seen": seen,
+        "shown": len(rows),
+        "tokens": len(flat["completion_ids"]),
+        "clip": clip,
+        "sampler": student is None,
+        "decoded": decoded_with is not None,
+        "states": states,
+        "warnings": warnings,
+    }
 
-    lengths = [len(row["completion_ids"]) for row in values]
+
+def _packed(
+    values: list[dict[str, np.ndarray]],
+    flat: dict[str, np.ndarray],
+    scores: dict[str, np.ndarray],
+    tokenizer: PreTrainedTokenizerBase | None,
+    chosen: np.ndarray,
+    clip: float,
+) -> dict[str, str]:
+    """The columns that the script unpacks, as text."""
     texts = [_pieces(tokenizer, [*row["prompt_ids"].tolist(), *row["completion_ids"].tolist()]) for row in values]
     known: dict[tuple[int, str], int] = {}
     tokens = [
@@ -620,52 +548,24 @@ def _rollouts(
         columns["topk"] = np.array(indices, np.uint32)[places.ravel()]
         columns["topk_logprobs"] = _thousandths(np.take_along_axis(logprobs, order, 1).ravel())
     columns["tokens"] = np.array(tokens, np.uint32)
-    trained = flat.get("completion_mask", np.ones(len(tokens), bool))
-    if not trained.all():
-        columns["mask"] = trained.astype(np.uint8)
+    if "completion_mask" in flat and not flat["completion_mask"].all():
+        columns["mask"] = flat["completion_mask"].astype(np.uint8)
     header = {
         "clip": clip,
         "top": kept,
         "columns": list(columns),
         "vocabulary": [list(pair) for pair in known],
         "rows": [
-            {"row": int(row), "tokens": length, "prompt": "".join(pieces[: len(value["prompt_ids"])])}
-            for row, length, value, pieces in zip(chosen, lengths, values, texts, strict=True)
+            {
+                "row": int(row),
+                "tokens": len(value["completion_ids"]),
+                "prompt": "".join(pieces[: len(value["prompt_ids"])]),
+            }
+            for row, value, pieces in zip(chosen, values, texts, strict=True)
         ],
     }
     packed = {"header": json.dumps(header).encode(), **{key: value.tobytes() for key, value in columns.items()}}
-    advantage = {
-        key: (scores["teacher"] - scores[key]).clip(-clip, clip)[trained]
-        for key in ("before", "after")
-        if key in scores
-    }
-    return {
-        "data": {key: base64.b64encode(gzip.compress(value, mtime=0)).decode() for key, value in packed.items()},
-        "disagreement": {key: float(np.abs(value).mean()) for key, value in advantage.items()},
-        "means": {key: float(value.mean()) for key, value in advantage.items()},
-        "table": Path(name).name if Path(name).exists() else name,
-        "split": split,
-        "of": len(candidates),
-        "in_split": len(table),
-        # How many of them the run was trained on; `None` if nothing says so.
-        "seen": seen,
-        "shown": len(rows),
-        "tokens": len(tokens),
-        "clip": clip,
-        "k": flat[TOPK_COLUMNS[0]].shape[1] if kept else 0,
-        "top": kept,
-        "sampler": student is None,
-        "decoded": decoded_with is not None,
-        "states": [key for key in ("before", "after") if key in scores],
-        "warnings": [
-            *_mismatches(table, student, card),
-            *(
-                [f"The run was trained on {seen:,} of the {len(candidates):,} rows that the rollouts are drawn from."]
-                if seen
-                else []
-            ),
-        ],
-    }
+    return {key: base64.b64encode(gzip.compress(value, mtime=0)).decode() for key, value in packed.items()}
 
 
 def _candidates(
