@@ -21,10 +21,10 @@ class TeacherConsistencyError(OfflineOPDError, ValueError):
 
 class ServerError(OfflineOPDError, RuntimeError):
     """
-    A server cannot be used: it refuses or does not answer, its answers are wrong, or it is another model.
+    A server cannot be used: it refuses or does not answer, its answers are wrong, or it serves another model.
 
     Attributes:
-        row (`int`, *optional*): Position in the call, of `score` or `sample`, of the sequence or prompt that failed.
+        row (`int`, *optional*): Index, in the call of `score` or `sample`, of the sequence or prompt that failed.
     """
 
     def __init__(self, message: str, row: int | None = None):
