@@ -135,20 +135,20 @@ def check_positions(tokens: np.ndarray, positions: Positions, model: str, what: 
 
 
 def hub_kwargs(init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    """Returns the arguments for loading a model that also apply to its config, tokenizer and card."""
+    """Returns the arguments for loading a model that also apply to its other files, such as config and tokenizer."""
     init_kwargs = init_kwargs or {}
     return {"revision": init_kwargs.get("revision"), "trust_remote_code": init_kwargs.get("trust_remote_code", False)}
 
 
 def pinned_kwargs(init_kwargs: dict[str, Any] | None) -> dict[str, str]:
-    """What a resumed run must load a model with: all but where it is put."""
+    """Returns the loading arguments that must not change in a resumed run: all except those for device placement."""
     kwargs = {"dtype": "auto", **(init_kwargs or {})}
     placement = ("device_map", "max_memory", "tensor_parallel_size", "gpu_memory_utilization")
     return {name: str(value) for name, value in kwargs.items() if name not in placement}
 
 
 def load_tokenizer(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local directory, Hub id or loaded model; that of its base for an adapter that has none.
+    """Loads the tokenizer of a local directory, Hub id or loaded model; for an adapter without one, that of its base.
 
     Raises:
         ValueError: If a loaded model does not say where it was loaded from, or no tokenizer can be loaded.
