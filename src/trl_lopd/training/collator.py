@@ -194,11 +194,11 @@ class OfflineOPDCollator:
         return trained
 
     def _column(self, name: str, rows: list[Row], trained: list[np.ndarray]) -> np.ndarray:
-        """A per-token column, `(trained,)` or `(trained, k)`."""
+        """Returns a per-token column of the trained tokens, `(trained,)` or `(trained, k)`."""
         parts = [np.asarray(row[name]) for row in rows]
         shape = (sum(map(len, trained)), *parts[0].shape[1:])
         values = np.empty(shape, dtype=np.int64 if name.endswith("ids") else np.float32)
-        # Filled in place: with top-k columns, joining and then converting would cost more than reading the rows.
+        # Filling in place is faster: with top-k columns, joining and converting would cost more than reading the rows.
         end = 0
         for part, tokens in zip(parts, trained, strict=True):
             start, end = end, end + len(tokens)

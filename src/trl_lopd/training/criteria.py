@@ -84,7 +84,8 @@ def choose_best_model_metric(
         several (`bool`): Whether several datasets are evaluated, so that names of metrics contain that of a dataset.
 
     Raises:
-        ValueError: If several datasets are evaluated and `metric_for_best_model` does not name one of them.
+        ValueError: If several datasets are evaluated and `load_best_model_at_end` is set without
+            `metric_for_best_model`.
     """
     if several and args.metric_for_best_model_is_default and args.load_best_model_at_end:
         name = next(iter(eval_columns))
