@@ -229,7 +229,7 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any]:
 
 
 def _options(args: JobArguments, options_class: type) -> dict[str, Any]:
-    """Returns the options of a dataclass as keyword arguments. Options that are `None` keep the function's defaults."""
+    """Returns the options of a dataclass as keyword arguments. Without those that are `None`, defaults apply."""
     options = {option.name: getattr(args, option.name) for option in fields(options_class)}
     return {name: value for name, value in options.items() if value is not None}
 

@@ -56,8 +56,8 @@ class LogitTransform:
         return grad * self.scale if self.scale != 1.0 else grad
 
 
-# Number of float32 logits in a chunk. On a CPU, more than 128 MiB is no faster. A GPU updates the gradient of the whole
-# head once per chunk; with 512 MiB (a thousand tokens of a large vocabulary) the matrix products dominate that cost.
+# Number of float32 logits in a chunk. On a CPU, more than 128 MiB is no faster. A GPU updates the gradient of the
+# whole head once per chunk; with 512 MiB (a thousand tokens of a large vocabulary), the matrix products dominate.
 CHUNK_LOGITS = {"cpu": 2**25, "accelerator": 2**27}
 
 

@@ -38,7 +38,7 @@ def refuse_missing(name: str) -> None:
 
 
 def is_missing(name: str) -> bool:
-    """Returns whether a name can only be a path and the path does not exist. Such a name is not looked up on the Hub."""
+    """Returns whether a name can only be a path, and the path does not exist. It is not looked up on the Hub."""
     path = Path(name)
     is_path = path.is_absolute() or name.startswith((".", "~")) or path.suffix in FILES
     return is_path and not path.exists()

@@ -51,8 +51,8 @@ class OfflineOPDCollator:
     - `input_ids` and `attention_mask` `(batch, time)`; with `padding_free`, `input_ids` and `position_ids` `(1,
       tokens)`, the positions from 0 in every sequence.
 
-    The trained tokens of all sequences, concatenated; prompts, padding and tokens where `completion_mask` is false have
-    no entry:
+    The trained tokens of all sequences, concatenated; prompts, padding and tokens where `completion_mask` is false
+    have no entry:
 
     - `positions` `(trained,)` int64: index, in the flattened `input_ids`, of the preceding token, which predicts it.
     - `labels` `(trained,)` int64: its id.
@@ -60,8 +60,8 @@ class OfflineOPDCollator:
     - `teacher_logprobs` and, where the rows have them, `ref_logprobs` `(trained,)` float32, `teacher_topk_ids` int64
       and `teacher_topk_logprobs` float32 `(trained, k)`.
 
-    For each sequence, `truncated` `(sequences,)`: whether its completion, with every per-token column, was truncated on
-    the right to fit the limits. With `validate`, also `teacher_fingerprint` and `student_fingerprint`, lists of
+    For each sequence, `truncated` `(sequences,)`: whether its completion, with every per-token column, was truncated
+    on the right to fit the limits. With `validate`, also `teacher_fingerprint` and `student_fingerprint`, lists of
     strings, and `is_filler` `(sequences,)`, see [`~rows.WholeStream`].
 
     Args:

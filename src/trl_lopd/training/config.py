@@ -75,8 +75,8 @@ class OfflineOPDConfig(TrainingArguments):
             Otherwise they are an error.
         teacher_consistency (`str`, *optional*, defaults to `"strict"`):
             What to do when the teacher that scored the table is not known to be the one that wrote the student's SFT
-            data: `"strict"` raises an error, also if that is only declared by the user; `"declared_ok"` raises an error
-            if it is not declared either; `"warn"` warns; `"off"` does not check.
+            data: `"strict"` raises an error, also if that is only declared by the user; `"declared_ok"` raises an
+            error if it is not declared either; `"warn"` warns; `"off"` does not check.
 
         > Parameters that control the objective
 

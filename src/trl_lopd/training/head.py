@@ -83,8 +83,8 @@ class TokenLoss(torch.autograd.Function):
     [`LogitTransform`] and whether a gradient is needed, to the fields of [`TokenOutput`], in float32.
     Log-probabilities are at temperature 1.
 
-    Let `g` be the gradient of the loss with respect to the log-probabilities of the support, `g_tail` that of the tail,
-    and `G = sum g + g_tail`. The gradient of a logit `z_v` is `g_v - p_v * G` on the support and
+    Let `g` be the gradient of the loss with respect to the log-probabilities of the support, `g_tail` that of the
+    tail, and `G = sum g + g_tail`. The gradient of a logit `z_v` is `g_v - p_v * G` on the support and
     `p_v * (g_tail / p_tail - G)` off it. The tail is summed from the logits outside the support instead of computed as
     `1 - sum`, so its relative precision does not depend on its size. The gradients of weight and bias are accumulated
     in float32.
@@ -167,8 +167,8 @@ class TokenLoss(torch.autograd.Function):
 def add_distillation_head(model) -> None:
     """Patches `model.forward` so that `model(..., targets=targets)` returns the loss of the trained tokens.
 
-    `targets` is a [`Targets`], the result a [`TokenOutput`]. Other calls are unchanged. The loss is computed inside the
-    model's own forward, so that ZeRO-3, FSDP2 and DDP see that the head's parameters are used. Call this before
+    `targets` is a [`Targets`], the result a [`TokenOutput`]. Other calls are unchanged. The loss is computed inside
+    the model's own forward, so that ZeRO-3, FSDP2 and DDP see that the head's parameters are used. Call this before
     wrapping the model with PEFT.
 
     Raises:

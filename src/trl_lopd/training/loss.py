@@ -28,7 +28,7 @@ class Objective:
     vocab_size: int
 
     def num_items(self, batch: dict[str, Tensor]) -> int:
-        """Returns the number of items that the loss of a batch is the mean over: its sequences or its trained tokens."""
+        """Returns the number of items that the loss of a batch is the mean over: sequences or trained tokens."""
         return len(batch["truncated"] if self.args.loss_aggregation == "sequence_mean" else batch["labels"])
 
     def __call__(

@@ -1,7 +1,7 @@
 """Training on one batch in several forward and backward passes, so that a device holds fewer tokens at once.
 
-The collator splits a batch into micro-batches of at most `max_tokens_per_device` tokens. Their gradients add up to that
-of the batch. Processes with fewer micro-batches make empty passes to stay in step with the others.
+The collator splits a batch into micro-batches of at most `max_tokens_per_device` tokens. Their gradients add up to
+that of the batch. Processes with fewer micro-batches repeat one with weight 0 to stay in step with the others.
 """
 
 from __future__ import annotations

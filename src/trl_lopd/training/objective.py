@@ -43,7 +43,7 @@ def advantage(logprobs: Tensor, teacher_logprobs: Tensor, clip: float = 10.0) ->
 
 
 def huber(logprobs: Tensor, teacher_logprobs: Tensor, clip: float = 10.0) -> Tensor:
-    """Computes the Huber loss of the log-ratio: `r^2/2` if `|r| <= clip`, else `clip*|r| - clip^2/2`. Shapes `(n,)`."""
+    """Computes the Huber loss of the log-ratio, `r^2/2` if `|r| <= clip` else `clip*|r| - clip^2/2`. Shapes `(n,)`."""
     return torch.nn.functional.huber_loss(logprobs, teacher_logprobs, reduction="none", delta=clip)
 
 
@@ -59,8 +59,8 @@ def sampled_loss(
 
     Its value is always the Huber loss. Without `ratio_clip`, its gradient is the Huber gradient, which is the paper's
     update `-A * grad log pi`. With `ratio_clip`, its gradient is that of the PPO surrogate
-    `-min(w*A, clip(w, 1-ratio_clip, 1+ratio_clip)*A)`, `w = pi / pi_ref`: tokens that have left the trust region around
-    the rollout policy in the direction of their advantage get no gradient.
+    `-min(w*A, clip(w, 1-ratio_clip, 1+ratio_clip)*A)`, `w = pi / pi_ref`: tokens that have left the trust region
+    around the rollout policy in the direction of their advantage get no gradient.
 
     Raises:
         ValueError: `ratio_clip` is set without `ref_logprobs`.
@@ -139,8 +139,8 @@ def token_weights(sequences: Tensor, num_sequences: int, aggregation: str, num_i
         num_sequences: s.
         aggregation: `"sequence_mean"`, the mean over each sequence's tokens, then over sequences (as in the paper), or
             `"token_mean"`, the mean over all tokens.
-        num_items: number of sequences or tokens that the last mean is over, in the global batch (all accumulation steps
-            and processes).
+        num_items: number of sequences or tokens that the last mean is over, in the global batch (all accumulation
+            steps and processes).
     """
     weights = torch.ones_like(sequences, dtype=torch.float32)
     if aggregation == "sequence_mean":

@@ -66,7 +66,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
 
 class PackedRows:
     """
-    Map-style torch dataset of packs. Its items are lists of rows, which are read from the table without a copy.
+    Map-style torch dataset of packs. Its items are lists of rows, which are read from the table when needed.
 
     Args:
         rows ([`TableRows`]): The rows.
