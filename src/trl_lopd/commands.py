@@ -42,7 +42,7 @@ class JobArguments:
     )
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU, also under `accelerate launch`."})
     report_to: str = field(default="none", metadata={"help": 'Where to log speed and totals: "wandb" or "none".'})
-    run_name: str | None = field(default=None, metadata={"help": "Name of the run there."})
+    run_name: str | None = field(default=None, metadata={"help": "Name of the wandb run."})
 
     def __post_init__(self) -> None:
         if self.report_to not in ("none", "wandb"):
@@ -55,7 +55,7 @@ class TableArguments(JobArguments):
     """Options of the commands that make a table."""
 
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Which split."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
     hub_dataset_id: str | None = field(
         default=None, metadata={"help": "Push the table and its card there when it is complete."}
     )
@@ -85,7 +85,7 @@ class RolloutArguments(RolloutOptions, TableArguments):
         default_factory=list, metadata={"help": "Columns to keep beside the prompt, such as the reference answer."}
     )
     num_prompts: int | None = field(
-        default=None, metadata={"help": "How many prompts, drawn at random with `seed`. All by default."}
+        default=None, metadata={"help": "Number of prompts, drawn at random with `seed`. All by default."}
     )
     ref_logprobs: bool = field(default=True, metadata={"help": "Whether to store a student's own log-probabilities."})
 
@@ -145,7 +145,7 @@ class EvaluateArguments(SamplingOptions, JobArguments):
     benchmark: str = field(metadata={"help": "Problems and their answers: a JSON lines file."})
     metric: str = field(default="math_accuracy", metadata={"help": '"math_accuracy" or "exact_answer".'})
     answer_after: str = field(
-        default="#", metadata={"help": 'For "exact_answer": the answer is what follows the last of these.'}
+        default="#", metadata={"help": 'Marker of "exact_answer": the answer is the text after the last one.'}
     )
     teacher: str | None = field(
         default=None,

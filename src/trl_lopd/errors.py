@@ -12,7 +12,7 @@ class TableError(OfflineOPDError, ValueError):
 
 
 class ShardError(OfflineOPDError, ValueError):
-    """A store that cannot be used as asked; the message says why, where, and what to do."""
+    """A store that cannot be used with these arguments; the message names the place, the reason and the remedy."""
 
 
 class TeacherConsistencyError(OfflineOPDError, ValueError):

@@ -55,9 +55,9 @@ def _load_adapter(adapter: str, init_kwargs: dict[str, Any]) -> PreTrainedModel 
     if any(isinstance(config, PromptLearningConfig) for config in model.peft_config.values()):
         return model
     rows, device = trial_rows(model.config), model.get_input_embeddings().weight.device
-    own = [own_logprobs(model, row, device) for row in rows]
+    before = [own_logprobs(model, row, device) for row in rows]
     model = model.merge_and_unload()
-    change = difference([own_logprobs(model, row, device).logprobs for row in rows], own)
+    change = difference([own_logprobs(model, row, device).logprobs for row in rows], before)
     if change is None:
         return model
     logger.warning(f"{adapter} is not merged into its base model, which would change what it computes ({change}).")

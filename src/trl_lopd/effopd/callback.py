@@ -357,14 +357,14 @@ class EffOPDCallback(TrainerCallback):
         logs = {f"effopd/score_{scale}": score for scale, score in result["scores"].items()}
         names = ("accepted", "p_value", "delta_norm", "delta_cosine", "seconds")
         logs |= {f"effopd/{name}": result[name] for name in names if result[name] is not None}
-        # Not `self.trainer.log`, because TRL's trainers would add and clear the metrics of the next training log.
+        # Not `self.trainer.log`: TRL's trainers would add and clear the metrics of the next training log.
         Trainer.log(self.trainer, logs)
         failed = len(self.history) == _PATIENCE and all(search["accepted"] == 1 for search in self.history)
         if failed and self.trainer.is_world_process_zero():
             logger.warning(
-                f"None of the first {_PATIENCE} searches of EffOPD accepted anything. With a high learning rate, steps "
-                "are too large already to gain from extrapolation: lower it. With few or noisy gate rows, a gain "
-                "is not significant: raise `gate_rows`. Smaller `scales` are safer: (1.5, 2, 3)."
+                f"None of the first {_PATIENCE} searches of EffOPD accepted anything. With a high learning rate, "
+                "steps are too large already to gain from extrapolation: lower it. With few or noisy gate rows, a "
+                "gain is not significant: raise `gate_rows`. Smaller `scales` are safer: (1.5, 2, 3)."
             )
 
     # ---- Weights ----

@@ -135,7 +135,7 @@ class DecodingOptions:
     top_p: float | None = field(
         default=None, metadata={"help": "Nucleus sampling. By default 1, and 0.95 in evaluation."}
     )
-    max_completion_length: int = field(default=4096, metadata={"help": "Tokens an answer may have."})
+    max_completion_length: int = field(default=4096, metadata={"help": "Maximum length of an answer, in tokens."})
     stop: list[str] = field(default_factory=list, metadata={"help": "Texts that end an answer."})
     batch_size: int = field(default=64, metadata={"help": "Answers that the transformers engine generates together."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})

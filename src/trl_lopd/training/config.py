@@ -223,9 +223,9 @@ class OfflineOPDConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         for unsupported in fields(TrainingArguments):
-            why, value = _NOT_SUPPORTED.get(unsupported.name), getattr(self, unsupported.name)
-            if why is not None and value not in (unsupported.default, []):
-                raise ValueError(f"`{unsupported.name}={value!r}` is not supported: {why}")
+            reason, value = _NOT_SUPPORTED.get(unsupported.name), getattr(self, unsupported.name)
+            if reason is not None and value not in (unsupported.default, []):
+                raise ValueError(f"`{unsupported.name}={value!r}` is not supported: {reason}")
         if self.train_sampling_strategy == "batch_rebalance":
             raise ValueError(
                 "`train_sampling_strategy='batch_rebalance'` is not supported. 'group_by_length' spares padding, "
@@ -236,13 +236,13 @@ class OfflineOPDConfig(TrainingArguments):
             self.dataloader_pin_memory = False  # there is no device to copy to, and torch would warn
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("`fp16=True` has no effect on a CPU. Set `bf16=True`, or neither.")
-        for name, value, why in (
+        for name, value, reason in (
             ("dispatch_batches", True, "batches of different lengths cannot be put together and sent to processes"),
             ("even_batches", False, "processes with fewer batches would keep the others waiting"),
             ("use_seedable_sampler", False, "a run that is resumed would read other rows"),
         ):
             if getattr(self.accelerator_config, name) is value:
-                raise ValueError(f"`accelerator_config={{{name!r}: {value}}}` is not supported: {why}.")
+                raise ValueError(f"`accelerator_config={{{name!r}: {value}}}` is not supported: {reason}.")
         if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
             # These schedulers read the metric, but do not know `greater_is_better`.
             mode = "max" if self.greater_is_better else "min"

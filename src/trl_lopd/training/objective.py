@@ -188,7 +188,7 @@ def sequence_totals(
     if top1_agreement is not None:
         values["top1_agreement"] = top1_agreement
     if ref_logprobs is not None:
-        # Weights less 1: near 1, what rounding leaves of a small spread would be lost in their squares.
+        # Use weights minus 1, because rounding would lose a small spread around 1 in the squares of the weights.
         change = (logprobs - ref_logprobs).clamp(max=_MAX_LOG_RATIO).expm1()
         weight = 1 + change
         values |= {"change": change, "change_sq": change * change, "weighted_log_ratio": -weight * log_ratio}

@@ -80,11 +80,11 @@ def remedy(output_dir: str, teachers: Iterable[str], known: Iterable[Mapping[str
     hub_ids = {content_id(entry["id"]): entry["model_id"] for entry in known if "/" in entry.get("model_id", "")}
     teachers = sorted({*teachers})
     teacher = hub_ids.get(content_id(teachers[0])) if len(teachers) == 1 else None
-    where = "" if teacher else f" (TEACHER is {' or '.join(teachers)}, wherever you keep it)"
+    note = "" if teacher else f" (TEACHER is {' or '.join(teachers)}, wherever you keep it)"
     teacher = teacher or "TEACHER"
     return (
         f"Below {MIN_ESS:.0%} nothing bounds the bias of the gradient any more: the student has left its rollouts. "
-        f"Save it, let it answer PROMPTS afresh, and train on from there{where}:\n"
+        f"Save it, let it answer PROMPTS afresh, and train on from there{note}:\n"
         f"trl-lopd rollout --model_name_or_path {output_dir} --dataset_name PROMPTS --output_dir {output_dir}/rollouts"
         f" && trl-lopd score --dataset_name {output_dir}/rollouts --teacher_name_or_path {teacher}"
         f" --output_dir {output_dir}/table"
