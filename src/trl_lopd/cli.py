@@ -226,7 +226,7 @@ def _stamp(args: argparse.Namespace) -> Answer:
     if before and not args.replace:
         raise ValueError(
             f"The card of {args.model} names SFT teachers already ({', '.join(e['id'] for e in before)}). Give "
-            "`--replace` to put yours in their place."
+            "`--replace` to replace them."
         )
     # Names on the Hub have no "@", so a name with one is an id. If it is malformed, stamping raises an error.
     are_ids = [is_id(name) or ("@" in name and not Path(name).exists()) for name in args.sft_teacher]

@@ -268,8 +268,8 @@ def load_prompts(args: RolloutArguments) -> Dataset:
     replaced = (*WRITTEN_COLUMNS, *(SFT_COLUMNS if args.role == "teacher" else ()))
     if written := [name for name in args.keep_columns if name in replaced]:
         raise ValueError(
-            f"`keep_columns` names {written}, which sampling writes or fine-tuning would read in the place of the "
-            "answers: rename the column in the prompts."
+            f"`keep_columns` names {written}, which sampling writes or fine-tuning would read instead of the answers: "
+            "rename the column in the prompts."
         )
     for option, names in (("prompt_column", [args.prompt_column]), ("keep_columns", args.keep_columns)):
         if missing := [name for name in names if name not in prompts.column_names]:
@@ -355,7 +355,7 @@ def check_config(path: str, arguments: type) -> None:
             near = difflib.get_close_matches(str(name), types, n=1)
             raise ValueError(
                 f"{path} has the unknown option `{name}`. "
-                + (f"Is `{near[0]}` meant?" if near else f"The options are {', '.join(types)}.")
+                + (f"Did you mean `{near[0]}`?" if near else f"The options are {', '.join(types)}.")
             )
         kinds = get_args(types[name]) if isinstance(types[name], UnionType) else [types[name]]
         accepted = tuple(get_origin(kind) or kind for kind in kinds)
@@ -367,7 +367,7 @@ def check_config(path: str, arguments: type) -> None:
 
 def _check_server_kwargs(args: JobArguments, *names: str) -> None:
     if args.server_kwargs and not any(is_address(name) for name in names):
-        raise ValueError(f"`server_kwargs` are for a server, and {' and '.join(map(repr, names))} is none's address.")
+        raise ValueError(f"`server_kwargs` are for a server, but no address is given, only {', '.join(names)}.")
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def refuse_unknown_options(remaining: list[str]) -> None:
         if name.startswith("--") and name not in {*launch_flags, "--accelerate_config"}:
             script = {flag for action in _script().make_parser()._actions for flag in action.option_strings}
             near = difflib.get_close_matches(name, [*script, *launch_flags], n=1)
-            raise ValueError(f"`{name}` is no option.{f' Is `{near[0]}` meant?' if near else ''}")
+            raise ValueError(f"`{name}` is not an option.{f' Did you mean `{near[0]}`?' if near else ''}")
 
 
 def _script() -> ModuleType:

@@ -129,8 +129,8 @@ def check_positions(tokens: np.ndarray, positions: Positions, model: str, what: 
     if positions.fails:
         raise TableError(f"{longest} ({count} such rows). Drop or shorten them.")
     logger.warning(
-        f"{longest} ({count} such rows). It reads them with rotations that it was not trained on; whether that is "
-        "right, its documentation says (`rope_parameters` in its config)."
+        f"{longest} ({count} such rows). It reads them with rotations that it was not trained on. See its "
+        "documentation on `rope_parameters` in its config for whether it supports that."
     )
 
 

@@ -442,7 +442,8 @@ class EffOPDCallback(TrainerCallback):
             raise ValueError(
                 f"Training goes on from step {step}, but {checkpoint} has no state of EffOPD for this number of "
                 f"processes ({path.name}): it was saved without the callback, by another launcher, or the process was "
-                "killed while saving. Resume from another checkpoint, or as it was saved."
+                "killed while saving. Resume from another checkpoint, or with the launcher and the number of "
+                "processes that saved it."
             )
         stored = load_file(path)
         self._direction = stored.pop("direction").numpy()

@@ -99,7 +99,10 @@ class RewardGate:
         options: DecodingOptions,
     ):
         if "prompt" not in prompts.column_names or len(prompts) == 0:
-            raise ValueError(f"`prompts` has a `prompt` column and a row or more; got {prompts.column_names}.")
+            raise ValueError(
+                f"`prompts` has a `prompt` column and at least one row; got {len(prompts)} rows with the columns "
+                f"{prompts.column_names}."
+            )
         self.trainer, self.prompts, self.options = trainer, prompts, options
         self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
 

@@ -28,9 +28,9 @@ TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 def warn_of_texts(name: str) -> None:
     """Warns that prompts are texts although the model has a chat template."""
     logger.warning(
-        f"{name} has a chat template, and the prompts are texts, which are not put through it: the model gets them as "
-        'they stand. If it is a chat model, give each prompt as messages, `[{"role": "user", "content": text}]`; '
-        "`--as_chat` does that on the command line, and `as_chat=True` in `load_benchmark`."
+        f"{name} has a chat template, and the prompts are texts, which the model gets without the chat template. If "
+        'it is a chat model, give each prompt as messages, `[{"role": "user", "content": text}]`; `--as_chat` does '
+        "that on the command line, and `as_chat=True` in `load_benchmark`."
     )
 
 

@@ -144,7 +144,8 @@ class TransformersSampler:
                 f"those of a forward pass over them ({single}). Does its cache work?"
             )
         logger.warning(
-            f"Prompts of different length are answered apart: padding before the prompt changes `{name}` ({padded})."
+            f"Prompts of different lengths are answered in separate batches: padding before the prompt changes the "
+            f"log-probabilities of `{name}` ({padded})."
         )
         return False
 

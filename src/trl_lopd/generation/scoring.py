@@ -384,7 +384,7 @@ def _same_tokens_as(dataset: Dataset, scorer: _Scorer) -> list[str]:
         logger.warning(
             f"The rows were sampled with another tokenizer ({', '.join(sorted(unknown))}) than that of the teacher "
             f"{teacher_id}, and nothing tells whether their ids mean the same: neither the student's tokenizer nor "
-            "the text of the rows is there. Training counts that as declared. Pass the student as `ref_model`, or "
+            "the text of the rows is available. Training treats that as declared. Pass the student as `ref_model`, or "
             "keep the column `completion`."
         )
     return sorted(compared)
@@ -404,7 +404,7 @@ def check_rollouts(dataset: Dataset, added: list[str]) -> None:
     if "ref_logprobs" in added and "ref_logprobs" in dataset.column_names:
         raise TableError(
             "The rollouts have `ref_logprobs` already, as `collect_rollouts` gives them. Leave `ref_model` out, or "
-            'compute them anew: `dataset.remove_columns("ref_logprobs")`.'
+            'remove them to compute them again: `dataset.remove_columns("ref_logprobs")`.'
         )
     if present := [name for name in added if name in dataset.column_names]:
         raise TableError(
@@ -450,7 +450,7 @@ def _check_entries(dataset: Dataset) -> None:
                 row = int(wrong.argmax())
                 raise TableError(
                     f"Row {first + row}, column {name!r} has {sizes[name][row]} entries for the "
-                    f"{sizes['completion_ids'][row]} tokens in 'completion_ids'. Remove the column, or make it anew."
+                    f"{sizes['completion_ids'][row]} tokens in 'completion_ids'. Remove the column, or correct it."
                 )
         first += len(batch)
 

@@ -363,7 +363,8 @@ def _find_reading(model: PreTrainedModel) -> _Reading:
     shares = not batch_problem and from_hidden and only_attends(_unwrapped(model))
     if shares and (cache_problem := problem(shared)):
         logger.warning(
-            f"Prompts of several completions are read anew for each: `{name}` changes otherwise ({cache_problem})."
+            "Prompts of several completions are read again for each of them, because sharing them changes the "
+            f"log-probabilities of `{name}` ({cache_problem})."
         )
         shares = False
     return _Reading(from_hidden, not batch_problem, shares)

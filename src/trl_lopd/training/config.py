@@ -228,8 +228,8 @@ class OfflineOPDConfig(TrainingArguments):
                 raise ValueError(f"`{unsupported.name}={value!r}` is not supported: {reason}")
         if self.train_sampling_strategy == "batch_rebalance":
             raise ValueError(
-                "`train_sampling_strategy='batch_rebalance'` is not supported. 'group_by_length' spares padding, "
-                "`max_tokens_per_device` bounds memory."
+                "`train_sampling_strategy='batch_rebalance'` is not supported. 'group_by_length' reduces padding, "
+                "`max_tokens_per_device` limits memory."
             )
         super().__post_init__()
         if self.device.type == "cpu":

@@ -56,7 +56,7 @@ def direction(metric: str, greater_is_better: bool | None = None, *, ours: bool 
             return higher
     if greater_is_better is None:
         raise ValueError(
-            f"{metric!r} is no metric that is known here: say whether more of it is better, with `greater_is_better`."
+            f"{metric!r} is no metric that is known here: set `greater_is_better` to say whether higher is better."
         )
     return greater_is_better
 

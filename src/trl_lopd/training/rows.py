@@ -155,8 +155,8 @@ class TrainingRows:
             )
         if summary.foreign_topk:
             logger.warning(
-                f"`{name}`: {summary.foreign_topk} of the teacher's top-k tokens are none that the student has. Their "
-                "probability counts with that of all other tokens."
+                f"`{name}`: {summary.foreign_topk} of the teacher's top-k tokens are not in the student's vocabulary. "
+                "Their probability is added to that of all other tokens."
             )
 
 
@@ -219,7 +219,7 @@ class TeacherCheck:
         if len(rounds) <= earlier or "rows" not in rounds[earlier]:
             logger.warning(
                 f"{checkpoint} has no card that says which rows of the stream trained it: the card of this run will "
-                "only have those of the steps from here on."
+                "only count the rows of the following steps."
             )
             return
         for counts, entries in ((self.teachers, "teachers"), (self.samplers, "sampled_by")):

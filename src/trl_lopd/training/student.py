@@ -223,7 +223,7 @@ def _wrap_in_adapters(model: PreTrainedModel, peft_config: PeftConfig, args: Off
     if is_peft_model(model):
         raise ValueError(
             "You passed a `PeftModel` together with a `peft_config`. Merge the adapter into the model first, or leave "
-            "out `peft_config` to go on training it."
+            "out `peft_config` to continue training it."
         )
     quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
     if quantized:

@@ -195,7 +195,7 @@ class OfflineOPDTrainer(Trainer):
     def train(self, *args, **kwargs):
         if self.is_deepspeed_enabled and self.deepspeed is not None:
             raise ValueError(
-                "This trainer has evaluated or trained with DeepSpeed already, whose engine is made once. Make "
+                "This trainer has evaluated or trained with DeepSpeed already, whose engine is created once. Create "
                 "another trainer; to evaluate before the first step, set `eval_on_start=True`."
             )
         self._attempts = 0
@@ -432,7 +432,7 @@ class OfflineOPDTrainer(Trainer):
         self._attempts += 1
         if self._attempts > 1 and (steps := self.state.global_step - self._initial_global_step):
             raise RuntimeError(
-                f"Memory ran out after {steps} steps. `auto_find_batch_size` would begin again at the first step with "
+                f"Memory ran out after {steps} steps. `auto_find_batch_size` would start again at the first step with "
                 "weights that these steps have changed. Set a smaller `per_device_train_batch_size`, or "
                 "`max_tokens_per_device` if only long rows are too large, and start again or from a checkpoint."
             )
@@ -447,8 +447,8 @@ class OfflineOPDTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not self.is_deepspeed_enabled and any(Path(checkpoint).glob("global_step*")):
             raise ValueError(
-                f"{checkpoint} was saved by DeepSpeed, which alone reads its optimizer: resume under the same engine "
-                "and on as many processes."
+                f"{checkpoint} was saved by DeepSpeed, and only DeepSpeed reads its optimizer state: resume with the "
+                "same engine and the same number of processes."
             )
         super()._load_optimizer_and_scheduler(checkpoint)
 

@@ -84,8 +84,8 @@ def remedy(output_dir: str, teachers: Iterable[str], known: Iterable[Mapping[str
     teacher = teacher or "TEACHER"
     return (
         f"Below {MIN_ESS:.0%} nothing bounds the bias of the gradient any more: the student has left its rollouts. "
-        f"Save it, let it answer PROMPTS afresh, and train on from there{note}:\n"
+        f"Save it, sample its answers to PROMPTS again, and continue training from there{note}:\n"
         f"trl-lopd rollout --model_name_or_path {output_dir} --dataset_name PROMPTS --output_dir {output_dir}/rollouts"
-        f" && trl-lopd score --dataset_name {output_dir}/rollouts --teacher_name_or_path {teacher}"
+        f" && trl-lopd score --dataset_name {output_dir}/rollouts --teacher {teacher}"
         f" --output_dir {output_dir}/table"
     )
