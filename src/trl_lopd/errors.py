@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class OfflineOPDError(Exception):
-    """Base class of the errors that trl-lopd defines; each of them is a builtin error too, such as `ValueError`."""
+    """Base class of the errors that trl-lopd defines. Each is also a builtin error, such as `ValueError`."""
 
 
 class TableError(OfflineOPDError, ValueError):

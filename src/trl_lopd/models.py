@@ -50,7 +50,7 @@ def load_model(model: str | PreTrainedModel, init_kwargs: dict[str, Any] | None 
 def _load_adapter(adapter: str, init_kwargs: dict[str, Any]) -> PreTrainedModel | PeftModel:
     from peft import AutoPeftModelForCausalLM, PromptLearningConfig
 
-    init_kwargs = {"device_map": "auto", **init_kwargs}  # as TRL loads whole models
+    init_kwargs = {"device_map": "auto", **init_kwargs}  # the same default as TRL's for whole models
     model = AutoPeftModelForCausalLM.from_pretrained(adapter, **init_kwargs).eval()
     if any(isinstance(config, PromptLearningConfig) for config in model.peft_config.values()):
         return model

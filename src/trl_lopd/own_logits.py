@@ -67,7 +67,7 @@ def own_logprobs(model: nn.Module, row: TrialRow, device: torch.device) -> OwnLo
     logits = logits[0, -len(row.ids) :][-row.completion_length - 1 : -1].float()
     ids = torch.from_numpy(row.ids[-row.completion_length :, None]).to(logits.device)
     logprobs = logits.log_softmax(-1).gather(-1, ids).squeeze(-1)
-    # A masked token has the lowest possible logit, which is not the scale of the other logits.
+    # Masked tokens have the lowest possible logit. They are left out, because rounding is relative to other logits.
     largest = logits[logits > -1e4].abs().max().item() if (logits > -1e4).any() else 0.0
     return OwnLogprobs(logprobs.cpu().numpy(), _rounding(model, device) * max(1.0, largest))
 

@@ -165,8 +165,8 @@ def resolve_gate(
 
 def paired_p_value(gains: np.ndarray, flips: int = 1999) -> float:
     """
-    Computes the p-value of a sign-flip test: the chance that the mean gain is as large or larger if each row's gain is
-    as likely to be a loss.
+    Computes the p-value of a sign-flip test: the chance of a mean gain that is as large or larger if a gain and a loss
+    were equally likely on each row.
 
     It makes no assumption on the distribution of gains, except that rows are independent. The result is between
     1 / (flips + 1) and 1.

@@ -187,8 +187,8 @@ class _Ends(StoppingCriteria):
         self.raw, self.width, self.logprobs, self.length = raw, width, [], torch.zeros((), dtype=torch.long)
         self.eos = torch.tensor(sampling.eos_token_ids, dtype=torch.long)
         self.tokenizer, self.stop = tokenizer, sampling.stop
-        # As each token has at least one byte, a stop text has at most this many tokens. Decoding may remove a leading
-        # space of the first token, so one more is decoded.
+        # Each token has at least one byte, so a stop text has at most as many tokens as bytes. One more token is
+        # decoded, because the first one may lose a leading space.
         self.reach = max((len(text.encode()) for text in self.stop), default=0) + 1
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs) -> torch.Tensor:

@@ -256,7 +256,7 @@ def _trained_logprobs(model: torch.nn.Module, rows: list[TrialRow], device: torc
     for i, row in enumerate(rows):
         input_ids[i, : len(row.ids)] = torch.from_numpy(row.ids)
         attention_mask[i, : len(row.ids)] = 1
-        # A token is predicted at the position before it.
+        # A token is predicted at the preceding position.
         end = i * width + len(row.ids) - 1
         positions.append(torch.arange(end - row.completion_length, end))
     positions = torch.cat(positions)
