@@ -5,8 +5,8 @@ Fine-tunes a student on SFT data that its teacher wrote, with TRL's `SFTTrainer`
         --output_dir sft-data
     accelerate launch examples/sft.py --model_name_or_path my-org/base --dataset_name sft-data --output_dir student-sft
 
-Options of `SFTConfig` as flags or in a YAML file (`--config`); without a GPU, `--use_cpu true`. It trains on the very
-tokens that the teacher sampled: teacher and student share a tokenizer.
+Options of `SFTConfig` are flags or in a YAML file (`--config`); without a GPU, add `--use_cpu true`. The student is
+trained on the tokens that the teacher sampled, so both must have the same tokenizer.
 """
 
 from trl import (

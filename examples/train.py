@@ -1,20 +1,20 @@
 """
-Trains a student on a table of scored rollouts, without its teacher, and shows what that changed.
+Trains a student on a table of scored rollouts, without its teacher, and evaluates it before and after.
 
-The bundled quickstart, less than two minutes on a CPU core:
+Train the bundled quickstart student, in less than two minutes on a CPU core:
 
     accelerate launch examples/train.py
     accelerate launch examples/train.py --compare
 
-Your own student and table (Hub ids or local paths); options of `OfflineOPDConfig` as flags or in a YAML file. Without
-a clone, `trl-lopd train` is the same script:
+Train your own student on your own table (Hub ids or local paths). Options of `OfflineOPDConfig` are flags or in a YAML
+file. Without a clone of the repository, `trl-lopd train` runs the same script:
 
     accelerate launch examples/train.py --model_name_or_path my-org/student-sft --dataset_name my-org/scored-rollouts \
         --output_dir student-opd --learning_rate 2e-6 --max_steps 150
 
-A line for each evaluation and a table is what it prints; `-v`, or `TRL_LOPD_VERBOSE=1`, adds what the libraries behind
-it say. With `--eval_prompts` (JSON lines of `prompt` and `answer`), greedy accuracy is measured before and after; with
-`--teacher` too, so is the reverse KL divergence on rollouts sampled afresh.
+It prints a line for each evaluation and a table; `-v`, or `TRL_LOPD_VERBOSE=1`, also shows messages of the libraries
+it uses. With `--eval_prompts` (JSON lines with `prompt` and `answer`), it measures greedy accuracy before and after
+training, and with `--teacher` also the reverse KL divergence on fresh rollouts.
 """
 
 import logging
@@ -41,15 +41,15 @@ class TrainScriptArguments(ScriptArguments):
         default=None, metadata={"help": "JSON lines with `prompt` and `answer`: held-out problems to answer."}
     )
     answer_after: str = field(
-        default="#", metadata={"help": "The answer is what follows the last of these in a completion."}
+        default="#", metadata={"help": "Marker of the answer, which is the text after the last one in a completion."}
     )
     teacher: str | None = field(
         default=None, metadata={"help": "Teacher to measure the reverse KL divergence on fresh rollouts against."}
     )
-    eval_max_completion_length: int = field(default=1024, metadata={"help": "Tokens an answer may have."})
+    eval_max_completion_length: int = field(default=1024, metadata={"help": "Maximum length of an answer, in tokens."})
     verbose: bool = field(
         default=bool(os.environ.get("TRL_LOPD_VERBOSE")),
-        metadata={"help": "Also show what the libraries behind it say.", "aliases": ["-v"]},
+        metadata={"help": "Also show messages of the libraries.", "aliases": ["-v"]},
     )
 
 
@@ -65,7 +65,7 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
         raise SystemExit("`--compare` needs a table with teacher top-k columns: score it with `top_k=8`.")
     if (training_args.resume_from_checkpoint or "").lower() == "true":
         training_args.resume_from_checkpoint = True
-    # Within `train`: DeepSpeed has no engine to evaluate with before.
+    # Evaluate at the start of `train`, because DeepSpeed has no engine before that.
     training_args.eval_on_start = eval_table is not None
     student = model_args.model_name_or_path
     models, held_out = {"SFT student": student}, {}
@@ -99,7 +99,7 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
         train(replace(training_args, **changes, ratio_clip=None, resume_from_checkpoint=None))
 
     if script_args.eval_prompts:
-        unset_hf_deepspeed_config()  # else ZeRO-3 would shard these models too
+        unset_hf_deepspeed_config()  # otherwise ZeRO-3 would shard these models too
         compare_models(
             models | ({"teacher": script_args.teacher} if script_args.teacher else {}),
             load_benchmark(script_args.eval_prompts),
@@ -115,7 +115,7 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
 
 
 def load_splits(script_args: ScriptArguments):
-    """A table and, if there is one, its held-out split: from the Hub, a directory or a parquet file."""
+    """Loads a table and, if there is one, its held-out split, from the Hub, a directory or a parquet file."""
     name = script_args.dataset_name
     table = load_table(name, script_args.dataset_config, streaming=script_args.dataset_streaming)
     splits = table if isinstance(table, dict) else {str(table.split or "train"): table}
@@ -132,12 +132,12 @@ def make_parser(prog: str | None = None) -> TrlParser:
 
 
 def with_quickstart(flags: list[str]) -> list[str]:
-    """The flags, and those of the bundled quickstart where neither a model nor a table is given."""
-    given = {flag.partition("=")[0] for flag in flags}
-    wanted = {"--model_name_or_path", "--dataset_name"}
-    if given & {"--config", "-h", "--help"} or given >= wanted:
+    """Adds the flags of the bundled quickstart if neither a model nor a table is given."""
+    names = {flag.partition("=")[0] for flag in flags}
+    required = {"--model_name_or_path", "--dataset_name"}
+    if names & {"--config", "-h", "--help"} or names >= required:
         return flags
-    if given & wanted or not QUICKSTART.is_dir():
+    if names & required or not QUICKSTART.is_dir():
         raise SystemExit(
             "Give both `--model_name_or_path` and `--dataset_name`"
             + (", or neither for the quickstart." if QUICKSTART.is_dir() else ", as flags or in a YAML file.")
@@ -145,13 +145,13 @@ def with_quickstart(flags: list[str]) -> list[str]:
     print("No model and no table given: training the bundled quickstart student.")
     paths = {"model_name_or_path": "student", "dataset_name": "table", "teacher": "teacher"}
     paths |= {"eval_prompts": "prompts.jsonl"}
-    own = [word for option, path in paths.items() for word in (f"--{option}", str(QUICKSTART / path))]
-    return ["--config", str(QUICKSTART.with_suffix(".yaml")), *own, *flags]
+    defaults = [word for option, path in paths.items() for word in (f"--{option}", str(QUICKSTART / path))]
+    return ["--config", str(QUICKSTART.with_suffix(".yaml")), *defaults, *flags]
 
 
 def hide_what_libraries_say() -> None:
-    """Their bars for things done in seconds, and that there is no GPU."""
-    datasets.disable_progress_bars()  # `evaluate_model` goes by this, too
+    """Hides progress bars of short operations, and DeepSpeed's message that there is no GPU."""
+    datasets.disable_progress_bars()  # `evaluate_model` reads this setting too
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator" not in record.getMessage())
 

@@ -1,6 +1,6 @@
 """
-What a second round adds: after one round on the bundled quickstart's rollouts, the student trains on, once on the same
-rollouts and once on fresh ones. A few minutes on one CPU core:
+Shows the effect of a second round. After a first round on the rollouts of the bundled quickstart, training continues
+once on the same rollouts and once on fresh ones. It takes a few minutes on one CPU core:
 
     OMP_NUM_THREADS=1 python examples/two_rounds.py
 """
@@ -29,10 +29,10 @@ MAX_ANSWER_TOKENS = 56
 
 @dataclass
 class Arguments:
-    output_dir: str = field(default="runs/two-rounds", metadata={"help": "Where to write the students."})
-    steps: int = field(default=200, metadata={"help": "Steps of a round."})
-    learning_rate: float = field(default=3e-4, metadata={"help": "Of both rounds."})
-    seed: int = field(default=0, metadata={"help": "Of the order of rows and of the fresh rollouts."})
+    output_dir: str = field(default="runs/two-rounds", metadata={"help": "Directory to write the students to."})
+    steps: int = field(default=200, metadata={"help": "Number of steps in a round."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of both rounds."})
+    seed: int = field(default=0, metadata={"help": "Seed of the order of rows and of the fresh rollouts."})
 
 
 def main(args: Arguments) -> None:

@@ -172,7 +172,7 @@ def _sampled(model: PreTrainedModel, warnings: list[str]) -> str:
     for prompt, sample in zip(prompts, samples, strict=True):
         own = own_logprobs(model, np.array(prompt + sample.ids), len(sample.ids))
         np.testing.assert_allclose(sample.logprobs, own, atol=1e-3)
-    return "prompts of one length together" if any("answered apart" in text for text in warnings) else "yes"
+    return "prompts of one length together" if any("separate batches" in text for text in warnings) else "yes"
 
 
 def _scored(model: PreTrainedModel, warnings: list[str]) -> str:

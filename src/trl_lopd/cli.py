@@ -1,4 +1,4 @@
-"""`trl-lopd`: from prompts to a scored table, what a model or a table is, what a run did. Thin: it calls functions."""
+"""The command line `trl-lopd`. It parses options, calls the functions of the library and prints their results."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"trl-lopd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    # Their options are dataclasses, which TRL's parser reads from flags and YAML.
+    # The options of these commands are dataclasses, which TRL's parser reads from flags and YAML.
     jobs = {
         "rollout": "let a student answer prompts, or a teacher write SFT data, into a directory",
         "score": "let the teacher score rollouts, into a directory",
         "evaluate": "let a model answer a benchmark, and measure how well",
     }
-    for job, does in jobs.items():
-        commands.add_parser(job, help=does, add_help=False)
+    for job, job_help in jobs.items():
+        commands.add_parser(job, help=job_help, add_help=False)
     commands.add_parser("train", help="train a student on a scored table, by `accelerate launch`", add_help=False)
 
     command = commands.add_parser("fingerprint", help="print what a model is, by content")
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
 
     run = {"fingerprint": _fingerprint, "stamp": _stamp, "inspect": _inspect, "report": _report}[args.command]
     try:
-        # Some libraries greet on the standard output, which is for the answer.
+        # Standard output is for the answer, and some libraries print greetings to it.
         with contextlib.redirect_stdout(sys.stderr):
             code, answer, show = run(args)
     except (OSError, ValueError, HfHubHTTPError, DatasetsError) as error:
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def _run(job: str, does: str, options: list[str]) -> int:
+def _run(job: str, job_help: str, options: list[str]) -> int:
     from datasets.exceptions import DatasetsError
     from trl import TrlParser
 
@@ -140,8 +140,8 @@ def _run(job: str, does: str, options: list[str]) -> int:
     parser = TrlParser(
         arguments,
         prog=f"trl-lopd {job}",
-        description=f"{does[0].upper()}{does[1:]}. `--config FILE` reads options from YAML. Killed and started again "
-        "with the same options, it continues; the last line it prints is JSON.",
+        description=f"{job_help[0].upper()}{job_help[1:]}. `--config FILE` reads options from YAML. A run that was "
+        "killed continues when started again with the same options; the last line it prints is JSON.",
     )
     try:
         if "--config" in options:
@@ -156,7 +156,7 @@ def _run(job: str, does: str, options: list[str]) -> int:
         return 130
     except (OSError, TypeError, ValueError, ImportError, OfflineOPDError, HfHubHTTPError, DatasetsError) as error:
         if is_repeated(error) or (isinstance(error, TypeError) and "`" not in str(error)):
-            raise  # printed by the main process, or not one of ours
+            raise  # the main process prints the error, or it is a bug rather than a wrong option
         print(f"trl-lopd: {error}", file=sys.stderr)
         return 2
     return 0
@@ -167,7 +167,7 @@ def _train(options: list[str]) -> int:
 
     try:
         train(options)
-    except CalledProcessError as error:  # the script has said why
+    except CalledProcessError as error:  # the script has printed its error
         return error.returncode
     except (OSError, ValueError) as error:
         print(f"trl-lopd: {error}", file=sys.stderr)
@@ -177,7 +177,7 @@ def _train(options: list[str]) -> int:
 
 @contextlib.contextmanager
 def _printed_totals() -> Iterator[None]:
-    """Prints the totals that sampling and scoring log."""
+    """Prints the totals that sampling and scoring log, inside a `with` block."""
     from .generation import runs
 
     handler, level = logging.StreamHandler(sys.stdout), runs.logger.level
@@ -190,7 +190,7 @@ def _printed_totals() -> Iterator[None]:
         runs.logger.setLevel(level)
 
 
-# Exit code, what `--json` prints, and what prints it for a person.
+# Exit code, the result that `--json` prints, and a function that prints the result as text.
 Answer = tuple[int, dict[str, Any], Callable[[dict[str, Any]], None]]
 
 
@@ -225,13 +225,13 @@ def _stamp(args: argparse.Namespace) -> Answer:
     if before and not args.replace:
         raise ValueError(
             f"The card of {args.model} names SFT teachers already ({', '.join(e['id'] for e in before)}). Give "
-            "`--replace` to put yours in their place."
+            "`--replace` to replace them."
         )
-    # No name on the Hub has an "@": what has one is an id, and if it is malformed, stamping says so.
-    ids_given = [is_id(name) or ("@" in name and not Path(name).exists()) for name in args.sft_teacher]
+    # Names on the Hub have no "@", so a name with one is an id. If it is malformed, stamping raises an error.
+    are_ids = [is_id(name) or ("@" in name and not Path(name).exists()) for name in args.sft_teacher]
     teachers = [
-        name if is_given else fingerprint_teacher(as_name(name))
-        for name, is_given in zip(args.sft_teacher, ids_given, strict=True)
+        name if is_teacher_id else fingerprint_teacher(as_name(name))
+        for name, is_teacher_id in zip(args.sft_teacher, are_ids, strict=True)
     ]
     checkpoint = checkpoint_fingerprint(args.model) if local else None
     stamp_model_card(args.model, sft_teachers=teachers, checkpoint=checkpoint)
@@ -270,8 +270,8 @@ def _report(args: argparse.Namespace) -> Answer:
         from .training.monitoring.reporters import log_report
 
         settings = Path(args.run, "training_args.json")
-        trained = json.loads(settings.read_text()).get("wandb_run") if settings.is_file() else None
-        written["artifact"] = log_report(written["output"], trained)
+        wandb_run = json.loads(settings.read_text()).get("wandb_run") if settings.is_file() else None
+        written["artifact"] = log_report(written["output"], wandb_run)
 
     def show(written: dict[str, Any]) -> None:
         for warning in written["warnings"]:

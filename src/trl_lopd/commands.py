@@ -1,4 +1,4 @@
-"""What `trl-lopd rollout`, `score` and `evaluate` do: options from flags or YAML, as in TRL's scripts, into a call."""
+"""`trl-lopd rollout`, `score` and `evaluate`: options from flags or YAML, as in TRL's scripts, and the functions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 @dataclass(kw_only=True)
 class JobArguments:
-    """What all jobs take."""
+    """Options of all three commands."""
 
     output_dir: str = field(metadata={"help": "Directory for the table. Start again with the same options to resume."})
     server_kwargs: dict[str, Any] | str | None = field(
@@ -42,7 +42,7 @@ class JobArguments:
     )
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU, also under `accelerate launch`."})
     report_to: str = field(default="none", metadata={"help": 'Where to log speed and totals: "wandb" or "none".'})
-    run_name: str | None = field(default=None, metadata={"help": "Name of the run there."})
+    run_name: str | None = field(default=None, metadata={"help": "Name of the wandb run."})
 
     def __post_init__(self) -> None:
         if self.report_to not in ("none", "wandb"):
@@ -52,10 +52,10 @@ class JobArguments:
 
 @dataclass(kw_only=True)
 class TableArguments(JobArguments):
-    """What the jobs take that make a table."""
+    """Options of the commands that make a table."""
 
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Which split."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
     hub_dataset_id: str | None = field(
         default=None, metadata={"help": "Push the table and its card there when it is complete."}
     )
@@ -85,7 +85,7 @@ class RolloutArguments(RolloutOptions, TableArguments):
         default_factory=list, metadata={"help": "Columns to keep beside the prompt, such as the reference answer."}
     )
     num_prompts: int | None = field(
-        default=None, metadata={"help": "How many prompts, drawn at random with `seed`. All by default."}
+        default=None, metadata={"help": "Number of prompts, drawn at random with `seed`. All by default."}
     )
     ref_logprobs: bool = field(default=True, metadata={"help": "Whether to store a student's own log-probabilities."})
 
@@ -145,7 +145,7 @@ class EvaluateArguments(SamplingOptions, JobArguments):
     benchmark: str = field(metadata={"help": "Problems and their answers: a JSON lines file."})
     metric: str = field(default="math_accuracy", metadata={"help": '"math_accuracy" or "exact_answer".'})
     answer_after: str = field(
-        default="#", metadata={"help": 'For "exact_answer": the answer is what follows the last of these.'}
+        default="#", metadata={"help": 'Marker of "exact_answer": the answer is the text after the last one.'}
     )
     teacher: str | None = field(
         default=None,
@@ -173,7 +173,7 @@ class EvaluateArguments(SamplingOptions, JobArguments):
 
 
 def rollout(args: RolloutArguments) -> Dataset:
-    """Samples as the options say; the table, which is in `output_dir` too."""
+    """Samples rollouts or SFT data with these options, and returns the table, which is in `output_dir` too."""
     with _surroundings(args):
         model, engine = _model_of(args)
         options = _options(args, RolloutOptions) | engine
@@ -185,7 +185,7 @@ def rollout(args: RolloutArguments) -> Dataset:
 
 
 def score(args: ScoreArguments) -> Dataset:
-    """Scores as the options say; the table, which is in `output_dir` too."""
+    """Scores rollouts with these options, and returns the table, which is in `output_dir` too."""
     with _surroundings(args):
         rollouts = load_table(args.dataset_name, args.dataset_config, split=args.dataset_split)
         options: dict[str, Any] = _options(args, ScoringOptions)
@@ -202,7 +202,7 @@ def score(args: ScoreArguments) -> Dataset:
 
 
 def evaluate(args: EvaluateArguments) -> dict[str, Any]:
-    """Evaluates as the options say, and prints a table; the figures, which are in `output_dir` too."""
+    """Evaluates a model with these options, prints a table, and returns the result, which is in `output_dir` too."""
     with _surroundings(args):
         columns = (args.prompt_column, args.answer_column)
         benchmark = load_benchmark(args.benchmark, *columns, instruction=args.instruction, as_chat=args.as_chat)
@@ -229,13 +229,13 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any]:
 
 
 def _options(args: JobArguments, options_class: type) -> dict[str, Any]:
-    """The options of a dataclass as a call takes them; those not given are the function's own defaults."""
-    options = {of.name: getattr(args, of.name) for of in fields(options_class)}
+    """Returns the options of a dataclass as keyword arguments. Without those that are `None`, defaults apply."""
+    options = {option.name: getattr(args, option.name) for option in fields(options_class)}
     return {name: value for name, value in options.items() if value is not None}
 
 
 def _model_of(args: RolloutArguments | EvaluateArguments) -> tuple[str, dict[str, Any]]:
-    """The model that answers, and its engine if `server_kwargs` are for it."""
+    """Returns the model that answers, and a client as its `engine` if `server_kwargs` are given."""
     model = args.model_name_or_path
     if not args.server_kwargs:
         return model, {}
@@ -246,7 +246,7 @@ def _model_of(args: RolloutArguments | EvaluateArguments) -> tuple[str, dict[str
 
 def load_prompts(args: RolloutArguments) -> Dataset:
     """
-    The prompts as [`collect_rollouts`] takes them, and the columns to keep.
+    Loads the prompts as [`collect_rollouts`] takes them, with the columns to keep.
 
     Raises:
         ValueError: If a column is missing, or a conversation begins with an answer.
@@ -263,13 +263,13 @@ def load_prompts(args: RolloutArguments) -> Dataset:
         prompts = load_rows(str(path), kinds[path.suffix], data_files=str(path), split="train")
     else:
         prompts = load_table(args.dataset_name, args.dataset_config, split=args.dataset_split)
-    read = [name for name in TEMPLATE_COLUMNS if name in prompts.column_names]
-    columns = list(dict.fromkeys([args.prompt_column, *args.keep_columns, *read]))
+    template_columns = [name for name in TEMPLATE_COLUMNS if name in prompts.column_names]
+    columns = list(dict.fromkeys([args.prompt_column, *args.keep_columns, *template_columns]))
     replaced = (*WRITTEN_COLUMNS, *(SFT_COLUMNS if args.role == "teacher" else ()))
     if written := [name for name in args.keep_columns if name in replaced]:
         raise ValueError(
-            f"`keep_columns` names {written}, which sampling writes or fine-tuning would read in the place of the "
-            "answers: rename the column in the prompts."
+            f"`keep_columns` names {written}, which sampling writes or fine-tuning would read instead of the answers: "
+            "rename the column in the prompts."
         )
     for option, names in (("prompt_column", [args.prompt_column]), ("keep_columns", args.keep_columns)):
         if missing := [name for name in names if name not in prompts.column_names]:
@@ -313,7 +313,7 @@ def load_prompts(args: RolloutArguments) -> Dataset:
             raise ValueError(f"{args.dataset_name}, prompt {i}: the conversation begins with an answer.")
         return {"prompt": messages}
 
-    # A column of messages with other fields than these two would not fit in the place of the old one.
+    # The new column has other fields than the old one, so the old one is removed instead of overwritten.
     kept = prompts.remove_columns("prompt")
     questions = prompts.map(question, with_indices=True, remove_columns=prompts.column_names, desc="Reading prompts")
     for name in kept.column_names:
@@ -322,7 +322,7 @@ def load_prompts(args: RolloutArguments) -> Dataset:
 
 
 def _are_messages(prompt: Any) -> bool:
-    """Whether a prompt is a list of messages, with the fields of OpenAI or of ShareGPT."""
+    """Returns whether a prompt is a list of messages, with the fields of OpenAI or of ShareGPT."""
     fields = ({"role", "content"}, {"from", "value"})
     return isinstance(prompt, list) and all(
         isinstance(message, dict) and any(names <= message.keys() for names in fields) for message in prompt
@@ -331,7 +331,7 @@ def _are_messages(prompt: Any) -> bool:
 
 def check_config(path: str, arguments: type) -> None:
     """
-    Checks a YAML file of options before TRL's parser reads it, which takes values of any type.
+    Checks a YAML file of options before TRL's parser reads it, because the parser takes values of any type.
 
     Args:
         path (`str`): The file.
@@ -349,43 +349,44 @@ def check_config(path: str, arguments: type) -> None:
         raise ValueError(f"{path} is no YAML mapping, such as `temperature: 0.8` on a line, but {config!r:.80}.")
     types = get_type_hints(arguments)
     for name, value in config.items():
-        if name == "env":  # variables that TRL's parser sets
+        if name == "env":  # environment variables, which TRL's parser sets
             continue
         if name not in types:
             near = difflib.get_close_matches(str(name), types, n=1)
             raise ValueError(
                 f"{path} has the unknown option `{name}`. "
-                + (f"Is `{near[0]}` meant?" if near else f"The options are {', '.join(types)}.")
+                + (f"Did you mean `{near[0]}`?" if near else f"The options are {', '.join(types)}.")
             )
         kinds = get_args(types[name]) if isinstance(types[name], UnionType) else [types[name]]
-        taken = tuple(get_origin(kind) or kind for kind in kinds)
-        taken += (str,) + ((int,) if float in taken else ())  # texts are parsed as flags are
-        if not isinstance(value, taken) or (isinstance(value, bool) and bool not in taken):
-            names = " or ".join(dict.fromkeys(kind.__name__ for kind in taken if kind is not type(None)))
+        accepted = tuple(get_origin(kind) or kind for kind in kinds)
+        accepted += (str,) + ((int,) if float in accepted else ())  # strings are parsed like flags
+        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
+            names = " or ".join(dict.fromkeys(kind.__name__ for kind in accepted if kind is not type(None)))
             raise ValueError(f"{path}: `{name}` is of type {names}, not {value!r:.80}.")
 
 
 def _check_server_kwargs(args: JobArguments, *names: str) -> None:
     if args.server_kwargs and not any(is_address(name) for name in names):
-        raise ValueError(f"`server_kwargs` are for a server, and {' and '.join(map(repr, names))} is none's address.")
+        raise ValueError(f"`server_kwargs` are for a server, but no address is given, only {', '.join(names)}.")
 
 
 @contextmanager
 def _surroundings(args: JobArguments) -> Iterator[None]:
-    """The processes, and a wandb run on the main one."""
+    """Starts the processes, and a wandb run on the main one, which ends with the `with` block."""
     state = processes(cpu=args.use_cpu)
     if args.report_to != "wandb" or not state.is_main_process:
         yield
         return
     import wandb
 
-    # As transformers names the project.
+    # The same default project as in transformers.
     project = os.environ.get("WANDB_PROJECT", "huggingface")
     with wandb.init(project=project, name=args.run_name, config=asdict(args)):
         yield
 
 
 def _pushed(table: Dataset, args: TableArguments) -> Dataset:
+    """Pushes a table and its card to the Hub if `hub_dataset_id` is set, and returns the table."""
     if args.hub_dataset_id and processes().is_main_process:
         table.push_to_hub(args.hub_dataset_id, private=args.hub_private_repo)
         stamp_dataset_card(args.hub_dataset_id, table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class OfflineOPDError(Exception):
-    """Base class of the errors that trl-lopd defines; each of them is a builtin error too, such as `ValueError`."""
+    """Base class of the errors that trl-lopd defines. Each is also a builtin error, such as `ValueError`."""
 
 
 class TableError(OfflineOPDError, ValueError):
@@ -12,7 +12,7 @@ class TableError(OfflineOPDError, ValueError):
 
 
 class ShardError(OfflineOPDError, ValueError):
-    """A store that cannot be used as asked; the message says why, where, and what to do."""
+    """A store that cannot be used with these arguments; the message names the place, the reason and the remedy."""
 
 
 class TeacherConsistencyError(OfflineOPDError, ValueError):
@@ -21,10 +21,10 @@ class TeacherConsistencyError(OfflineOPDError, ValueError):
 
 class ServerError(OfflineOPDError, RuntimeError):
     """
-    A server cannot be used: it refuses or does not answer, its answers are wrong, or it is another model.
+    A server cannot be used: it refuses or does not answer, its answers are wrong, or it serves another model.
 
     Attributes:
-        row (`int`, *optional*): Position in the call, of `score` or `sample`, of the sequence or prompt that failed.
+        row (`int`, *optional*): Index, in the call of `score` or `sample`, of the sequence or prompt that failed.
     """
 
     def __init__(self, message: str, row: int | None = None):

@@ -1,4 +1,4 @@
-"""`trl-lopd train`: the packaged training script, started by `accelerate launch`, as `trl sft` starts TRL's."""
+"""`trl-lopd train`, which starts the packaged training script with `accelerate launch`, as `trl sft` starts TRL's."""
 
 from __future__ import annotations
 
@@ -19,39 +19,38 @@ def train(arguments: list[str]) -> None:
 
     Args:
         arguments (`list[str]`): Options of the script, of `accelerate launch`, and `--accelerate_config`, which takes
-            the name of a packaged configuration or a path. The first and the others may also be in the YAML file of
-            `--config`.
+            the name of a packaged configuration or a path. All of them may also be in the YAML file of `--config`.
 
     Raises:
-        ValueError: If an option is unknown, or there is no such configuration.
+        ValueError: If an option is unknown or the configuration does not exist.
     """
     parser = _script().make_parser(prog="trl-lopd train")
-    *_, of_config, of_line = parser.parse_args_and_config(
+    *_, config_flags, cli_flags = parser.parse_args_and_config(
         arguments, return_remaining_strings=True, separate_remaining_strings=True
     )
-    refuse_unknown_options([*of_config, *of_line])
-    flags = _with_config_file([*of_config, *of_line])
+    refuse_unknown_options([*config_flags, *cli_flags])
+    flags = _with_config_file([*config_flags, *cli_flags])
     launcher = launch_command_parser()
-    launch_command(launcher.parse_args([*flags, str(SCRIPT), *_without(arguments, of_line)]))
+    launch_command(launcher.parse_args([*flags, str(SCRIPT), *_without(arguments, cli_flags)]))
 
 
 def refuse_unknown_options(remaining: list[str]) -> None:
     """
-    Checks what a script's parser did not take, from the command line or from YAML, which it would ignore.
+    Checks the options, from the command line or from YAML, that a script's parser does not take and would ignore.
 
     Args:
-        remaining (`list[str]`): Flags and values. Those of `accelerate launch` may be among them.
+        remaining (`list[str]`): Flags and values, which may include those of `accelerate launch`.
 
     Raises:
         ValueError: If a flag is not one of `accelerate launch` either.
     """
-    known = {flag for action in launch_command_parser()._actions for flag in action.option_strings}
+    launch_flags = {flag for action in launch_command_parser()._actions for flag in action.option_strings}
     for flag in remaining:
         name = flag.partition("=")[0]
-        if name.startswith("--") and name not in {*known, "--accelerate_config"}:
+        if name.startswith("--") and name not in {*launch_flags, "--accelerate_config"}:
             script = {flag for action in _script().make_parser()._actions for flag in action.option_strings}
-            near = difflib.get_close_matches(name, [*script, *known], n=1)
-            raise ValueError(f"`{name}` is no option.{f' Is `{near[0]}` meant?' if near else ''}")
+            near = difflib.get_close_matches(name, [*script, *launch_flags], n=1)
+            raise ValueError(f"`{name}` is not an option.{f' Did you mean `{near[0]}`?' if near else ''}")
 
 
 def _script() -> ModuleType:
@@ -62,7 +61,7 @@ def _script() -> ModuleType:
 
 
 def _with_config_file(flags: list[str]) -> list[str]:
-    """Flags of `accelerate launch`, with the file of a configuration in the place of its name; the last one counts."""
+    """Replaces `--accelerate_config` by accelerate's `--config_file` with a path. If repeated, the last one counts."""
     name, others, words = None, [], iter(flags)
     for word in words:
         if word == "--accelerate_config":
@@ -79,11 +78,11 @@ def _with_config_file(flags: list[str]) -> list[str]:
 
 
 def _without(arguments: list[str], taken: list[str]) -> list[str]:
-    """Arguments without some of them, which are in the same order."""
-    left, rest = list(taken), []
+    """Returns `arguments` without those in `taken`, which are in the same order."""
+    to_remove, remaining = list(taken), []
     for argument in arguments:
-        if left and argument == left[0]:
-            left.pop(0)
+        if to_remove and argument == to_remove[0]:
+            to_remove.pop(0)
         else:
-            rest.append(argument)
-    return rest
+            remaining.append(argument)
+    return remaining

@@ -1,4 +1,4 @@
-"""Logits and log-probabilities of chosen tokens from hidden states, a chunk of tokens at a time."""
+"""Logits and log-probabilities of chosen tokens, computed from hidden states one chunk of tokens at a time."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from torch import Tensor
 
 
 def backbone(model) -> torch.nn.Module:
-    """The part of a causal language model that gives hidden states."""
-    # Where the prefix names something else, `base_model` is the model itself: Llama 4 and Mllama as text models.
+    """Returns the part of a causal language model that computes hidden states."""
+    # `base_model` is the model itself where the prefix names another attribute: Llama 4 and Mllama as text models.
     return model.base_model if model.base_model is not model else getattr(model, "model", model)
 
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What an architecture does to `hidden @ weight.T` before the softmax: `softcap * tanh(scale * z / softcap)`."""
+    """Transform that an architecture applies to `z = hidden @ weight.T`: `softcap * tanh(scale * z / softcap)`."""
 
     scale: float = 1.0
     softcap: float | None = None
 
     @classmethod
     def of(cls, config) -> LogitTransform:
-        """Read from a model config: Cohere, Gemma 2, Granite, Falcon-H1 and their kin name it differently.
+        """Reads the transform from a model config. Cohere, Gemma 2, Granite, Falcon-H1 and others name it differently.
 
-        Names do not settle what a model computes: [`check_head`] and `LocalTeacher` hold it against the model.
+        A config does not prove what a model computes, so [`check_head`] and `LocalTeacher` compare the resulting
+        log-probabilities with the model's own.
         """
         config = config.get_text_config()
         scale = next(
@@ -49,23 +50,25 @@ class LogitTransform:
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def backward(self, grad: Tensor, logits: Tensor) -> Tensor:
-        """Gradient with respect to the input, from that of the output and the output itself."""
+        """Computes the gradient with respect to the input from the gradient of the output and the output itself."""
         if self.softcap is not None:
             grad = grad * (1 - (logits / self.softcap) ** 2)
         return grad * self.scale if self.scale != 1.0 else grad
 
 
-# Logits held at once, in float32: 128 MiB on a CPU, where more gains nothing. A GPU adds to the gradient of the whole
-# head once a chunk: with 512 MiB, a thousand tokens of a large vocabulary, that does not outweigh the matrix products.
+# Number of float32 logits in a chunk. On a CPU, more than 128 MiB is no faster. A GPU updates the gradient of the
+# whole head once per chunk; with 512 MiB (a thousand tokens of a large vocabulary), the matrix products dominate.
 CHUNK_LOGITS = {"cpu": 2**25, "accelerator": 2**27}
 
 
 def chunks(num_tokens: int, vocab: int, device: torch.device) -> Iterator[slice]:
+    """Returns slices of the tokens, each with at most [`CHUNK_LOGITS`] logits."""
     size = max(1, CHUNK_LOGITS["cpu" if device.type == "cpu" else "accelerator"] // vocab)
     return (slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size))
 
 
 def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+    """Computes logits `(n, vocab)` in float32 from `hidden (n, hidden)`."""
     return transform(torch.nn.functional.linear(hidden, weight, bias).float())
 
 
@@ -79,7 +82,7 @@ def score_tokens(
     transform: LogitTransform,
     num_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of `ids (n,)` and of the `top_k` most likely of the first `num_tokens` ids, for scoring.
+    """Computes log-probabilities of `ids (n,)` and of the `top_k` most likely of the first `num_tokens` ids.
 
     Returns `logprobs (n,)` float32, `topk_ids (n, top_k)` int64 and `topk_logprobs (n, top_k)` float32, most likely
     first.
@@ -93,7 +96,7 @@ def score_tokens(
 def score_logits(
     logits: Tensor, ids: Tensor, top_k: int, num_tokens: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[`score_tokens`] from `logits (n, vocab)`."""
+    """Computes the same as [`score_tokens`], from `logits (n, vocab)`."""
     return _scores(lambda rows: logits[rows].float(), ids, top_k, logits.shape[-1], num_tokens)
 
 

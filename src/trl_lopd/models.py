@@ -1,4 +1,4 @@
-"""Loading a model that samples or scores, its tokenizer, and the tokens that end its answers."""
+"""Loading of models that sample or score, their tokenizers, and the tokens that end their answers."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(model: str | PreTrainedModel, init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
-    """A model from a local directory or Hub id, in its own dtype.
+    """Loads a model from a local directory or Hub id, in its own dtype.
 
-    An adapter is merged into its base model, unless that would change what it computes: then it stays a `PeftModel`.
+    An adapter is merged into its base model. If merging would change its log-probabilities, it stays a `PeftModel`.
 
-    A loaded model is returned as it is.
+    A loaded model is returned unchanged.
     """
     if not isinstance(model, str):
         return model
@@ -50,25 +50,27 @@ def load_model(model: str | PreTrainedModel, init_kwargs: dict[str, Any] | None 
 def _load_adapter(adapter: str, init_kwargs: dict[str, Any]) -> PreTrainedModel | PeftModel:
     from peft import AutoPeftModelForCausalLM, PromptLearningConfig
 
-    init_kwargs = {"device_map": "auto", **init_kwargs}  # as TRL loads whole models
+    init_kwargs = {"device_map": "auto", **init_kwargs}  # the same default as TRL's for whole models
     model = AutoPeftModelForCausalLM.from_pretrained(adapter, **init_kwargs).eval()
     if any(isinstance(config, PromptLearningConfig) for config in model.peft_config.values()):
         return model
     rows, device = trial_rows(model.config), model.get_input_embeddings().weight.device
-    own = [own_logprobs(model, row, device) for row in rows]
+    before = [own_logprobs(model, row, device) for row in rows]
     model = model.merge_and_unload()
-    apart = difference([own_logprobs(model, row, device).logprobs for row in rows], own)
-    if apart is None:
+    change = difference([own_logprobs(model, row, device).logprobs for row in rows], before)
+    if change is None:
         return model
-    logger.warning(f"{adapter} is not merged into its base model, which would change what it computes ({apart}).")
+    logger.warning(f"{adapter} is not merged into its base model, which would change what it computes ({change}).")
     return AutoPeftModelForCausalLM.from_pretrained(adapter, **init_kwargs).eval()
 
 
 class Positions(NamedTuple):
     """
+    Number of positions of a model.
+
     Attributes:
         limit (`int`, *optional*): Tokens of the longest row that a model is made for; `None` if its config names none.
-        fails (`bool`): Whether it fails on longer ones, because it has an embedding for each position.
+        fails (`bool`): Whether it fails on longer rows, because it has an embedding for each position.
     """
 
     limit: int | None
@@ -76,7 +78,7 @@ class Positions(NamedTuple):
 
 
 def positions_of(model: str | PreTrainedModel | PreTrainedConfig, **hub_kwargs: Any) -> Positions:
-    """How long a row a model reads. Neither needs its weights nor loads them."""
+    """Returns how long a row a model can read, without loading its weights."""
     config = model if isinstance(model, PreTrainedConfig) else _config_of(model, hub_kwargs)
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
@@ -87,7 +89,7 @@ def positions_of(model: str | PreTrainedModel | PreTrainedConfig, **hub_kwargs: 
     with torch.device("meta"):
         trust_remote_code = hub_kwargs.get("trust_remote_code", False)
         plain = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    # Some architectures have a few rows more than positions, for padding.
+    # The position embeddings of some architectures have a few extra rows for padding.
     tables = (
         tensor
         for name, tensor in [*plain.named_parameters(), *plain.named_buffers()]
@@ -109,16 +111,16 @@ def _config_of(model: str | PreTrainedModel, hub_kwargs: dict[str, Any]) -> PreT
 
 def check_positions(tokens: np.ndarray, positions: Positions, model: str, what: str = "Row") -> None:
     """
-    Holds the lengths of rows against what a model reads; a warning where it reads longer ones than it is made for.
+    Checks that a model can read rows of these lengths. Warns if rows are longer than the model is made for.
 
     Args:
-        tokens (`(rows,)` int): Tokens of each row.
-        positions ([`Positions`]): Of the model.
-        model (`str`): What messages call it.
-        what (`str`, *optional*): What messages call a row.
+        tokens (`(rows,)` int): Number of tokens of each row.
+        positions ([`Positions`]): Positions of the model.
+        model (`str`): Name of the model in messages.
+        what (`str`, *optional*, defaults to `"Row"`): Name of a row in messages.
 
     Raises:
-        TableError: If the model fails on a row.
+        TableError: If a row is longer than the model can read.
     """
     if positions.limit is None or not (tokens > positions.limit).any():
         return
@@ -127,26 +129,26 @@ def check_positions(tokens: np.ndarray, positions: Positions, model: str, what: 
     if positions.fails:
         raise TableError(f"{longest} ({count} such rows). Drop or shorten them.")
     logger.warning(
-        f"{longest} ({count} such rows). It reads them with rotations that it was not trained on; whether that is "
-        "right, its documentation says (`rope_parameters` in its config)."
+        f"{longest} ({count} such rows). It reads them with rotations that it was not trained on. See its "
+        "documentation on `rope_parameters` in its config for whether it supports that."
     )
 
 
 def hub_kwargs(init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    """Of what a model is loaded with, what its other files are found and read with too."""
+    """Returns the arguments for loading a model that also apply to its other files, such as config and tokenizer."""
     init_kwargs = init_kwargs or {}
     return {"revision": init_kwargs.get("revision"), "trust_remote_code": init_kwargs.get("trust_remote_code", False)}
 
 
 def pinned_kwargs(init_kwargs: dict[str, Any] | None) -> dict[str, str]:
-    """What a resumed run must load a model with: all but where it is put."""
+    """Returns the loading arguments that must not change in a resumed run: all except those for device placement."""
     kwargs = {"dtype": "auto", **(init_kwargs or {})}
     placement = ("device_map", "max_memory", "tensor_parallel_size", "gpu_memory_utilization")
     return {name: str(value) for name, value in kwargs.items() if name not in placement}
 
 
 def load_tokenizer(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local directory, Hub id or loaded model; that of its base for an adapter that has none.
+    """Loads the tokenizer of a local directory, Hub id or loaded model; for an adapter without one, that of its base.
 
     Raises:
         ValueError: If a loaded model does not say where it was loaded from, or no tokenizer can be loaded.
@@ -175,8 +177,10 @@ def eos_token_ids(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[int, ...]:
-    """The tokens that end an answer: those of the model's generation config and the tokenizer's. A model that is a
-    path is not loaded for it."""
+    """Returns the ids of the tokens that end an answer: those of the model's generation config and the tokenizer's.
+
+    If `model` is a path, its weights are not loaded.
+    """
     if isinstance(model, str):
         if find_adapter_config_file(model, revision=revision) is not None:
             from peft import PeftConfig
@@ -185,11 +189,11 @@ def eos_token_ids(
             model, revision = adapter.base_model_name_or_path, adapter.revision
         try:
             generation_config = GenerationConfig.from_pretrained(model, revision=revision)
-        except OSError:  # it has none
+        except OSError:  # the model has no generation config
             config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
             generation_config = GenerationConfig.from_model_config(config)
     else:
         generation_config = model.generation_config
-    of_model = generation_config.eos_token_id if generation_config is not None else None
-    ids = [*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id]
+    model_ids = generation_config.eos_token_id if generation_config is not None else None
+    ids = [*(model_ids if isinstance(model_ids, list) else [model_ids]), tokenizer.eos_token_id]
     return tuple(dict.fromkeys(i for i in ids if i is not None))

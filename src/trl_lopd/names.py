@@ -1,4 +1,4 @@
-"""What a model or a table is named by: a path or a Hub id."""
+"""Names of models and tables: paths or Hub ids."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ FILES = (".parquet", ".json", ".jsonl", ".csv")
 
 def as_name(model: Any) -> Any:
     """
-    A model's path as the text that the libraries below take; anything else, such as a loaded model, as it is.
+    Converts a model's path to a string, and returns anything else, such as a loaded model, unchanged.
 
     Raises:
-        FileNotFoundError: If it can only be a path, and nothing is there.
-        ValueError: If it is a file.
+        FileNotFoundError: If the name can only be a path and the path does not exist.
+        ValueError: If the name is that of a file.
     """
     if isinstance(model, os.PathLike):
         model = os.fspath(model)
@@ -28,15 +28,17 @@ def as_name(model: Any) -> Any:
 
 def refuse_missing(name: str) -> None:
     """
+    Checks that a name is not that of a missing path.
+
     Raises:
-        `FileNotFoundError`: see [`is_missing`].
+        FileNotFoundError: If [`is_missing`] returns `True`.
     """
     if is_missing(name):
         raise FileNotFoundError(f"{name} is not there.")
 
 
 def is_missing(name: str) -> bool:
-    """Whether a name can only be a path, and nothing is there: it is not to be looked for on the Hub."""
+    """Returns whether a name can only be a path, and the path does not exist. It is not looked up on the Hub."""
     path = Path(name)
     is_path = path.is_absolute() or name.startswith((".", "~")) or path.suffix in FILES
     return is_path and not path.exists()

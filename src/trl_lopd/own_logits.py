@@ -1,8 +1,8 @@
-"""A model's own logits on a few short rows: what log-probabilities that are computed in another way are held against.
+"""A model's own logits on a few short rows, the reference for log-probabilities that are computed in another way.
 
-Scoring and training rebuild logits from hidden states, read rows in padded batches, share prompts and leave wrappers
-out. Each of that is right for most architectures and wrong for some. So it is tried once, on the model at hand, before
-it is relied on.
+Scoring and training rebuild logits from hidden states, read rows in padded batches, share prompts and bypass wrappers.
+Each of these shortcuts is right for most architectures and wrong for some, so it is tested once on the given model
+before it is used.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
-# Prompt and completion tokens of the trial rows. The first two share their prompt.
+# Prompt and completion lengths of the trial rows, in tokens. The first two rows share their prompt.
 _LENGTHS = ((6, 5), (6, 4), (1, 3))
 
 
 class TrialRow(NamedTuple):
-    """A row to try a model on.
+    """A row to test a model on.
 
     Attributes:
         ids (`(prompt + completion,)` int64): Token ids.
-        completion_length (`int`): How many tokens at the end are scored.
+        completion_length (`int`): Number of tokens at the end that are scored.
     """
 
     ids: np.ndarray
@@ -36,13 +36,13 @@ class TrialRow(NamedTuple):
 
 
 def trial_rows(config: PreTrainedConfig) -> list[TrialRow]:
-    """Rows of different lengths, always the same, whose tokens are spread over the vocabulary of a model."""
+    """Returns fixed rows of different lengths, with tokens spread over the vocabulary of a model."""
     rng = np.random.default_rng(0)
     vocab_size, pad = config.get_text_config().vocab_size, getattr(config, "pad_token_id", None)
 
     def draw(size: int) -> np.ndarray:
         ids = rng.integers(vocab_size, size=size)
-        # Some models count positions by the tokens that are not padding.
+        # Some models compute positions by counting the tokens that are not padding, so no token is the padding token.
         return np.where(ids == pad, (ids + 1) % vocab_size, ids)
 
     prompts = {length: draw(length) for length, _ in _LENGTHS}
@@ -51,11 +51,11 @@ def trial_rows(config: PreTrainedConfig) -> list[TrialRow]:
 
 class OwnLogprobs(NamedTuple):
     """
-    What a model itself gives to the completion tokens of a row that it reads alone.
+    A model's own log-probabilities of the completion tokens of a row that it reads alone.
 
     Attributes:
         logprobs (`(completion,)` float32): At temperature 1 over the full vocabulary, in nats.
-        rounding (`float`): What the rounding of one logit may change in them, in nats.
+        rounding (`float`): How much the rounding of one logit may change them, in nats.
     """
 
     logprobs: np.ndarray
@@ -64,14 +64,14 @@ class OwnLogprobs(NamedTuple):
 
 @torch.no_grad()
 def own_logprobs(model: nn.Module, row: TrialRow, device: torch.device) -> OwnLogprobs:
-    """`log_softmax(model(row).logits)` in float32, of the model as it is: wrappers and adapters included."""
+    """Computes `log_softmax(model(row).logits)` in float32, with the wrappers and adapters of the model."""
     with _dtypes_of_logits(model) as dtypes:
         logits = model(input_ids=torch.from_numpy(row.ids)[None].to(device)).logits
-    # Prompt tuning puts virtual tokens before the row.
+    # Prompt tuning puts virtual tokens before the row, so the row is counted from the end.
     logits = logits[0, -len(row.ids) :][-row.completion_length - 1 : -1].float()
     ids = torch.from_numpy(row.ids[-row.completion_length :, None]).to(logits.device)
     logprobs = logits.log_softmax(-1).gather(-1, ids).squeeze(-1)
-    # A masked token has the lowest logit that there is, which nothing is relative to.
+    # Masked tokens have the lowest possible logit. They are left out, because rounding is relative to other logits.
     largest = logits[logits > -1e4].abs().max().item() if (logits > -1e4).any() else 0.0
     return OwnLogprobs(logprobs.cpu().numpy(), _rounding(model, dtypes) * max(1.0, largest))
 
@@ -93,37 +93,40 @@ def _dtypes_of_logits(model: nn.Module) -> Iterator[set[torch.dtype]]:
 
 
 def _rounding(model: nn.Module, dtypes: set[torch.dtype]) -> float:
-    """Relative rounding of a model's computations: that of the coarsest dtype of its parameters and its logits."""
+    """Returns the relative rounding error of a model's computations: that of the coarsest dtype of its parameters and
+    its logits."""
     dtypes = dtypes | {parameter.dtype for parameter in model.parameters()}
-    # Quantized weights are computed with in bfloat16 or float16.
+    # Models with quantized weights compute in bfloat16 or float16.
     dtypes = {dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.bfloat16 for dtype in dtypes}
-    # A sum of thousands of float32 products is rounded more often than once.
+    # A sum of thousands of float32 products is rounded more than once, so its error exceeds the epsilon of float32.
     return max([3e-6, *(torch.finfo(dtype).eps for dtype in dtypes)])
 
 
 def difference(found: list[np.ndarray], own: list[OwnLogprobs]) -> str | None:
     """
-    How log-probabilities of the same completions differ from the model's own, in words; `None` where rounding may be
-    all that sets them apart.
+    Describes how log-probabilities of the same completions differ from the model's own.
 
     Args:
-        found (`list` of `(completion,)` arrays): What was computed in another way.
+        found (`list` of `(completion,)` arrays): Log-probabilities that were computed in another way.
         own (`list[OwnLogprobs]`): The model's own.
+
+    Returns:
+        `str`, *optional*: The mean and the largest difference; `None` if rounding may explain them.
     """
-    found, expected = np.concatenate(found), np.concatenate([row.logprobs for row in own])
+    computed, expected = np.concatenate(found), np.concatenate([row.logprobs for row in own])
     with np.errstate(invalid="ignore"):
-        # Two infinities are not apart. A model that answers with NaN is found out by its rows.
-        apart = np.where((found == expected) | np.isnan(expected), 0.0, np.abs(found - expected))
+        # Equal infinities count as no difference. NaN in the model's own values is reported when its rows are scored.
+        errors = np.where((computed == expected) | np.isnan(expected), 0.0, np.abs(computed - expected))
     rounding = max(row.rounding for row in own)
-    if apart.max() <= 8 * rounding and apart.mean() <= 2 * rounding:
+    if errors.max() <= 8 * rounding and errors.mean() <= 2 * rounding:
         return None
-    return f"{apart.mean():.3g} nats a token on average, {apart.max():.3g} at most"
+    return f"{errors.mean():.3g} nats a token on average, {errors.max():.3g} at most"
 
 
 def reads_ahead(model: nn.Module, row: TrialRow, own: OwnLogprobs, device: torch.device) -> str | None:
     """
-    How the model's log-probabilities of the first completion tokens differ if the last ones are not there; `None` if
-    they do not, as in a causal model.
+    Describes how the model's log-probabilities of the first completion tokens change when the last ones are removed.
+    Returns `None` if they do not change, as in a causal model.
     """
     dropped = row.completion_length // 2
     shorter = own_logprobs(model, TrialRow(row.ids[:-dropped], row.completion_length - dropped), device)
@@ -131,7 +134,7 @@ def reads_ahead(model: nn.Module, row: TrialRow, own: OwnLogprobs, device: torch
 
 
 def not_causal(name: str, difference: str) -> str:
-    """What is wrong with a model that [`reads_ahead`]."""
+    """Returns the error message for a model that [`reads_ahead`]."""
     return (
         f"`{name}` is not causal: its log-probabilities of the first tokens of a row change with the tokens that come "
         f"after them ({difference}). Load it as a decoder (`is_decoder=True` in its config), or use a causal model."

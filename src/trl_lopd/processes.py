@@ -1,4 +1,4 @@
-"""What the processes of a launch do together: one decides for all of them, those that are done wait for the rest."""
+"""Coordination of the processes of a launch: one process decides for all, and finished processes wait for the rest."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-# A process that is done waits for those that are not: for hours, where the launch's own limit is minutes.
+# A finished process may have to wait for hours, while the time limit of the launch is minutes.
 _PATIENCE = timedelta(days=7)
-# A launcher ends all processes when the first has ended: this leaves the main process the time to print its error.
+# A launcher ends all processes when the first one ends. The delay gives the main process time to print its error.
 _GRACE_SECONDS = 2
 
-# Set on an error that repeats, on another process, the one of the main process.
+# Attribute set on an error that repeats the main process's error on another process.
 _REPEATED = "_trl_lopd_repeated"
 
 
 def processes(cpu: bool = False) -> PartialState:
     """
-    The processes of this launch. All of them make the first call together.
+    Returns the state of the processes of this launch. All processes must make the first call together.
 
     Raises:
-        ValueError: If there are several, and accelerate takes each for the only one.
+        ValueError: If there are several processes and accelerate treats each as the only one.
     """
     state = PartialState(cpu=cpu)
     if state.num_processes == 1 and (launched := int(os.environ.get("WORLD_SIZE", 1))) > 1:
@@ -44,7 +44,7 @@ def processes(cpu: bool = False) -> PartialState:
 
 
 def wait_for_everyone(state: PartialState) -> None:
-    """Waits until all processes are here, for days if need be."""
+    """Waits until all processes have called this, for up to seven days."""
     if (group := _patient_group(state)) is not None:
         torch.distributed.barrier(group=group)
     else:
@@ -52,7 +52,7 @@ def wait_for_everyone(state: PartialState) -> None:
 
 
 def _patient_group(state: PartialState) -> torch.distributed.ProcessGroup | None:
-    """A group of all processes whose waits last days; `None` where there is only the default one, or none."""
+    """Returns a group of all processes with a time limit of days; `None` without several processes or gloo."""
     if state.num_processes == 1 or not (torch.distributed.is_initialized() and torch.distributed.is_gloo_available()):
         return None
     return _group_beside(torch.distributed.group.WORLD)
@@ -60,12 +60,12 @@ def _patient_group(state: PartialState) -> torch.distributed.ProcessGroup | None
 
 @functools.lru_cache(maxsize=1)
 def _group_beside(world: torch.distributed.ProcessGroup) -> torch.distributed.ProcessGroup:
-    # A group of its own: the time limit of the default one is the launch's, and training's (`ddp_timeout`).
+    # A separate group, because the default one has the time limit of the launch and of training (`ddp_timeout`).
     return torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 def own_device(state: PartialState, init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    """What to load a model with so that each of several processes has it on its own accelerator."""
+    """Returns the arguments that make each of several processes load a model onto its own accelerator."""
     several = state.num_processes > 1 and state.device.type != "cpu"
     return {**({"device_map": {"": state.device}} if several else {}), **(init_kwargs or {})}
 
@@ -74,24 +74,24 @@ def on_main_process(state: PartialState, compute: Callable[[], Any]) -> Any:
     """
     Computes something on the main process and returns it on all of them.
 
-    If it raises, every process raises the same error. Where nothing catches it, the main process prints it, and the
-    others end with status 1 without repeating it.
+    If it raises, every process raises the same error. If nothing catches the error, the main process prints it and the
+    others exit with status 1 without printing it again.
 
     Args:
         state (`PartialState`): The processes. All of them call this.
         compute (`Callable`): Called on the main process only; returns something that can be pickled.
 
     Raises:
-        `Exception`: what `compute` raised. On the other processes a class that they cannot import is replaced by its
-            first base class that they can.
+        `Exception`: The error that `compute` raised. On the other processes, a class that cannot be imported is
+            replaced by its first base class that can.
     """
     if state.num_processes == 1:
         return compute()
-    error, outcome = None, [None, None]  # what it returned, and what went wrong
+    error, outcome = None, [None, None]  # the returned value and the packed error
     if state.is_main_process:
         try:
             outcome[0] = compute()
-        except Exception as raised:  # raised here and now, it would leave the other processes waiting
+        except Exception as raised:  # raising it before the broadcast would leave the other processes waiting
             error, outcome[1] = raised, _packed(raised)
     if (group := _patient_group(state)) is not None:
         torch.distributed.broadcast_object_list(outcome, src=0, group=group)
@@ -108,15 +108,16 @@ def on_main_process(state: PartialState, compute: Callable[[], Any]) -> Any:
 
 
 def is_repeated(error: BaseException) -> bool:
-    """Whether an error repeats the one that the main process raises, and prints."""
+    """Returns whether an error repeats one that the main process raises and prints."""
     return getattr(error, _REPEATED, False)
 
 
 def _packed(error: Exception) -> bytes:
-    """An error to send to other processes: itself if it can be pickled, otherwise a class and its arguments."""
+    """Pickles an error for other processes: the error itself if possible, otherwise its class and arguments."""
     kind = next(kind for kind in type(error).__mro__ if _is_importable(kind))
     for content in (error, (kind, error.args), (kind, (str(error),))):
-        with contextlib.suppress(Exception):  # its constructor takes other arguments, or they cannot be pickled
+        # Pickling fails if the constructor takes other arguments, or if they cannot be pickled.
+        with contextlib.suppress(Exception):
             packed = pickle.dumps(content)
             copy = _unpacked(packed)
             if type(copy) is kind and str(copy) == str(error):
@@ -129,7 +130,7 @@ def _unpacked(packed: bytes) -> Exception:
     if isinstance(content, Exception):
         return content
     kind, args = content
-    # Without `__init__`, which may take other arguments.
+    # Skip `__init__`, which may take other arguments.
     error = kind.__new__(kind, *args)
     error.args = args
     return error
@@ -145,7 +146,7 @@ def _is_importable(kind: type) -> bool:
 
 @functools.cache
 def _end_quietly() -> None:
-    """From now on, an uncaught error that is repeated ends this process without being printed."""
+    """Installs an exception hook that does not print errors repeated from the main process."""
     print_error = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:

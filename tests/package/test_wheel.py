@@ -64,7 +64,7 @@ def test_train_without_a_clone(site, tmp_path, config):
     "flags, words",
     [
         ([], "`--accelerate_config` is a file, or one of ddp, fsdp2, .*zero3.*got 'zero9'"),
-        (["--learnig_rate", "1e-5"], "`--learnig_rate` is no option. Is `--learning_rate` meant?"),
+        (["--learnig_rate", "1e-5"], "`--learnig_rate` is not an option. Did you mean `--learning_rate`?"),
     ],
 )
 def test_mistaken_options_are_named_before_anything_is_launched(capsys, monkeypatch, tmp_path, config, flags, words):
@@ -77,4 +77,4 @@ def test_unknown_options_in_yaml_are_refused_by_the_script_too(tmp_path, config)
     (tmp_path / "run.yaml").write_text((tmp_path / "run.yaml").read_text() + "learnig_rate: 1.0e-5\n")
     command = [sys.executable, str(ROOT / "examples" / "train.py"), "--config", config]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0 and "`--learnig_rate` is no option" in done.stderr
+    assert done.returncode != 0 and "`--learnig_rate` is not an option" in done.stderr

@@ -1,1 +1,1 @@
-"""EffOPD: fewer steps, by following the direction that a few of them took."""
+"""EffOPD: fewer training steps by extrapolating the weights along the direction of training."""

@@ -1,16 +1,17 @@
 """
-EffOPD (arXiv 2605.11739): fewer steps, by following the direction that a few of them took.
+EffOPD (arXiv 2605.11739): fewer training steps by extrapolating the weights along the direction of training.
 
 At steps 1, 2, 4, 8, ... of training:
 
-1. `D = W - W_base`: what the steps since the last search changed. At first, `W_base` is where training began.
-2. For `m` in 3, 5, 7, 9, 11: move to `W_base + m * D`, and ask the gate how good that is, always on the same held-out
-   rows. Stop at the first `m` that is no better than the one before.
-3. Take the best if it beats `W` itself, by a paired test over the rows; else return to `W`, bit for bit.
-4. `W_base` becomes what was taken.
+1. Compute `D = W - W_base`, the change of the weights since the last search. `W_base` starts as the initial weights.
+2. For `m` in 3, 5, 7, 9, 11: move to `W_base + m * D` and evaluate the gate, always on the same held-out rows. Stop at
+   the first `m` that is no better than the one before.
+3. Accept the best candidate if it is better than `W` itself, by a paired test over the rows; otherwise return to `W`,
+   bit for bit.
+4. Set `W_base` to the weights that were chosen.
 
-Optimizer and scheduler know nothing of it. Every process moves the shard of the weights that it owns, and no weights
-are gathered for it.
+Optimizer and scheduler are not changed. Every process moves the part of the weights that it owns, and no weights are
+gathered.
 """
 
 from __future__ import annotations
@@ -47,32 +48,33 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HISTORY = "effopd_history.json"
-# In a checkpoint.
+# Directory of EffOPD's state in a checkpoint.
 DIRECTORY = "effopd"
 
-# Embeddings, norms and the head stay, as in the released code.
+# Parameters that move by default: not embeddings, norms and the head, as in the released code.
 _ATTENTION_AND_MLP = re.compile(
     r"\.(self_attn|attn|attention|self_attention|mlp|feed_forward|ffn|experts|block_sparse_moe)\.(?!.*norm)"
 )
-# The first factors of LoRA.
+# The first factors of LoRA, which do not move by default.
 _FIRST_FACTORS = re.compile(r"\blora_(embedding_)?A\b")
 
-# Entries of the last direction that are kept, on each process, for its angle with the next.
+# Entries of the last direction that each process keeps, to compute the cosine with the next one.
 _DIRECTION_SAMPLES = 2**20
-# Steps between searches of the default schedule, after the first ones.
+# Steps between searches of the default schedule, after the first few searches.
 _SHORT = 8
-# Searches without success before a word about it.
+# Number of failed searches after which a warning is logged.
 _PATIENCE = 3
 
 
 def powers_of_two(i: int) -> int:
-    """The published schedule: 1, 2, 4, 8, 16, 32, ...."""
+    """Returns step `i` of the published schedule: 1, 2, 4, 8, 16, 32, ...."""
     return 2**i
 
 
 class EffOPDCallback(TrainerCallback):
     """
-    Extrapolates the weights along the direction of training at a few steps, and keeps what a gate confirms.
+    Callback that extrapolates the weights along the direction of training at a few steps, and keeps the result if a
+    gate confirms that it is better.
 
     ```python
     trainer = OfflineOPDTrainer(model, args, train_dataset=table["train"], eval_dataset=table["test"])
@@ -84,45 +86,46 @@ class EffOPDCallback(TrainerCallback):
 
     Args:
         trainer ([`~transformers.Trainer`]):
-            The trainer that the callback is added to. Its `train` is wrapped, to learn what it resumes from.
+            The trainer that the callback is added to. Its `train` is wrapped, to know the checkpoint to resume from.
         gate (`str` or `Callable`, *optional*):
-            What tells whether a candidate is better. By default the reverse KL divergence on the teacher's stored
-            top-k, of `gate_rows` held-out rows: no teacher, no generation. Otherwise a key of `trainer.evaluate()`,
-            such as `"eval_loss"`; or a function from the model, in evaluation mode, to a value or one value a row,
-            which every process calls. [`RewardGate`] is the paper's: answers are sampled and graded.
+            Measure of how good a candidate is. By default the reverse KL divergence on the teacher's stored top-k, on
+            `gate_rows` held-out rows, which needs no teacher and no generation. Otherwise a key of
+            `trainer.evaluate()`, such as `"eval_loss"`; or a function of the model, in evaluation mode, that returns a
+            value or one value per row and is called on every process. [`RewardGate`] is that of the paper: it samples
+            and grades answers.
         gate_dataset ([`~datasets.Dataset`], *optional*):
             Held-out rows for a gate that reads rows. Defaults to the trainer's `eval_dataset`.
         gate_rows (`int`, *optional*, defaults to `256`):
-            How many of them, the first ones, the default gate reads.
+            Number of rows, from the first one on, that the default gate reads.
         schedule (`Sequence[int]` or `Callable`, *optional*):
             Optimizer steps at which to search: a list, or an increasing function of 0, 1, 2, .... `powers_of_two` is
-            the published schedule. The default follows what the searches find: 1, 2, 4, 8, then eight steps after a
-            search that succeeded, and after twice as many as the last time if it failed.
+            the published schedule. The default depends on the searches: steps 1, 2, 4, 8, then eight steps after a
+            search that succeeded, or twice as many steps as the last time after one that failed.
         scales (`Sequence[float]`, *optional*, defaults to `(3, 5, 7, 9, 11)`):
             Ascending multiples `m` of the direction, all above 1.
         search (`str`, *optional*, defaults to `"first_fail"`):
             `"first_fail"` stops at the first scale that is no better than the one before, `"best"` tries all.
         parameters (`str`, *optional*):
             Which parameters move: a regular expression searched in their names, or `"all"`. By default attention and
-            MLP without norms; with PEFT all that is trained, but for the first factors (`lora_A`).
+            MLP without norms; with PEFT all trained parameters except the first factors (`lora_A`).
         min_improvement (`float`, *optional*, defaults to `0.0`):
-            What a candidate has to gain on `W`, in units of the gate.
+            Improvement over `W` that a candidate must exceed, in units of the gate.
         significance (`float`, *optional*, defaults to `0.2`):
-            For a gate with one value a row: chance, at most, of taking a candidate that is no better than `W`; see
+            For a gate with one value per row: largest chance of accepting a candidate that is no better than `W`; see
             [`paired_p_value`].
         greater_is_better (`bool`, *optional*):
-            Whether higher values of the gate are better. Known of the gates here and of the metrics of
-            [`OfflineOPDTrainer`]; to be given with a function or a metric of your own.
+            Whether higher values of the gate are better. Known for the gates here and the metrics of
+            [`OfflineOPDTrainer`]; required for your own functions and metrics.
         base_device (`str`, *optional*, defaults to `"cpu"`):
-            Where `W_base` is kept between searches: one copy of this process's shard, in its dtype; pinned on a CPU
-            beside a GPU. During a search there is a second one, to return to.
+            Device of `W_base` between searches: one copy of this process's part of the weights, in its dtype; in
+            pinned memory if weights are on a GPU. During a search there is a second copy, of `W`.
 
     Attributes:
-        history (`list[dict]`): Of each search: `step`, `scores` by scale (that of `W` under 1), `accepted`, `p_value`,
-            `delta_norm`, `delta_cosine` with the direction of the search before, `seconds`.
+        history (`list[dict]`): For each search: `step`, `scores` by scale (that of `W` under 1), `accepted` (scale, 1
+            if none), `p_value`, `delta_norm`, `delta_cosine` with the direction of the previous search, `seconds`.
 
     Raises:
-        ValueError: If an option is out of range, if no parameter matches, or if there is nothing to gate with.
+        ValueError: If an option is out of range, no parameter matches, or there are no rows for the gate.
     """
 
     def __init__(
@@ -176,12 +179,12 @@ class EffOPDCallback(TrainerCallback):
         train = trainer.train
 
         @functools.wraps(train)
-        def train_and_tell(resume_from_checkpoint=None, *args, **kwargs):
+        def train_and_record(resume_from_checkpoint=None, *args, **kwargs):
             last = get_last_checkpoint(trainer.args.output_dir) if resume_from_checkpoint is True else None
             self._resume_from = last or resume_from_checkpoint or None
             return train(resume_from_checkpoint, *args, **kwargs)
 
-        trainer.train = train_and_tell
+        trainer.train = train_and_record
 
     # ---- Events ----
 
@@ -196,10 +199,11 @@ class EffOPDCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._is_due(state.global_step):
-            # The gate may evaluate, and the result is logged: neither is what this step has still to do of that.
-            due = copy.copy(control)
+            # The search evaluates and logs, which resets these flags of the control. They are restored, so that this
+            # step still evaluates and logs if it is due.
+            flags = copy.copy(control)
             self._search(state.global_step)
-            vars(control).update(vars(due))
+            vars(control).update(vars(flags))
 
     def on_save(self, args, state, control, **kwargs):
         self._save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
@@ -217,9 +221,9 @@ class EffOPDCallback(TrainerCallback):
 
     def summary(self) -> dict[str, Any]:
         """
-        What the searches came to: `steps`, `equivalent_steps` (each step counted as often as its direction was
-        multiplied), `searches`, `accepted`, `search_seconds`, and `seconds_gained`: what the other steps would have
-        taken at the pace of these, less what the searches took.
+        Summarizes the searches: `steps`, `equivalent_steps` (each step counted with the scale of its direction),
+        `searches`, `accepted`, `search_seconds`, and `seconds_gained` (estimated duration of the steps that were
+        saved, minus that of the searches).
         """
         steps = self.trainer.state.global_step
         spent = [search["seconds"] for search in self.history]
@@ -227,20 +231,20 @@ class EffOPDCallback(TrainerCallback):
         for search in self.history:
             equivalent += (search["accepted"] - 1) * (search["step"] - before)
             before = search["step"]
-        # Steps before a resumption were taken in another process.
+        # After a resumption, only the steps and searches of this process were timed.
         training = time.perf_counter() - self._begun - sum(spent[self._earlier :])
-        a_step = training / max(1, steps - self._first_step)
+        seconds_per_step = training / max(1, steps - self._first_step)
         return {
             "steps": steps,
             "equivalent_steps": equivalent,
             "searches": len(self.history),
             "accepted": sum(search["accepted"] > 1 for search in self.history),
             "search_seconds": round(sum(spent), 3),
-            "seconds_gained": round((equivalent - steps) * a_step - sum(spent), 3),
+            "seconds_gained": round((equivalent - steps) * seconds_per_step - sum(spent), 3),
         }
 
     def card_record(self) -> dict[str, Any]:
-        """What the model card says of the searches, in the record of the round."""
+        """Returns the entry for the model card, in the record of the training."""
         names = ("steps", "equivalent_steps", "searches", "accepted")
         return {"effopd": {name: self.summary()[name] for name in names}} if self.history else {}
 
@@ -255,13 +259,16 @@ class EffOPDCallback(TrainerCallback):
         while due < step:
             i, before = i + 1, due
             due = self.schedule(i)
-            if due <= before:  # it has ended
+            if due <= before:  # the schedule has no more steps
                 return False
         return due == step
 
     def _next_search(self) -> int:
-        """By the default schedule. Short directions extrapolate far while they agree; where they stop to, only longer
-        ones stand out from the noise, and a failed search costs less often."""
+        """Returns the step of the next search in the default schedule.
+
+        While successive directions agree, short ones extrapolate far. Later, only longer directions stand out from the
+        noise, and fewer searches that fail cost less.
+        """
         last, interval = 0, 1
         for search in self.history:
             last = search["step"]
@@ -282,14 +289,14 @@ class EffOPDCallback(TrainerCallback):
             desc=f"EffOPD, step {step}",
             unit="candidate",
             leave=False,
-            # `None`: where nobody is at a terminal.
+            # `None` disables the bar if the output is not a terminal.
             disable=not self.trainer.is_local_process_zero() or self.trainer.args.disable_tqdm or None,
         )
         try:
             for scale in progress:
                 self._move(base, current, scale)
                 scores[scale] = values = self._ask()
-                # What is not finite is no improvement.
+                # Values that are not finite count as no improvement.
                 improves = np.isfinite(values).all() and values.mean() < last
                 if improves and values.mean() < best.mean():
                     best, best_scale = values, scale
@@ -299,7 +306,7 @@ class EffOPDCallback(TrainerCallback):
             gains = scores[1] - best
             p_value = paired_p_value(gains) if len(gains) > 1 and best_scale > 1 else None
             accepted = best_scale > 1 and np.isfinite(scores[1]).all() and gains.mean() > self.min_improvement
-            # No correction for several candidates: on one line, they gain and lose together.
+            # No correction for several candidates, because candidates on one line gain and lose together.
             accepted = accepted and (p_value is None or p_value <= self.significance)
             if accepted and best_scale != scale:
                 self._move(base, current, best_scale)
@@ -327,7 +334,7 @@ class EffOPDCallback(TrainerCallback):
         self._report(result)
 
     def _ask(self) -> np.ndarray:
-        """Values of the gate for the weights as they are, `(rows,)`, lower ones better; the same on every process."""
+        """Evaluates the gate for the current weights: `(rows,)`, lower is better, the same on every process."""
         model = self.trainer.model
         training = [module for module in model.modules() if module.training]
         devices = [self.trainer.args.device] if self.trainer.args.device.type == "cuda" else []
@@ -350,14 +357,14 @@ class EffOPDCallback(TrainerCallback):
         logs = {f"effopd/score_{scale}": score for scale, score in result["scores"].items()}
         names = ("accepted", "p_value", "delta_norm", "delta_cosine", "seconds")
         logs |= {f"effopd/{name}": result[name] for name in names if result[name] is not None}
-        # Not the trainer's own: those of TRL would add, and forget, what they collected for the next training log.
+        # Not `self.trainer.log`: TRL's trainers would add and clear the metrics of the next training log.
         Trainer.log(self.trainer, logs)
         failed = len(self.history) == _PATIENCE and all(search["accepted"] == 1 for search in self.history)
         if failed and self.trainer.is_world_process_zero():
             logger.warning(
-                f"None of the first {_PATIENCE} searches of EffOPD accepted anything. With a learning rate so high "
-                "that a step goes far already there is nothing to gain: lower it. With few or noisy gate rows a gain "
-                "does not show: raise `gate_rows`. Smaller `scales` are safer: (1.5, 2, 3)."
+                f"None of the first {_PATIENCE} searches of EffOPD accepted anything. With a high learning rate, "
+                "steps are too large already to gain from extrapolation: lower it. With few or noisy gate rows, a "
+                "gain is not significant: raise `gate_rows`. Smaller `scales` are safer: (1.5, 2, 3)."
             )
 
     # ---- Weights ----
@@ -372,7 +379,7 @@ class EffOPDCallback(TrainerCallback):
 
     @torch.no_grad()
     def _move(self, base: dict[str, Tensor], current: dict[str, Tensor], scale: float) -> None:
-        """To `W_base + scale * (W - W_base)`, computed in float32."""
+        """Moves the weights to `W_base + scale * (W - W_base)`, computed in float32."""
         for name in self.shards.names:
             device = self.shards.read(name).device
             start, end = (values[name].to(device, non_blocking=True) for values in (base, current))
@@ -386,12 +393,12 @@ class EffOPDCallback(TrainerCallback):
         self.shards.publish()
 
     def _measure(self, base: dict[str, Tensor], current: dict[str, Tensor]) -> tuple[float, float | None]:
-        """Length of the direction, and its cosine with the one before, from a sample of its entries."""
+        """Returns the norm of the direction, and its cosine with the previous one, from a sample of its entries."""
         stride = max(1, sum(value.numel() for value in base.values()) // _DIRECTION_SAMPLES)
         square, parts = 0.0, []
         for name, start in base.items():
             delta = current[name].float() - start.float()
-            # What several processes hold counts once in the sum over processes.
+            # Weights that several processes hold must count once in the sum over processes.
             delta /= math.sqrt(self.shards.replicas(name))
             square += float(delta.double().square().sum())
             parts.append(delta.flatten()[::stride].cpu().numpy())
@@ -402,13 +409,14 @@ class EffOPDCallback(TrainerCallback):
             device = self.trainer.args.device
             sums = self.trainer.accelerator.reduce(torch.tensor(sums, device=device, dtype=torch.float64)).tolist()
         self._direction = direction
-        square, dot, own, other = sums
-        return math.sqrt(square), dot / math.sqrt(own * other) if own * other > 0 else None
+        square, dot, square_now, square_before = sums
+        norms = square_now * square_before
+        return math.sqrt(square), dot / math.sqrt(norms) if norms > 0 else None
 
     # ---- Checkpoints ----
 
     def _file(self, directory: Path) -> Path:
-        """Of this process's shard; where all processes hold the same weights, there is one."""
+        """Returns the file of this process's part of the weights; one file if all processes hold the same weights."""
         state = self.trainer.accelerator
         index, count = (state.process_index, state.num_processes) if self.shards.are_parts else (0, 1)
         return directory / DIRECTORY / f"base-{index:05d}-of-{count:05d}.safetensors"
@@ -423,7 +431,7 @@ class EffOPDCallback(TrainerCallback):
             save_file(tensors | {"direction": direction}, temporary)
             os.replace(temporary, path)
         self.trainer.accelerator.wait_for_everyone()
-        # Last: where it is, all of it is.
+        # Written last, so that a checkpoint with this file is complete.
         if self.trainer.is_world_process_zero():
             _write_json(checkpoint / DIRECTORY / "history.json", self.history)
 
@@ -434,7 +442,8 @@ class EffOPDCallback(TrainerCallback):
             raise ValueError(
                 f"Training goes on from step {step}, but {checkpoint} has no state of EffOPD for this number of "
                 f"processes ({path.name}): it was saved without the callback, by another launcher, or the process was "
-                "killed while saving. Resume from another checkpoint, or as it was saved."
+                "killed while saving. Resume from another checkpoint, or with the launcher and the number of "
+                "processes that saved it."
             )
         stored = load_file(path)
         self._direction = stored.pop("direction").numpy()
@@ -448,23 +457,23 @@ class EffOPDCallback(TrainerCallback):
 
 class Shards:
     """
-    The parameters that move, as this process owns them: whole, the local part of a `DTensor`, or ZeRO's master copy.
+    Parameters that move, as this process owns them: whole, the local part of a `DTensor`, or ZeRO's master copy.
 
     Args:
-        trainer ([`~transformers.Trainer`]): With its model and optimizer prepared.
+        trainer ([`~transformers.Trainer`]): A trainer with its model and optimizer prepared.
         parameters (`str`, *optional*): See [`EffOPDCallback`].
 
     Attributes:
-        names (`list[str]`): Of those with a part on this process.
+        names (`list[str]`): Names of the parameters that have a part on this process.
         are_parts (`bool`): Whether processes own different parts.
 
     Raises:
-        ValueError: If no parameter matches, or the engine hides its master copy.
+        ValueError: If no parameter matches, or the master copy of the engine is not accessible.
     """
 
     def __init__(self, trainer: Trainer, parameters: str | None):
         self._model = model = trainer.model
-        # Else some of its parameters are the whole ones, that an evaluation has left behind.
+        # An evaluation may have left some parameters gathered.
         self._reshard()
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         chosen = {name: p for name, p in trained.items() if _moves(name, parameters, is_peft_model(model))}
@@ -496,7 +505,7 @@ class Shards:
         return "local" if any(isinstance(p, DTensor) for p in parameters.values()) else "whole"
 
     def replicas(self, name: str) -> int:
-        """How many processes hold the same part as this one."""
+        """Returns how many processes hold the same part as this one."""
         parameter = self._parameters[name]
         if self._kind != "local":
             return 1
@@ -506,7 +515,7 @@ class Shards:
         return self._processes // math.prod(size for size, placement in sizes if not placement.is_replicate())
 
     def read(self, name: str) -> Tensor:
-        """This process's part: the tensor itself, or a copy of it."""
+        """Returns this process's part of a parameter: the tensor itself, or a copy of it."""
         parameter = self._parameters[name]
         if self._kind == "partition":
             from deepspeed.utils import safe_get_local_fp32_param
@@ -517,6 +526,7 @@ class Shards:
         return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
 
     def write(self, name: str, value: Tensor) -> None:
+        """Writes this process's part of a parameter. Call [`publish`] after the last one."""
         if self._kind == "partition":
             from deepspeed.utils import safe_set_local_fp32_param
 
@@ -526,7 +536,7 @@ class Shards:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Makes the forward see what was written, as the engine does after its own steps."""
+        """Updates the weights used in the forward from the written ones, as the engine does after its own steps."""
         if self._kind == "local":
             self._reshard()
         if self._kind == "fragment":
@@ -542,8 +552,9 @@ class Shards:
 
     def _reshard(self) -> None:
         """
-        Frees what `fully_shard` gathered for a forward. It keeps the root, and with `reshard_after_forward=False` all
-        layers, for the backward that follows in training; after an evaluation the next forward would use them again.
+        Frees the parameters that `fully_shard` gathered for a forward. For a backward, it keeps those of the root, and
+        with `reshard_after_forward=False` those of all layers. After an evaluation there is no backward, and the next
+        forward would use the old values.
         """
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
@@ -555,8 +566,8 @@ def _moves(name: str, parameters: str | None, peft: bool) -> bool:
         return True
     if parameters is not None:
         return re.search(parameters, name) is not None
-    # Extrapolating both factors of B A is not extrapolating their product. With A where it is, B alone moves the
-    # product along a line: exactly that of the steps while A has not changed much, as at first, where B begins at 0.
+    # Extrapolating both factors of `B A` does not extrapolate their product. If only B moves, the product moves along
+    # a line. While A has changed little, as in the first steps, where B starts at 0, it is the line of the steps.
     return not _FIRST_FACTORS.search(name) if peft else _ATTENTION_AND_MLP.search(name) is not None
 
 

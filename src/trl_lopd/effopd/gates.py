@@ -1,4 +1,4 @@
-"""Gates of EffOPD: what tells whether weights are better. Always on the same rows, so that only the weights differ."""
+"""Gates of EffOPD, which measure how good weights are. A gate always uses the same rows to compare weights."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 class ReverseKLGate:
     """
-    The default: the reverse KL divergence on the teacher's stored top-k tokens, in nats a token, one value a row.
+    Default gate: the reverse KL divergence on the teacher's stored top-k tokens, in nats per token, one value per row.
 
     Args:
-        trainer ([`OfflineOPDTrainer`]): Whose model is judged.
+        trainer ([`OfflineOPDTrainer`]): The trainer of the model.
         rows ([`~datasets.Dataset`]): Held-out rows with top-k columns.
     """
 
@@ -45,16 +45,16 @@ class ReverseKLGate:
 
 class MetricGate:
     """
-    A value of `trainer.evaluate()`, without its logs and events.
+    Gate on a metric of `trainer.evaluate()`, without its logs and events.
 
     Args:
-        trainer ([`~transformers.Trainer`]): Whose model is judged.
-        key (`str`): Which value, for instance `"eval_loss"`.
-        rows ([`~datasets.Dataset`], *optional*): What to evaluate on, instead of the trainer's `eval_dataset`.
-        greater_is_better (`bool`, *optional*): Needed for a value that [`criteria.direction`] does not know.
+        trainer ([`~transformers.Trainer`]): The trainer of the model.
+        key (`str`): Name of the metric, for instance `"eval_loss"`.
+        rows ([`~datasets.Dataset`], *optional*): Rows to evaluate on, instead of the trainer's `eval_dataset`.
+        greater_is_better (`bool`, *optional*): Required for a metric that [`criteria.direction`] does not know.
 
     Raises:
-        ValueError: If the value does not tell which model is better, or in which direction is not known.
+        ValueError: If the metric does not tell which model is better, or its direction is not known.
     """
 
     def __init__(self, trainer: Trainer, key: str, rows: Dataset | None = None, greater_is_better: bool | None = None):
@@ -72,16 +72,17 @@ class MetricGate:
 
 class RewardGate:
     """
-    The paper's: the student answers a few prompts, and the answers are graded; one value a prompt.
+    Gate of the paper: the student answers a few prompts, and the answers are graded; one value per prompt.
 
-    Every call samples with the same seeds. Processes share the prompts.
+    Every call samples with the same seeds. The prompts are distributed over the processes.
 
     Args:
-        trainer ([`~transformers.Trainer`]): Whose model answers.
-        prompts ([`~datasets.Dataset`]): With a `prompt` column of texts or of message lists; the other columns go to
-            the reward functions. The paper uses 50.
-        reward_funcs (`Callable` or `list`): As in TRL's `GRPOTrainer`: called with `prompts`, `completions`,
-            `completion_ids` and the other columns, all lists; gives a list of numbers. Several are added up.
+        trainer ([`~transformers.Trainer`]): The trainer of the model that answers.
+        prompts ([`~datasets.Dataset`]): Prompts in a `prompt` column of texts or of message lists; the other columns
+            are passed to the reward functions. The paper uses 50.
+        reward_funcs (`Callable` or `list`): Reward functions as in TRL's `GRPOTrainer`: called with `prompts`,
+            `completions`, `completion_ids` and the other columns, all lists; return a list of numbers. Rewards of
+            several functions are added up.
         **options: The fields of [`~generation.options.DecodingOptions`]: `max_completion_length` (1024), `temperature`
             (0: greedy), `top_p` (1), `stop`, `batch_size`, `seed`, `chat_template_kwargs`.
     """
@@ -98,17 +99,21 @@ class RewardGate:
         options: DecodingOptions,
     ):
         if "prompt" not in prompts.column_names or len(prompts) == 0:
-            raise ValueError(f"`prompts` has a `prompt` column and a row or more; got {prompts.column_names}.")
+            raise ValueError(
+                f"`prompts` has a `prompt` column and at least one row; got {len(prompts)} rows with the columns "
+                f"{prompts.column_names}."
+            )
         self.trainer, self.prompts, self.options = trainer, prompts, options
         self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
 
     def __call__(self, model: PreTrainedModel) -> list[float]:
         tokenizer: PreTrainedTokenizerBase = self.trainer.processing_class
         state = self.trainer.accelerator
-        # As many for each process, lest one wait for another in the collective calls of a sharded model.
+        # Every process gets the same number of prompts, because a sharded model makes collective calls. Some prompts
+        # are repeated for that; their rewards are dropped below.
         share = math.ceil(len(self.prompts) / state.num_processes)
-        mine = [(state.process_index * share + i) % len(self.prompts) for i in range(share)]
-        rows = self.prompts[mine]
+        indices = [(state.process_index * share + i) % len(self.prompts) for i in range(share)]
+        rows = self.prompts[indices]
         prompts = rows.pop("prompt")
         sampling = self.options.sampling(eos_token_ids(model, tokenizer))
         sampler = TransformersSampler(model, tokenizer, self.options.batch_size)
@@ -117,20 +122,20 @@ class RewardGate:
         completions: list[Any] = tokenizer.batch_decode([s.ids for s in samples], skip_special_tokens=True)
         if is_conversational({"prompt": prompts[0]}):
             completions = [[{"role": "assistant", "content": text}] for text in completions]
-        given = {"prompts": prompts, "completions": completions, "completion_ids": [s.ids for s in samples], **rows}
-        rewards = np.sum([np.asarray(grade(**given), dtype=float) for grade in self.reward_funcs], axis=0)
+        kwargs = {"prompts": prompts, "completions": completions, "completion_ids": [s.ids for s in samples], **rows}
+        rewards = np.sum([np.asarray(grade(**kwargs), dtype=float) for grade in self.reward_funcs], axis=0)
         rewards = gather_object([rewards.tolist()]) if state.num_processes > 1 else [rewards.tolist()]
-        return [reward for of_process in rewards for reward in of_process][: len(self.prompts)]
+        return [reward for process_rewards in rewards for reward in process_rewards][: len(self.prompts)]
 
 
 def resolve_gate(
     trainer: Trainer, gate: Any, rows: Dataset | None, num_rows: int, greater_is_better: bool | None = None
 ) -> Callable[[nn.Module], Any]:
     """
-    The gate that an `EffOPDCallback` was given, or the default one.
+    Returns the gate for the `gate` argument of an [`EffOPDCallback`], or the default one.
 
     Raises:
-        ValueError: If there is nothing to gate with, or the metric misleads.
+        ValueError: If there are no rows for the default gate, or the metric is misleading.
     """
     if callable(gate):
         return gate
@@ -160,13 +165,15 @@ def resolve_gate(
 
 def paired_p_value(gains: np.ndarray, flips: int = 1999) -> float:
     """
-    Chance of gains that are as large on average, if each row's were as likely to be a loss: a sign-flip test.
+    Computes the p-value of a sign-flip test: the chance of a mean gain that is as large or larger if a gain and a loss
+    were equally likely on each row.
 
-    It assumes nothing of how gains are distributed, but that rows are independent. Between 1 / (flips + 1) and 1.
+    It makes no assumption on the distribution of gains, except that rows are independent. The result is between
+    1 / (flips + 1) and 1.
 
     Args:
         gains (`(rows,)` array): By how much each row is better.
-        flips (`int`, *optional*, defaults to `1999`): Random sign patterns, the same at each call.
+        flips (`int`, *optional*, defaults to `1999`): Number of random sign patterns, the same in each call.
     """
     rng = np.random.default_rng(0)
     as_large = 0
@@ -178,13 +185,14 @@ def paired_p_value(gains: np.ndarray, flips: int = 1999) -> float:
 
 @contextmanager
 def _muted(trainer: Trainer) -> Iterator[None]:
-    """Evaluation without logs, progress bars, or callbacks that stop training or choose a best model."""
+    """Disables logs, progress bars and callbacks inside a `with` block, since callbacks might stop training or choose
+    the best model."""
     handler, callbacks = trainer.callback_handler, trainer.callback_handler.callbacks
-    # Where TRL's trainers collect what they log with the next training metrics.
+    # TRL's trainers collect metrics in this attribute and log them with the next training metrics.
     collected = copy.deepcopy(vars(trainer).get("_metrics"))
     handler.callbacks = []
     trainer.log = lambda *args, **kwargs: None
-    # With persistent workers `Trainer` keeps a dataloader for all evaluations, whatever rows they are given.
+    # With persistent workers, `Trainer` would use one dataloader for all evaluations, also on other rows.
     persistent, trainer.args.dataloader_persistent_workers = trainer.args.dataloader_persistent_workers, False
     try:
         yield

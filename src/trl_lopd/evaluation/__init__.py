@@ -1,1 +1,1 @@
-"""Whether it worked and what changed: evaluation, metrics, inspection of tables, reports of runs."""
+"""Evaluation of models, metrics, inspection of models and tables, and reports of runs."""

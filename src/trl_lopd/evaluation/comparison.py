@@ -1,4 +1,4 @@
-"""Several models beside one another: each evaluated on the same problems, and a table."""
+"""Comparison of several models on the same problems."""
 
 from __future__ import annotations
 
@@ -34,32 +34,33 @@ def compare_models(
 
     Args:
         models (`dict[str, str]`):
-            Directories or Hub ids by what the table calls them.
+            Directories or Hub ids, by the names of the models in the table.
         benchmark ([`~datasets.Dataset`]):
             `prompt` and `answer`, see [`load_benchmark`]; graded by [`~metrics.grade_exact`].
         output_dir (`str` or `Path`):
-            Answers and metrics go to `evaluations` in it, in the place of earlier ones; the table to `report.json`.
+            Directory for the results. Answers and metrics are written to `evaluations` in it and replace earlier ones;
+            the table is written to `report.json`.
         name (`str`, *optional*, defaults to `"benchmark"`):
-            What results call the benchmark.
+            Name of the benchmark in the results.
         answer_after (`str`, *optional*, defaults to `"#"`):
-            The answer is what follows the last of these.
+            Marker of the answer, which is the text after the last one in a completion.
         teacher (`str`, *optional*):
-            Teacher to measure the reverse KL divergence from, of all models but itself.
+            Teacher to measure the reverse KL divergence of all models but itself from.
         held_out (`dict[str, float]`, *optional*):
-            Reverse KL on held-out rows of some of the models, in nats a token, to show beside.
+            Reverse KL divergence of some of the models on held-out rows, in nats per token, to show in the table.
         **options:
             The fields of [`~generation.options.DecodingOptions`]; `temperature` is 0, greedy, by default.
 
     Returns:
-        `list[dict]`: A row a model: `model`, `accuracy`, `held_out`, and with a teacher `fresh` and `fresh_se`, the
-        divergence on fresh rollouts in nats a sequence.
+        `list[dict]`: One row per model: `model`, `accuracy`, `held_out`, and with a teacher `fresh` and `fresh_se`,
+        the divergence on fresh rollouts and its standard error, in nats per sequence.
     """
     state, rows, output_dir = processes(), [], Path(output_dir)
     for label, path in models.items():
         directory = output_dir / "evaluations" / re.sub(r"\W+", "-", label).strip("-").lower()
         if state.is_main_process:
             print(f"Evaluating: {label}", flush=True)
-            shutil.rmtree(directory, ignore_errors=True)  # of another run
+            shutil.rmtree(directory, ignore_errors=True)  # results of another run
         wait_for_everyone(state)
         metrics = evaluate_model(
             path,

@@ -1,4 +1,4 @@
-"""A model answers a benchmark's problems several times: how often it is right, and how far it is from its teacher."""
+"""Evaluation of a model on a benchmark: accuracy of sampled answers, and reverse KL divergence from a teacher."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 METRICS = ("math_accuracy", "exact_answer")
 PROMPT_COLUMNS = ("prompt", "problem", "question")
 
-# Of the record of the sampling: an option that evaluation does not have, and a count.
+# Entries in the record of the sampling that are not settings of an evaluation: an option of rollouts, and a count.
 _NO_SETTINGS = ("truncated", "truncated_answers")
 
 
@@ -49,26 +49,26 @@ def load_benchmark(
     as_chat: bool = False,
 ) -> Dataset:
     """
-    Reads a benchmark from JSON lines, as those of AIME and GSM8K are.
+    Reads a benchmark, such as AIME or GSM8K, from JSON lines.
 
     Args:
         path (`str` or `Path`):
-            The file. Of an answer like GSM8K's, what follows the last `####` counts.
+            The file. If a reference answer contains `####`, as in GSM8K, only the text after the last one is used.
         prompt_column (`str`, *optional*):
             The field of the problem, a text or a list of messages; by default `prompt`, `problem` or `question`.
         answer_column (`str`, *optional*, defaults to `"answer"`):
-            The field of the reference, a text or a number.
+            The field of the reference answer, a text or a number.
         instruction (`str`, *optional*):
-            Put after each problem, an empty line between; in a conversation, after its last message.
+            Text to add after each problem and an empty line; in a conversation, to its last message.
         as_chat (`bool`, *optional*, defaults to `False`):
-            Make a user's message of each problem that is a text.
+            Whether to convert problems that are texts to a user message.
 
     Returns:
-        [`~datasets.Dataset`]: `prompt` and `answer`, a row a problem.
+        [`~datasets.Dataset`]: `prompt` and `answer`, one row per problem.
 
     Raises:
-        ValueError: If the file is empty or not UTF-8, or a line is no JSON object or lacks a field.
-        OSError: If there is no such file.
+        ValueError: If the file is empty or not UTF-8, or a line is not a JSON object or lacks a field.
+        OSError: If the file does not exist.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -138,10 +138,10 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """
     Samples answers to a benchmark's problems and grades them; with a teacher, also estimates the reverse KL divergence
-    from it on answers sampled afresh, one a problem, at temperature 1 and top-p 1.
+    from it on fresh answers, one per problem, at temperature 1 and top-p 1.
 
-    With `output_dir`, a run that was killed continues when it is started again with the same arguments, and ends in
-    the same files: see [`collect_rollouts`]. Under `accelerate launch`, every process takes its share.
+    With `output_dir`, a run that was killed continues when it is started again with the same arguments, and writes the
+    same files: see [`collect_rollouts`]. Under `accelerate launch`, every process takes its share.
 
     Args:
         model (`str`, `Path` or [`~transformers.PreTrainedModel`]):
@@ -151,58 +151,60 @@ def evaluate_model(
         metric (`str`, *optional*, defaults to `"math_accuracy"`):
             `"math_accuracy"`, see [`~metrics.grade_math`], or `"exact_answer"`, see [`~metrics.grade_exact`].
         name (`str`, *optional*, defaults to `"benchmark"`):
-            What the result calls the benchmark.
+            Name of the benchmark in the result.
         answer_after (`str`, *optional*, defaults to `"#"`):
             Marker of `"exact_answer"`.
         teacher (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`Teacher`], *optional*):
             The model to measure the divergence from: a local directory or Hub id, a loaded model, or a served one as
-            in [`score_rollouts`], which is declared to be what its server says it serves.
+            in [`score_rollouts`], which is declared to be the model that its server reports.
         output_dir (`str` or `Path`, *optional*):
-            Where to keep the answers and write `outcomes.jsonl` and `metrics.json`.
+            Directory for the answers, `outcomes.jsonl` and `metrics.json`.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The model's tokenizer. Loaded from its path if not given.
         **options:
-            The fields of [`~generation.options.SamplingOptions`]: `num_generations`, answers a problem (1),
+            The fields of [`~generation.options.SamplingOptions`]: `num_generations`, answers per problem (1),
             `temperature` (0.6) and `top_p` (0.95) of the graded answers, `engine`, `max_completion_length`, `stop`,
             `batch_size`, `rows_per_shard`, `seed`, `chat_template_kwargs`, `revision`, `trust_remote_code`, `dtype`,
-            `model_init_kwargs`. All of those for loading but the revision are the teacher's too.
+            `model_init_kwargs`. The teacher is loaded with the same options except the revision.
 
     Returns:
-        `dict`: What `metrics.json` holds: `benchmark`, `model`, `fingerprint`, `settings`, `metrics` and `versions`.
+        `dict`: Content of `metrics.json`: `benchmark`, `model`, `fingerprint`, `settings`, `metrics` and `versions`.
 
     Raises:
-        ValueError: An unknown metric, several greedy answers a problem, an answer of the benchmark that cannot be
-            read, or as [`collect_rollouts`] and [`score_rollouts`].
-        ImportError: If `"math_accuracy"` is asked for and math-verify is not installed.
+        ValueError: An unknown metric, several greedy answers per problem, a reference answer that cannot be parsed, or
+            as in [`collect_rollouts`] and [`score_rollouts`].
+        ImportError: `metric` is `"math_accuracy"` and math-verify is not installed.
         ShardError, ServerError: As [`collect_rollouts`].
     """
     model, teacher = as_name(model), as_name(teacher)
     state = processes()
     _check_benchmark(benchmark, metric, answer_after, options)
-    of_teacher, loading = None, {"trust_remote_code": options.trust_remote_code, "dtype": options.dtype}
+    teacher_fingerprint = None
+    loading = {"trust_remote_code": options.trust_remote_code, "dtype": options.dtype}
     loading["model_init_kwargs"] = {
         name: value for name, value in (options.model_init_kwargs or {}).items() if name != "revision"
     }
     if teacher is not None:
-        # A teacher that is not there is not found out after the answers are sampled.
+        # Fingerprint the teacher first, so that a missing one raises an error before answers are sampled.
         address = getattr(teacher, "base_url", teacher)
         kwargs = hub_kwargs({"trust_remote_code": options.trust_remote_code} | loading["model_init_kwargs"])
-        of_teacher = on_main_process(
+        teacher_fingerprint = on_main_process(
             state,
             lambda: fingerprint_teacher(served_model(address) if is_address(address) else teacher, **kwargs),
         )
-    sampled = {of.name: getattr(options, of.name) for of in fields(options)} | {"processing_class": processing_class}
+    sampling = {option.name: getattr(options, option.name) for option in fields(options)}
+    sampling["processing_class"] = processing_class
 
     def directory(part: str) -> Path | None:
         return Path(output_dir) / part if output_dir is not None else None
 
-    samples = collect_rollouts(benchmark, model, output_dir=directory("samples"), ref_logprobs=False, **sampled)
+    samples = collect_rollouts(benchmark, model, output_dir=directory("samples"), ref_logprobs=False, **sampling)
     scored = None
     if teacher is not None:
-        one = sampled | {"num_generations": 1, "temperature": 1.0, "top_p": 1.0}
-        fresh = collect_rollouts(benchmark, model, output_dir=directory("fresh"), **one)
+        fresh_sampling = sampling | {"num_generations": 1, "temperature": 1.0, "top_p": 1.0}
+        fresh = collect_rollouts(benchmark, model, output_dir=directory("fresh"), **fresh_sampling)
         scored = score_rollouts(
-            fresh, teacher, output_dir=directory("fresh-scored"), top_k=0, fingerprint=of_teacher, **loading
+            fresh, teacher, output_dir=directory("fresh-scored"), top_k=0, fingerprint=teacher_fingerprint, **loading
         )
 
     def conclude() -> dict[str, Any]:
@@ -240,7 +242,7 @@ def evaluate_model(
 
 
 def _check_benchmark(benchmark: Dataset, metric: str, answer_after: str, options: SamplingOptions) -> None:
-    """Finds, before hours are spent on answers, what could not be graded."""
+    """Checks that answers can be graded, before they are sampled."""
     refuse_no_dataset(benchmark, "benchmark")
     if metric not in METRICS:
         raise ValueError(f"`metric` is one of {', '.join(METRICS)}, not {metric!r}.")
@@ -263,7 +265,7 @@ def _check_benchmark(benchmark: Dataset, metric: str, answer_after: str, options
 def _grade(
     samples: Dataset, metric: str, answer_after: str, num_generations: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The outcome of each answer, and what they come to."""
+    """Returns the outcome of each answer, and the metrics."""
     pairs = samples["completion"][:], samples["answer"][:]
     graded = grade_math(*pairs) if metric == "math_accuracy" else grade_exact(*pairs, answer_after)
     if set(graded) == {"none"}:
@@ -296,15 +298,15 @@ def _write(path: Path, text: str) -> None:
 def show(result: dict[str, Any]) -> None:
     """Prints the result of [`evaluate_model`] as a table."""
     settings = result["settings"]
-    how = "temperature {temperature}, top-p {top_p}" if settings["temperature"] else "greedy"
-    how = "problems: {problems}, answers to each: {num_generations}, " + how
-    title, caption = f"{result['model']} on {result['benchmark']}", how.format(**settings)
+    decoding = "temperature {temperature}, top-p {top_p}" if settings["temperature"] else "greedy"
+    caption = f"problems: {{problems}}, answers to each: {{num_generations}}, {decoding}".format(**settings)
+    title = f"{result['model']} on {result['benchmark']}"
     table = Table("metric", "value", "uncertainty", title=title, caption=caption, min_width=72)
     for name, estimate in result["metrics"].items():
         digits = 1 if name == "response_tokens" else 3
         if "ci" in estimate:
-            about = "95% [{:.{d}f}, {:.{d}f}]".format(*estimate["ci"], d=digits)
+            uncertainty = "95% [{:.{d}f}, {:.{d}f}]".format(*estimate["ci"], d=digits)
         else:
-            about = f"± {estimate['se']:.{digits}f}"
-        table.add_row(name, f"{estimate['value']:.{digits}f}", about)
+            uncertainty = f"± {estimate['se']:.{digits}f}"
+        table.add_row(name, f"{estimate['value']:.{digits}f}", uncertainty)
     Console(width=100).print(table)

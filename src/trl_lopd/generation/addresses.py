@@ -1,4 +1,4 @@
-"""A server's address in the place of a model: which server it is, and what it serves."""
+"""Addresses of servers in place of models: detection of the kind of server and of the model that it serves."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from .servers import SGLangServer, VLLMServer, authorization
 
 
 def is_address(model: Any) -> bool:
-    """Whether a model is given by the address of a server that serves it, such as `"http://localhost:8000"`."""
+    """Returns whether a model is given by the address of its server, such as `"http://localhost:8000"`."""
     return isinstance(model, str) and model.startswith(("http://", "https://"))
 
 
 def server_at(address: str, **kwargs: Any) -> VLLMServer | SGLangServer:
     """
-    A client of the server at an address, which says itself whether it is vLLM or SGLang.
+    Creates a client for the server at an address. The server is asked whether it is vLLM or SGLang.
 
     Args:
-        address (`str`): Such as `"http://localhost:8000"`.
-        **kwargs: Of the client, such as `max_concurrency`.
+        address (`str`): Address of the server, such as `"http://localhost:8000"`.
+        **kwargs: Options of the client, such as `max_concurrency`.
 
     Raises:
-        ServerError: If nothing answers there.
-        ValueError: If it is no address, or an option is unknown.
+        ServerError: If no server answers.
+        ValueError: If `address` is not an address, or an option is unknown.
     """
     owner = _served(VLLMServer(address))[0].get("owned_by")
     return create_client(SGLangServer if owner == "sglang" else VLLMServer, address, kwargs)
@@ -33,10 +33,10 @@ def server_at(address: str, **kwargs: Any) -> VLLMServer | SGLangServer:
 
 def served_model(address: str) -> str:
     """
-    The directory or Hub id that a server was started with.
+    Returns the directory or Hub id that a server was started with.
 
     Raises:
-        ServerError: If nothing answers there, or several models are served.
+        ServerError: If no server answers, or it serves several models.
     """
     served = _served(VLLMServer(address))
     if len(served) != 1:
@@ -50,8 +50,10 @@ def served_model(address: str) -> str:
 
 def create_client(kind: type, address: str, kwargs: dict[str, Any] | None) -> VLLMServer | SGLangServer:
     """
+    Creates a client with the options in `server_kwargs`.
+
     Raises:
-        ValueError: If an option of the client, which `server_kwargs` give on the command line, is unknown.
+        ValueError: If an option is unknown.
     """
     try:
         return kind(address, **(kwargs or {}))
@@ -60,6 +62,7 @@ def create_client(kind: type, address: str, kwargs: dict[str, Any] | None) -> VL
 
 
 def _served(client: VLLMServer) -> list[dict[str, Any]]:
+    """Asks a server for the models that it serves."""
     url = f"{client.base_url}/v1/models"
     try:
         with httpx.Client(transport=httpx.HTTPTransport(retries=3), headers=authorization(), timeout=30) as http:

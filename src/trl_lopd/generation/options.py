@@ -1,4 +1,4 @@
-"""Options of loading, sampling and scoring, each written once: for Python, for the command line and for the pages."""
+"""Options of loading, sampling and scoring, defined once for Python, the command line and the documentation."""
 
 from __future__ import annotations
 
@@ -18,34 +18,37 @@ ENGINES = ("transformers", "continuous_batching", "vllm")
 
 def takes(options_class: type, **defaults: Any) -> Callable[[Callable], Callable]:
     """
-    Gives a function the fields of a dataclass as keyword arguments; it gets them as one object, `options`.
+    Adds the fields of a dataclass to the keyword arguments of a function, which gets them as one object, `options`.
 
     Args:
         options_class (`type`): The dataclass.
-        **defaults: Of this function, where they differ from those of the dataclass.
+        **defaults: Defaults of this function that differ from those of the dataclass.
 
     Returns:
-        `Callable`: A decorator. The function's signature names every field, with its default.
+        `Callable`: A decorator. The signature of the decorated function has every field with its default.
     """
 
     def decorate(function: Callable) -> Callable:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            given = {name: kwargs.pop(name) for name in names if name in kwargs}
-            return function(*args, options=options_class(**{**defaults, **given}), **kwargs)
+            values = {name: kwargs.pop(name) for name in names if name in kwargs}
+            return function(*args, options=options_class(**{**defaults, **values}), **kwargs)
 
-        def default_of(of: Any) -> Any:
-            value = of.default if of.default is not MISSING else of.default_factory()
-            return defaults.get(of.name, value)
+        def default_of(option: Any) -> Any:
+            value = option.default if option.default is not MISSING else option.default_factory()
+            return defaults.get(option.name, value)
 
-        names = [of.name for of in fields(options_class)]
+        options = fields(options_class)
+        names = [option.name for option in options]
         signature = inspect.signature(function)
-        own = [parameter for name, parameter in signature.parameters.items() if name != "options"]
-        added = [
-            inspect.Parameter(of.name, inspect.Parameter.KEYWORD_ONLY, default=default_of(of), annotation=of.type)
-            for of in fields(options_class)
+        parameters = [parameter for name, parameter in signature.parameters.items() if name != "options"]
+        parameters += [
+            inspect.Parameter(
+                option.name, inspect.Parameter.KEYWORD_ONLY, default=default_of(option), annotation=option.type
+            )
+            for option in options
         ]
-        call.__signature__ = signature.replace(parameters=[*own, *added])
+        call.__signature__ = signature.replace(parameters=parameters)
         return call
 
     return decorate
@@ -54,7 +57,7 @@ def takes(options_class: type, **defaults: Any) -> Callable[[Callable], Callable
 @dataclass(kw_only=True)
 class LoadingOptions:
     """
-    How a model is loaded from a directory or the Hub. A loaded model, or one on a server, needs none of them.
+    Options for loading a model from a directory or the Hub. They are not used for loaded and for served models.
 
     Parameters:
         revision (`str`, *optional*):
@@ -62,10 +65,10 @@ class LoadingOptions:
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run the Python code that a model or tokenizer ships.
         dtype (`str`, *optional*):
-            Such as `"bfloat16"`. By default the checkpoint's own.
+            Dtype to load the model in, such as `"bfloat16"`. By default the checkpoint's own.
         model_init_kwargs (`dict[str, Any]`, *optional*):
             Other keyword arguments of `from_pretrained`, such as `{"device_map": "auto"}`, or of `vllm.LLM` with
-            `engine="vllm"`. They come before the options above.
+            `engine="vllm"`. They take precedence over the options above.
     """
 
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model on the Hub."})
@@ -90,7 +93,7 @@ class LoadingOptions:
 
     @property
     def init_kwargs(self) -> dict[str, Any]:
-        """All of them, as keyword arguments of `from_pretrained`."""
+        """Returns all options as keyword arguments of `from_pretrained`."""
         named = {"revision": self.revision, "trust_remote_code": self.trust_remote_code, "dtype": self.dtype}
         return {**{name: value for name, value in named.items() if value}, **(self.model_init_kwargs or {})}
 
@@ -98,7 +101,7 @@ class LoadingOptions:
 @dataclass(kw_only=True)
 class DecodingOptions:
     """
-    How one answer is drawn.
+    Options for drawing one answer.
 
     Parameters:
         temperature (`float`, *optional*):
@@ -107,16 +110,16 @@ class DecodingOptions:
         top_p (`float`, *optional*):
             Nucleus sampling. By default 1, and 0.95 in evaluation.
         max_completion_length (`int`, *optional*, defaults to `4096`):
-            In tokens. Longer answers are cut; their `finish_reason` is `"length"`.
+            Maximum length of an answer, in tokens. Longer answers are truncated; their `finish_reason` is `"length"`.
         stop (`str` or sequence of `str`, *optional*):
-            Texts that end an answer, beside the end-of-sequence tokens. The tokens that write them are kept.
+            Texts that end an answer, in addition to the end-of-sequence tokens. Their tokens are kept.
         batch_size (`int`, *optional*, defaults to `64`):
-            Answers generated together by `engine="transformers"`; other engines decide for themselves.
+            Number of answers that `engine="transformers"` generates together. Other engines ignore it.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the sampling. The transformers engines give other samples with another `batch_size` or
-            `rows_per_shard`. The caller's random state is left as it was.
+            Seed of the sampling. The samples of the transformers engines also depend on `batch_size` and
+            `rows_per_shard`. The global random state is not changed.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
-            For the chat template, for instance `{"enable_thinking": False}`.
+            Keyword arguments for the chat template, for instance `{"enable_thinking": False}`.
 
     Raises:
         ValueError: If a value is out of range.
@@ -132,7 +135,7 @@ class DecodingOptions:
     top_p: float | None = field(
         default=None, metadata={"help": "Nucleus sampling. By default 1, and 0.95 in evaluation."}
     )
-    max_completion_length: int = field(default=4096, metadata={"help": "Tokens an answer may have."})
+    max_completion_length: int = field(default=4096, metadata={"help": "Maximum length of an answer, in tokens."})
     stop: list[str] = field(default_factory=list, metadata={"help": "Texts that end an answer."})
     batch_size: int = field(default=64, metadata={"help": "Answers that the transformers engine generates together."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
@@ -144,7 +147,7 @@ class DecodingOptions:
     def __post_init__(self) -> None:
         self.chat_template_kwargs = as_dict("chat_template_kwargs", self.chat_template_kwargs)
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop)
-        # Also false of NaN, which compares with nothing.
+        # The comparison is also false for NaN.
         if self.temperature is not None and not (
             isinstance(self.temperature, Real) and 0 <= self.temperature < math.inf
         ):
@@ -157,23 +160,23 @@ class DecodingOptions:
             raise ValueError("An empty text in `stop` would end every answer at its first token.")
 
     def sampling(self, eos_token_ids: tuple[int, ...]) -> Sampling:
-        """What a [`~samplers.Sampler`] is told; the end-of-sequence tokens are the model's."""
-        drawn = {name: getattr(self, name) for name in ("temperature", "top_p", "max_completion_length", "seed")}
-        return Sampling(eos_token_ids=eos_token_ids, stop=tuple(self.stop), **drawn)
+        """Returns the arguments for a [`~samplers.Sampler`], with the end-of-sequence tokens of the model."""
+        kwargs = {name: getattr(self, name) for name in ("temperature", "top_p", "max_completion_length", "seed")}
+        return Sampling(eos_token_ids=eos_token_ids, stop=tuple(self.stop), **kwargs)
 
 
 @dataclass(frozen=True)
 class Sampling:
     """
-    How a [`~samplers.Sampler`] draws answers.
+    Arguments with which a [`~samplers.Sampler`] draws answers.
 
     Attributes:
-        temperature (`float`): 0 decodes greedily.
-        top_p (`float`): Nucleus sampling; 1 leaves the distribution whole.
-        max_completion_length (`int`): In tokens; longer answers are cut.
-        eos_token_ids (`tuple[int]`): Tokens that end an answer, and are its last.
-        stop (`tuple[str]`): Texts that end an answer; the tokens that write them are kept.
-        seed (`int`): Of the whole run.
+        temperature (`float`): Sampling temperature; 0 decodes greedily.
+        top_p (`float`): Nucleus sampling; 1 keeps the whole distribution.
+        max_completion_length (`int`): Maximum length of an answer, in tokens; longer answers are truncated.
+        eos_token_ids (`tuple[int]`): Tokens that end an answer, as its last token.
+        stop (`tuple[str]`): Texts that end an answer. Their tokens are kept.
+        seed (`int`): Seed of the whole run.
     """
 
     temperature: float
@@ -184,25 +187,26 @@ class Sampling:
     seed: int
 
     def seed_of(self, answer: int) -> int:
-        """Seed of one answer, by its number in the whole run: 32 bits."""
+        """Returns the seed, 32 bits, of one answer from its number in the whole run."""
         return int(np.random.SeedSequence([self.seed, answer]).generate_state(1)[0])
 
 
 @dataclass(kw_only=True)
 class SamplingOptions(LoadingOptions, DecodingOptions):
     """
-    How a model's answers to prompts are sampled: [`LoadingOptions`], [`DecodingOptions`], and what samples.
+    Options for sampling a model's answers to prompts: [`LoadingOptions`], [`DecodingOptions`], and the engine.
 
     Parameters:
         engine (`str` or [`Sampler`], *optional*, defaults to `"transformers"`):
-            What samples: `"transformers"`, in batches of `batch_size`; `"continuous_batching"`, transformers' own, for
-            answers of very different lengths; `"vllm"`, in this process (`pip install 'trl-lopd[vllm]'`); or a server
-            that serves the model, its address or `VLLMServer("http://localhost:8000")`. With the last two, each answer
-            has a seed of its own.
+            Engine that samples: `"transformers"`, in batches of `batch_size`; `"continuous_batching"`, that of
+            transformers, for answers of very different lengths; `"vllm"`, in this process
+            (`pip install 'trl-lopd[vllm]'`); or a server of the model, given by its address or as
+            `VLLMServer("http://localhost:8000")`. With the last two, each answer has its own seed.
         num_generations (`int`, *optional*, defaults to `1`):
-            Answers a prompt; they follow one another in the result.
+            Number of answers per prompt. They are consecutive rows of the result.
         rows_per_shard (`int`, *optional*):
-            Prompts whose answers are sampled, and written, together. By default those of about 1,024 answers.
+            Number of prompts whose answers are sampled and written together. By default, a shard has about 1,024
+            answers.
 
     Raises:
         ValueError: If a value is out of range.
@@ -212,7 +216,7 @@ class SamplingOptions(LoadingOptions, DecodingOptions):
         default="transformers",
         metadata={"help": f"{', '.join(ENGINES)}, or the address of a vLLM server, such as http://localhost:8000."},
     )
-    num_generations: int = field(default=1, metadata={"help": "Answers a prompt."})
+    num_generations: int = field(default=1, metadata={"help": "Number of answers per prompt."})
     rows_per_shard: int | None = field(
         default=None,
         metadata={
@@ -233,19 +237,19 @@ class SamplingOptions(LoadingOptions, DecodingOptions):
 @dataclass(kw_only=True)
 class RolloutOptions(SamplingOptions):
     """
-    How rollouts and SFT data are sampled: [`SamplingOptions`], and what becomes of an answer.
+    Options for sampling rollouts and SFT data: [`SamplingOptions`], and whether truncated answers are kept.
 
     Parameters:
         truncated (`str`, *optional*):
-            Whether to `"keep"` answers that were cut, or to `"drop"` them. They are counted either way. By default
-            rollouts are kept and SFT data dropped.
+            Whether to `"keep"` or to `"drop"` truncated answers. They are counted in both cases. By default, those in
+            rollouts are kept and those in SFT data dropped.
     """
 
     truncated: str | None = field(
         default=None,
         metadata={
-            "help": 'Whether to "keep" or "drop" answers that were cut. By default rollouts are kept and SFT data is '
-            "dropped."
+            "help": 'Whether to "keep" or "drop" truncated answers. By default, those in rollouts are kept and those '
+            "in SFT data dropped."
         },
     )
 
@@ -258,17 +262,18 @@ class RolloutOptions(SamplingOptions):
 @dataclass(kw_only=True)
 class ScoringOptions(LoadingOptions):
     """
-    How a teacher scores.
+    Options for scoring with a teacher.
 
     Parameters:
         top_k (`int`, *optional*, defaults to `8`):
-            Also store the teacher's most likely tokens at each position. `0` stores none; the trainer then has only
+            Number of the teacher's most likely tokens to store at each position. With `0`, the trainer can only use
             the sampled-token objective.
         max_batch_tokens (`int`, *optional*):
-            Tokens of a forward pass, padding and cached prompts included. A longer row is scored alone. By default
-            16,384 on a CPU, and on CUDA as many as fit, measured once for a table. Halved when memory runs out.
+            Number of tokens in a forward pass, padding and cached prompts included. A longer row is scored alone. By
+            default 16,384 on a CPU, and on CUDA as many as fit, measured once for a table. Halved when memory runs
+            out.
         rows_per_shard (`int`, *optional*, defaults to `4096`):
-            Rows that are sorted by length together, and written together.
+            Number of rows that are sorted by length and written together.
 
     Raises:
         ValueError: If a value is out of range.
@@ -277,7 +282,7 @@ class ScoringOptions(LoadingOptions):
     top_k: int = field(default=8, metadata={"help": "The teacher's most likely tokens to store at each position."})
     max_batch_tokens: int | None = field(
         default=None,
-        metadata={"help": "Tokens of a forward pass of a local teacher. By default what fits."},
+        metadata={"help": "Number of tokens in a forward pass of a local teacher. By default as many as fit."},
     )
     rows_per_shard: int = field(
         default=4096,
@@ -294,8 +299,10 @@ class ScoringOptions(LoadingOptions):
 
 def check_whole_numbers(least: int, **options: Any) -> None:
     """
+    Checks that options are whole numbers of at least `least`.
+
     Raises:
-        ValueError: If an option, given by its name, is no whole number of at least `least`.
+        ValueError: If an option is not; the message has its name.
     """
     for name, value in options.items():
         if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
@@ -304,10 +311,10 @@ def check_whole_numbers(least: int, **options: Any) -> None:
 
 def as_dict(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
     """
-    A dictionary from the value of an option, which is YAML or JSON on the command line.
+    Converts the value of an option, which is YAML or JSON on the command line, to a dictionary.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If the value is neither a dictionary nor YAML or JSON of one.
     """
     if isinstance(value, str):
         try:

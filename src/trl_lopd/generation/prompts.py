@@ -1,4 +1,4 @@
-"""Prompts: texts or conversations, checked before hours are spent on them, and their token ids."""
+"""Prompts, texts or conversations: their checks, and their token ids."""
 
 from __future__ import annotations
 
@@ -24,19 +24,26 @@ Prompt = str | list[dict[str, Any]]
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 
 
-@functools.cache  # once for each model
+@functools.cache  # warns once per model
 def warn_of_texts(name: str) -> None:
+    """Warns that prompts are texts although the model has a chat template."""
     logger.warning(
-        f"{name} has a chat template, and the prompts are texts, which are not put through it: the model gets them as "
-        'they stand. If it is a chat model, give each prompt as messages, `[{"role": "user", "content": text}]`; '
-        "`--as_chat` does that on the command line, and `as_chat=True` in `load_benchmark`."
+        f"{name} has a chat template, and the prompts are texts, which the model gets without the chat template. If "
+        'it is a chat model, give each prompt as messages, `[{"role": "user", "content": text}]`; `--as_chat` does '
+        "that on the command line, and `as_chat=True` in `load_benchmark`."
     )
 
 
 def as_dataset(
     prompts: Dataset | Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]
 ) -> Dataset:
-    """The prompts, each of them something that can be answered: what is wrong shows before hours are spent."""
+    """
+    Converts prompts to a dataset, and checks each of them before any answer is sampled.
+
+    Raises:
+        TypeError: If `prompts` is a single conversation or a list of rows.
+        ValueError: If there are no prompts, or one is empty or neither a text nor a list of messages.
+    """
     if not isinstance(prompts, list | tuple):
         refuse_no_dataset(prompts, "prompts")
     elif prompts and isinstance(prompts[0], dict):
@@ -69,7 +76,7 @@ def as_dataset(
             )
         if messages and any(m.get("content") is None and m["role"] != "assistant" for m in prompt):
             raise ValueError(f"Prompt {i} has a message without `content`: {prompt!r:.200}.")
-        # Long ones have tokens in any tokenizer.
+        # Encoding every prompt would take long, and only blank ones may have no tokens.
         if i == 0 or len(prompt) == 0 or (not messages and not prompt.strip()):
             if len(prompt) == 0 or not encode_prompt(prompt, tokenizer, **chat_template_kwargs):
                 raise ValueError(f"Prompt {i} is empty: the first answer token would have no context.")
@@ -81,7 +88,7 @@ def as_dataset(
 
 
 def continues_answers(prompts: Dataset) -> bool:
-    """Whether some of the prompts end with a turn of the assistant, which the answer continues."""
+    """Returns whether some of the prompts end with a turn of the assistant, which the answer continues."""
     messages = (prompt for prompt in prompts.select_columns("prompt")["prompt"] if not isinstance(prompt, str))
     return any(prompt[-1]["role"] == "assistant" for prompt in messages)
 
@@ -94,9 +101,9 @@ def _check_tools(prompts: Dataset, tokenizer: PreTrainedTokenizerBase, chat_temp
         except ValueError as error:
             raise ValueError(f"Prompt {i}: {error}.") from None
         if tools and not rendered:
-            given = (row["prompt"], tokenizer)
-            rendered = encode_prompt(*given, tools, **chat_template_kwargs) != encode_prompt(
-                *given, **chat_template_kwargs
+            args = (row["prompt"], tokenizer)
+            rendered = encode_prompt(*args, tools, **chat_template_kwargs) != encode_prompt(
+                *args, **chat_template_kwargs
             )
             if not rendered:
                 raise ValueError(
@@ -109,19 +116,19 @@ def encode_prompts(
     rows: Mapping[str, Sequence], tokenizer: PreTrainedTokenizerBase, **chat_template_kwargs: Any
 ) -> list[list[int]]:
     """
-    Token ids of prompts up to where the answer begins.
+    Encodes prompts up to the position at which the answer begins.
 
     Args:
-        rows (`dict` of columns): `prompt`, texts or lists of messages, and, for the chat template, as TRL's trainers
-            read them, `tools` (a list of schemas or its JSON) and `chat_template_kwargs`, if there are such columns.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's.
-        **chat_template_kwargs: For the chat template of every prompt; they come before those of a row.
+        rows (`dict` of columns): `prompt`, texts or lists of messages, and optionally, as in TRL's trainers, columns
+            for the chat template: `tools` (a list of schemas or its JSON) and `chat_template_kwargs`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's tokenizer.
+        **chat_template_kwargs: Arguments for the chat template of every prompt. They override those of a row.
     """
     prompts = rows["prompt"]
     tools, kwargs = (rows.get(name) or [None] * len(prompts) for name in TEMPLATE_COLUMNS)
     return [
-        encode_prompt(prompt, tokenizer, read_tools(of_row), **{**(of_template or {}), **chat_template_kwargs})
-        for prompt, of_row, of_template in zip(prompts, tools, kwargs, strict=True)
+        encode_prompt(prompt, tokenizer, read_tools(row_tools), **{**(row_kwargs or {}), **chat_template_kwargs})
+        for prompt, row_tools, row_kwargs in zip(prompts, tools, kwargs, strict=True)
     ]
 
 
@@ -131,12 +138,12 @@ def encode_prompt(
     tools: list[dict[str, Any]] | None = None,
     **chat_template_kwargs: Any,
 ) -> list[int]:
-    """Token ids of a text, or of messages through the chat template up to where the answer begins, or goes on if the
-    last message is the assistant's."""
+    """Encodes a text, or messages with the chat template up to the position at which the answer begins. If the last
+    message is the assistant's, the answer continues it."""
     if not is_conversational({"prompt": prompt}):
         return tokenizer(prompt, add_special_tokens=True)["input_ids"]
-    goes_on = prompt[-1]["role"] == "assistant"
-    kwargs = {"tools": tools, "add_generation_prompt": not goes_on, "continue_final_message": goes_on}
+    continues = prompt[-1]["role"] == "assistant"
+    kwargs = {"tools": tools, "add_generation_prompt": not continues, "continue_final_message": continues}
     return tokenizer.apply_chat_template(
         prompt, tokenize=True, return_dict=True, **{**kwargs, **chat_template_kwargs}
     )["input_ids"]
@@ -144,10 +151,10 @@ def encode_prompt(
 
 def read_tools(value: list[dict[str, Any]] | str | None) -> list[dict[str, Any]] | None:
     """
-    The tools of a prompt, from the value of a `tools` column; `None` if there are none.
+    Returns the tools of a prompt from the value of a `tools` column; `None` if there are none.
 
     Raises:
-        ValueError: If it is no list of schemas, nor its JSON.
+        ValueError: If the value is neither a list of schemas nor its JSON.
     """
     try:
         tools = json.loads(value) if isinstance(value, str) else value
@@ -155,5 +162,5 @@ def read_tools(value: list[dict[str, Any]] | str | None) -> list[dict[str, Any]]
         tools = value
     if not (tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools))):
         raise ValueError(f"`tools` is a list of JSON schemas, or its JSON, not {value!r:.80}")
-    # Some templates announce tools for an empty list.
+    # With an empty list, some chat templates write that there are tools.
     return tools or None

@@ -1,4 +1,4 @@
-"""Prompts and a model become answers: rollouts of a student, or SFT data of its teacher, as they were sampled."""
+"""Sampling of answers to prompts: rollouts of a student, or SFT data of its teacher."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Columns of the prompts that sampling puts its own in the place of.
+# Columns that sampling writes. If the prompts have them, they are replaced.
 WRITTEN_COLUMNS = (
     *("prompt_ids", "completion_ids", "completion", "finish_reason", "ref_logprobs"),
     *("student_fingerprint", "teacher_fingerprint"),
 )
-# Columns that TRL's `SFTTrainer` would read in the place of `prompt` and `completion`.
+# Columns that TRL's `SFTTrainer` would read instead of `prompt` and `completion`.
 SFT_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks", "messages", "text")
 
 
@@ -65,52 +65,54 @@ def collect_rollouts(
     options: RolloutOptions,
 ) -> Dataset:
     """
-    Samples the student's answers (Lightning OPD, stage 2: temperature 0.8, top-p 1, one answer a prompt, up to 4096
+    Samples the student's answers (Lightning OPD, stage 2: temperature 0.8, top-p 1, one answer per prompt, up to 4096
     tokens).
 
-    With `output_dir`, each shard is on disk when it is done: a run that was killed continues when it is started again
-    with the same arguments, and samples the same tokens. `load_dataset(output_dir)` and `load_table(output_dir)` read
-    it. Under `accelerate launch`, every process samples its share of the shards.
+    With `output_dir`, each shard is written to disk when it is done. A run that was killed continues when it is
+    started again with the same arguments, and samples the same tokens. `load_dataset(output_dir)` and
+    `load_table(output_dir)` read the result. Under `accelerate launch`, every process samples its share of the shards.
 
     Args:
         prompts ([`~datasets.Dataset`] or sequence):
             Plain texts or lists of chat messages; or a dataset with such a `prompt` column, whose other columns are
-            kept. Messages go through the tokenizer's chat template, with the columns `tools` and
-            `chat_template_kwargs` if there are any, as in TRL; an answer that the last message begins is continued.
+            kept. The tokenizer's chat template is applied to messages, with the columns `tools` and
+            `chat_template_kwargs` if there are any, as in TRL. If the last message is the assistant's, the answer
+            continues it.
         student (`str`, `Path` or [`~transformers.PreTrainedModel`]):
-            A local directory or Hub id (of an adapter too), a loaded model, or the address of a vLLM server that
-            serves the student from a directory or Hub id that is found here too. Its own generation config is set
-            aside, but for its end-of-sequence tokens: a repetition penalty there would make the samples another
-            policy's.
+            A local directory or Hub id, also of an adapter; a loaded model; or the address of a vLLM server that
+            serves the student from a directory or Hub id that this process can read too. Its own generation config is
+            ignored, except for the end-of-sequence tokens, because a repetition penalty in it, for instance, would
+            change the policy that samples.
         output_dir (`str` or `Path`, *optional*):
-            Where to write the rollouts, shard by shard. Without it all is in memory, and lost if the process dies.
+            Directory to write the rollouts to, shard by shard. Without it, they are only in memory, and lost if the
+            process dies.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer. Loaded from the student's path if not given.
         ref_logprobs (`bool`, *optional*, defaults to `True`):
-            Whether to add the student's own log-probabilities, at temperature 1 over the full vocabulary. Engines give
-            them with the tokens, in their own precision; continuous batching only at temperature 1 and top-p 1, and
-            otherwise they are computed afterwards.
+            Whether to add the student's own log-probabilities, at temperature 1 over the full vocabulary. Engines
+            return them with the tokens, in their own precision. Continuous batching does so only at temperature 1 and
+            top-p 1; otherwise they are computed afterwards.
         fingerprint ([`TeacherFingerprint`], *optional*):
-            The student's. Computed if not given: from the checkpoint that a path names, or from a loaded model as it
-            is in memory.
+            The student's fingerprint. If not given, it is computed from the checkpoint of a path, or from the weights
+            of a loaded model.
         **options:
             The fields of [`~generation.options.RolloutOptions`]: `temperature` (0.8), `top_p` (1), `engine`,
             `num_generations`, `max_completion_length`, `stop`, `truncated` (`"keep"`), `batch_size`, `rows_per_shard`,
             `seed`, `chat_template_kwargs`, `revision`, `trust_remote_code`, `dtype`, `model_init_kwargs`.
 
     Returns:
-        [`~datasets.Dataset`]: One row an answer: the columns of `prompts` but those of these names, `prompt_ids` and
-        `completion_ids` (`list<int32>`, an end-of-sequence token kept), `completion`, the decoded text,
-        `finish_reason` (`"stop"` or `"length"`), `ref_logprobs` (`list<float32>`) and `student_fingerprint`, which
-        counts as declared if a server sampled. It carries a record of the student, the SFT teachers that its card
-        names, and the sampling: see `cards`.
+        [`~datasets.Dataset`]: One row per answer: the columns of `prompts`, and, replacing columns of the same names,
+        `prompt_ids` and `completion_ids` (`list<int32>`, with an end-of-sequence token if there is one), `completion`
+        (the decoded text), `finish_reason` (`"stop"` or `"length"`), `ref_logprobs` (`list<float32>`) and
+        `student_fingerprint`, which counts as declared if a server sampled. It carries a record of the student, the
+        SFT teachers that its card names, and the sampling: see `cards`.
 
     Raises:
-        ValueError: No prompts, an empty prompt, no `prompt` column, an option out of range, an engine that cannot do
-            what is asked, several processes without `output_dir`, no answer left, or a loaded model that cannot be
+        ValueError: No prompts, an empty prompt, no `prompt` column, an option out of range, an option that the engine
+            does not support, several processes without `output_dir`, no answer left, or a loaded model that cannot be
             fingerprinted.
-        ShardError: `output_dir` holds something else, another run's rollouts, or is being written to.
-        ServerError: A server that cannot be used.
+        ShardError: `output_dir` has other content or another run's rollouts, or another process writes to it.
+        ServerError: A server cannot be used.
     """
     model = _Model.resolve(student, "student", options, processing_class, fingerprint)
     name = model.source if isinstance(model.source, str) else model.source.config._name_or_path
@@ -130,33 +132,33 @@ def generate_sft_data(
     options: RolloutOptions,
 ) -> Dataset:
     """
-    Samples the teacher's answers for fine-tuning the student (Lightning OPD, stage 1), each row signed with the
-    teacher's fingerprint. `TeacherStampCallback` reads it while TRL's `SFTTrainer` trains on the result.
+    Samples the teacher's answers for fine-tuning the student (Lightning OPD, stage 1). Each row has the teacher's
+    fingerprint, which `TeacherStampCallback` reads when TRL's `SFTTrainer` trains on the result.
 
     Args:
         prompts, output_dir, processing_class, fingerprint:
-            As in [`collect_rollouts`], with the teacher in the student's place.
+            As in [`collect_rollouts`], for the teacher instead of the student.
         teacher (`str`, `Path` or [`~transformers.PreTrainedModel`]):
             A local directory or Hub id, a loaded model, or the address of a vLLM server, as in [`collect_rollouts`].
         **options:
-            The fields of [`~generation.options.RolloutOptions`], as in [`collect_rollouts`]; `temperature` is 1 by
-            default, and `truncated` is `"drop"`: `SFTTrainer` ends every text with an end-of-sequence token, and of an
-            answer that was cut the student would learn to stop in the middle. Rows that are kept all the same have
-            the tokens too (`input_ids`), which `SFTTrainer` takes as they are.
+            The fields of [`~generation.options.RolloutOptions`], as in [`collect_rollouts`], with the defaults 1 for
+            `temperature` and `"drop"` for `truncated`: `SFTTrainer` ends every text with an end-of-sequence token, so
+            the student would learn from truncated answers to stop in the middle. With `"keep"`, rows also have
+            `input_ids`, which `SFTTrainer` uses unchanged.
 
     Returns:
-        [`~datasets.Dataset`]: One row an answer: the columns of `prompts`, `completion` (text; a list with one
-        assistant message where the prompt is a list of messages), `prompt_ids` and `completion_ids` (`list<int32>`, an
-        end-of-sequence token kept), `finish_reason`, and `teacher_fingerprint`. Where `SFTTrainer` would make other
-        tokens of the texts, also `input_ids`, prompt and answer, which end with an end-of-sequence token if and only
-        if the answer was not cut, and `completion_mask`, false on the prompt: with `truncated="keep"`, with
-        `chat_template_kwargs`, and if a prompt ends with a turn of the assistant, which the answer continues. Columns
-        of `prompts` that `SFTTrainer` would take for these or for the texts (`input_ids`, `labels`, `messages`,
-        `text`, ...) are left out. It carries a record of the teacher, the sampling, and, with the transformers
-        engines, the teacher's answers to the probes: see `cards` and `probes`.
+        [`~datasets.Dataset`]: One row per answer: the columns of `prompts`, `completion` (text; a list with one
+        assistant message if the prompt is a list of messages), `prompt_ids` and `completion_ids` (`list<int32>`, with
+        an end-of-sequence token if there is one), `finish_reason`, and `teacher_fingerprint`. If `SFTTrainer` could
+        tokenize the texts differently, it also has `input_ids`, prompt and answer, which end with an end-of-sequence
+        token if and only if the answer was not truncated, and `completion_mask`, false on the prompt. That is the case
+        with `truncated="keep"`, with `chat_template_kwargs`, and if a prompt ends with a turn of the assistant, which
+        the answer continues. Columns of `prompts` that `SFTTrainer` would read instead (`input_ids`, `labels`,
+        `messages`, `text`, ...) are removed. It carries a record of the teacher, the sampling, and, with the
+        transformers engines, the teacher's answers to the probes: see `cards` and `probes`.
 
     Raises:
-        ValueError, ShardError, ServerError: As [`collect_rollouts`].
+        ValueError, ShardError, ServerError: As in [`collect_rollouts`].
     """
     model = _Model.resolve(teacher, "teacher", options, processing_class, fingerprint)
     return _collect(prompts, model, output_dir, {"share": 1.0}, ref_logprobs=False)
@@ -165,15 +167,15 @@ def generate_sft_data(
 @dataclass
 class _Model:
     """
-    The model that answers, before it is loaded and after.
+    Model that answers. It is loaded when it is first needed.
 
     Attributes:
         source (`str` or [`~transformers.PreTrainedModel`]): A directory or Hub id, or a loaded model.
         role (`str`): `"student"` or `"teacher"`.
-        engine (`str` or [`Sampler`]): What samples.
-        options ([`RolloutOptions`]): How.
+        engine (`str` or [`Sampler`]): Engine that samples.
+        options ([`RolloutOptions`]): Options of the sampling.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        fingerprint ([`TeacherFingerprint`]): What it is.
+        fingerprint ([`TeacherFingerprint`]): Its fingerprint.
     """
 
     source: str | PreTrainedModel
@@ -192,7 +194,7 @@ class _Model:
         tokenizer: PreTrainedTokenizerBase | None,
         fingerprint: TeacherFingerprint | None,
     ) -> _Model:
-        """Finds a model's tokenizer and fingerprint; all processes call this."""
+        """Finds a model's tokenizer and fingerprint. All processes must call this."""
         state, engine = processes(), options.engine
         if is_address(source):
             if engine != "transformers":
@@ -203,7 +205,7 @@ class _Model:
             engine = VLLMServer(engine)
         _check_engine(engine, source)
         kwargs = hub_kwargs(options.init_kwargs)
-        # Gigabytes are read once, not by every process.
+        # Only one process reads the gigabytes of a checkpoint.
         fingerprint = fingerprint or on_main_process(state, lambda: fingerprint_teacher(source, tokenizer, **kwargs))
         tokenizer = tokenizer or load_tokenizer(source, **kwargs)
         if engine not in ENGINES and hasattr(engine, "self_test"):
@@ -213,38 +215,38 @@ class _Model:
 
     @property
     def is_served(self) -> bool:
-        """Whether it is elsewhere, so that what it is counts as declared."""
+        """Returns whether the model is on a server, so that its fingerprint counts as declared."""
         return self.engine not in ENGINES
 
     @property
     def signature(self) -> str:
-        """What each of its answers is signed with."""
+        """Returns the fingerprint with its evidence, which each answer is signed with."""
         return with_evidence(self.fingerprint.id, "declared") if self.is_served else self.fingerprint.id
 
     @property
     def is_probed(self) -> bool:
-        """Whether its answers to the probes belong into the record: those of a teacher that is loaded here."""
+        """Returns whether its answers to the probes go into the record, as for a teacher loaded in this process."""
         return self.role == "teacher" and not self.is_served and self.engine != "vllm"
 
     @cached_property
     def sampling(self) -> Sampling:
-        """What its sampler is told."""
+        """Returns the arguments for its sampler."""
         kwargs = hub_kwargs(self.options.init_kwargs)
         return self.options.sampling(eos_token_ids(self.source, self.tokenizer, **kwargs))
 
     @cached_property
     def positions(self) -> Positions:
-        """How long a row it reads."""
+        """Returns how long a row it can read."""
         return positions_of(self.source, **hub_kwargs(self.options.init_kwargs))
 
     @cached_property
     def loaded(self) -> PreTrainedModel:
-        """The model in this process: loaded once, and not at all if everything is sampled already."""
+        """Loads the model in this process. It is loaded once, and not at all if everything is sampled already."""
         return load_model(self.source, own_device(processes(), self.options.init_kwargs))
 
     @cached_property
     def sampler(self) -> Sampler:
-        """What answers."""
+        """Returns the sampler for the engine."""
         if self.engine == "transformers":
             return TransformersSampler(self.loaded, self.tokenizer, self.options.batch_size)
         if self.engine == "continuous_batching":
@@ -256,11 +258,11 @@ class _Model:
         return self.engine
 
     def encode(self, rows: Any) -> list[list[int]]:
-        """Token ids of prompts."""
+        """Encodes prompts."""
         return encode_prompts(rows, self.tokenizer, **(self.options.chat_template_kwargs or {}))
 
     def settings(self) -> dict[str, Any]:
-        """How it samples, for the record: every option that has a say."""
+        """Returns all options that change the samples, for the record."""
         names = ("num_generations", "temperature", "top_p", "max_completion_length", "stop", "truncated", "batch_size")
         names += ("rows_per_shard", "seed", "chat_template_kwargs")
         settings = {
@@ -279,14 +281,14 @@ def _collect(
     record: dict[str, Any],
     ref_logprobs: bool,
 ) -> Dataset:
-    """Answers of a model; `record` goes into its entry in the record of the result."""
+    """Samples the answers of a model; `record` is added to its entry in the record of the result."""
     state, options = processes(), model.options
     prompts = _prepare_prompts(prompts, model)
     as_columns = _AnswerColumns(
         model,
         ref_logprobs,
         as_messages=model.role == "teacher" and is_conversational({"prompt": prompts[0]["prompt"]}),
-        # Where `SFTTrainer` would make other tokens of the texts than were sampled.
+        # In these cases `SFTTrainer` could tokenize the texts differently from the tokens that were sampled.
         with_input_ids=model.role == "teacher"
         and (options.truncated == "keep" or bool(options.chat_template_kwargs) or continues_answers(prompts)),
     )
@@ -311,9 +313,9 @@ def _collect(
     _report_cut(counts, len(answers), options)
     sampled = {**model.settings(), "truncated_answers": counts["truncated"]}
     evidence = {"evidence": "declared"} if model.is_served else {}
-    entry_of_model = entry(model.fingerprint, rows=len(answers), sampling=sampled, **evidence, **record)
+    model_entry = entry(model.fingerprint, rows=len(answers), sampling=sampled, **evidence, **record)
     record = {
-        "students" if model.role == "student" else "sft_teachers": [entry_of_model],
+        "students" if model.role == "student" else "sft_teachers": [model_entry],
         "rows": len(answers),
         "completion_tokens": int(lengths(answers)[1].sum()),
         "skipped_rows": 0,
@@ -326,7 +328,7 @@ def _collect(
 
 
 def _prepare_prompts(prompts: Dataset | Sequence[Prompt], model: _Model) -> Dataset:
-    """The prompts without columns that the answers bring, checked against the model before it is loaded."""
+    """Removes columns that sampling writes from the prompts, and checks them before the model is loaded."""
     prompts = as_dataset(prompts, model.tokenizer, model.options.chat_template_kwargs or {})
     replaced = (*WRITTEN_COLUMNS, *(SFT_COLUMNS if model.role == "teacher" else ()))
     prompts = prompts.remove_columns([name for name in prompts.column_names if name in replaced])
@@ -334,7 +336,7 @@ def _prepare_prompts(prompts: Dataset | Sequence[Prompt], model: _Model) -> Data
     if is_text and model.tokenizer.chat_template is not None and processes().is_main_process:
         warn_of_texts(model.tokenizer.name_or_path or "The tokenizer")
     if model.positions.fails:
-        # It would fail in the middle of a batch.
+        # Otherwise the model would fail in the middle of a batch.
         prompt_lengths = np.array([len(ids) for batch in prompts.iter(1000) for ids in model.encode(batch)])
         needed = prompt_lengths + model.options.max_completion_length
         check_positions(needed, model.positions, "the model", "With `max_completion_length`, prompt")
@@ -342,7 +344,7 @@ def _prepare_prompts(prompts: Dataset | Sequence[Prompt], model: _Model) -> Data
 
 
 def _answer(run: ShardedRun, shard: int, prompts: Dataset, span: range, as_columns: _AnswerColumns) -> None:
-    """Samples the answers to the prompts of a shard, and writes it."""
+    """Samples the answers to the prompts of a shard, and writes the shard."""
     model, count = as_columns.model, as_columns.model.options.num_generations
     rows = _take(prompts, [row for row in span for _ in range(count)])
     prompt_ids = [ids for ids in model.encode(prompts[span.start : span.stop]) for _ in range(count)]
@@ -380,7 +382,7 @@ def _report_cut(counts: dict[str, int], rows: int, options: RolloutOptions) -> N
 
 
 def _take(dataset: Dataset, rows: list[int]) -> Dataset:
-    """Some rows, copied: without the mapping of indices that `select` leaves, and the progress bar of removing it."""
+    """Copies some rows. Unlike `select`, it leaves no indices mapping, whose removal would show a progress bar."""
     return Dataset(dataset.with_format("arrow")[rows], info=DatasetInfo(features=dataset.features))
 
 
@@ -402,7 +404,7 @@ def _check_engine(engine: str | Sampler, model: str | PreTrainedModel) -> None:
 
 
 def _with_logprobs(samples: list[Sample], prompt_ids: list[list[int]], model: _Model) -> list[Sample]:
-    """The answers with the log-probabilities that the engine did not give."""
+    """Adds log-probabilities to the answers for which the engine did not return any."""
     missing = [i for i, sample in enumerate(samples) if sample.logprobs is None]
     if not missing:
         return samples
@@ -418,13 +420,13 @@ def _with_logprobs(samples: list[Sample], prompt_ids: list[list[int]], model: _M
 @dataclass(frozen=True)
 class _AnswerColumns:
     """
-    Adds to the rows of prompts the columns of their answers.
+    Columns of answers, which a call adds to the rows of their prompts.
 
     Attributes:
         model ([`_Model`]): The model that answers.
-        ref_logprobs (`bool`): Whether its log-probabilities are among them.
-        as_messages (`bool`): Whether the text is one assistant message.
-        with_input_ids (`bool`): Whether to add the two columns that `SFTTrainer` takes as they are.
+        ref_logprobs (`bool`): Whether to add its log-probabilities.
+        as_messages (`bool`): Whether the completion is a list with one assistant message instead of a text.
+        with_input_ids (`bool`): Whether to add `input_ids` and `completion_mask`, which `SFTTrainer` uses unchanged.
     """
 
     model: _Model
@@ -460,7 +462,7 @@ class _AnswerColumns:
         return concatenate_datasets([rows, answers], axis=1)
 
     def _input_ids(self, prompt: list[int], sample: Sample) -> list[int]:
-        """Prompt and answer, ended by an end-of-sequence token if a stop text ended it."""
+        """Concatenates prompt and answer, and adds an end-of-sequence token if a stop text ended the answer."""
         eos_token_id = self.model.tokenizer.eos_token_id
         ended_by_text = sample.finish_reason == "stop" and sample.ids[-1] not in self.model.sampling.eos_token_ids
         return [*prompt, *sample.ids, *([eos_token_id] if ended_by_text and eos_token_id is not None else [])]

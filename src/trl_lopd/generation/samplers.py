@@ -1,4 +1,4 @@
-"""Samplers: what answers prompts. Those in this process are here, the one behind a server is in `served`."""
+"""Samplers, which answer prompts, with transformers in this process. Those for servers are in `servers`."""
 
 from __future__ import annotations
 
@@ -34,9 +34,11 @@ class Sample(NamedTuple):
     One answer.
 
     Attributes:
-        ids (`list[int]`): Its tokens, at least one, with the end-of-sequence token if there is one.
-        finish_reason (`str`): `"stop"` if it ended by itself or by a stop text, `"length"` if it was cut.
-        logprobs (`list[float]`, *optional*): Of its tokens, in nats, at temperature 1 over the full vocabulary.
+        ids (`list[int]`): Its token ids, at least one, with the end-of-sequence token if there is one.
+        finish_reason (`str`): `"stop"` if it ended with an end-of-sequence token or a stop text, `"length"` if it was
+            truncated.
+        logprobs (`list[float]`, *optional*): Log-probabilities of its tokens, in nats, at temperature 1 over the full
+            vocabulary.
     """
 
     ids: list[int]
@@ -45,7 +47,7 @@ class Sample(NamedTuple):
 
 
 class Sampler(Protocol):
-    """Anything that answers prompts."""
+    """Protocol of objects that answer prompts."""
 
     def sample(
         self,
@@ -59,8 +61,8 @@ class Sampler(Protocol):
 
         Args:
             prompts (`list[list[int]]`): Token ids; a prompt may occur several times.
-            sampling ([`Sampling`]): How.
-            first (`int`): Number of the first answer in the whole run, on which the seeds depend.
+            sampling ([`Sampling`]): Arguments of the sampling.
+            first (`int`): Number of the first answer in the whole run, which determines the seeds.
             advance (`Callable`, *optional*): Called with the number of tokens of each answer when it is done.
         """
         ...
@@ -68,11 +70,11 @@ class Sampler(Protocol):
 
 class TransformersSampler:
     """
-    A transformers model that answers in batches of prompts of like length, each batch with a seed of its own.
+    Sampler with a transformers model, in batches of prompts of similar length. Each batch has its own seed.
 
-    The model's own generation config is set aside: a repetition penalty there would make the samples another policy's.
-    Before the first batch a few tokens are sampled and held against the model's own log-probabilities: prompts of
-    different length are answered apart by models that padding before the prompt would change.
+    The model's own generation config is ignored, because a repetition penalty in it, for instance, would change the
+    policy that samples. Before the first batch, a few tokens are sampled and compared with the model's own
+    log-probabilities. If padding before the prompt changes them, batches only have prompts of equal length.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model.
@@ -92,12 +94,13 @@ class TransformersSampler:
         advance: Callable[[int], object] = lambda tokens: None,
     ) -> list[Sample]:
         """
-        See [`Sampler`].
+        Answers each prompt once, see [`Sampler`].
 
         Raises:
-            ValueError: if what the model samples has not the log-probabilities that the model gives it.
+            ValueError: If the model is not causal, or log-probabilities of sampled tokens differ from those of a
+                forward pass.
         """
-        # Prompts of like length together waste the least padding.
+        # Batches of prompts of similar length have the least padding.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         samples: list[Sample | None] = [None] * len(prompts)
         with _set_up(self.model):
@@ -116,7 +119,7 @@ class TransformersSampler:
         return samples
 
     def _may_pad(self, sampling: Sampling) -> bool:
-        """Whether prompts of different length can be answered together."""
+        """Returns whether prompts of different lengths can be answered together."""
         device = self.model.get_input_embeddings().weight.device
         rows = trial_rows(self.model.config)
         prompts = [row.ids.tolist() for row in rows]
@@ -124,24 +127,25 @@ class TransformersSampler:
 
         def problem(prompts: list[list[int]]) -> str | None:
             samples = self._generate(prompts, short)
-            own = [
+            expected = [
                 own_logprobs(self.model, TrialRow(np.array([*prompt, *sample.ids]), len(sample.ids)), device)
                 for prompt, sample in zip(prompts, samples, strict=True)
             ]
-            return difference([np.array(sample.logprobs, np.float32) for sample in samples], own)
+            return difference([np.array(sample.logprobs, np.float32) for sample in samples], expected)
 
         name = type(self.model).__name__
         if ahead := reads_ahead(self.model, rows[0], own_logprobs(self.model, rows[0], device), device):
             raise ValueError(not_causal(name, ahead))
         if not (padded := problem(prompts)):
             return True
-        if apart := problem(prompts[:1]):
+        if single := problem(prompts[:1]):
             raise ValueError(
                 f"`{name}` does not sample from its own distribution: log-probabilities of sampled tokens differ from "
-                f"those of a forward pass over them ({apart}). Does its cache work?"
+                f"those of a forward pass over them ({single}). Does its cache work?"
             )
         logger.warning(
-            f"Prompts of different length are answered apart: padding before the prompt changes `{name}` ({padded})."
+            f"Prompts of different lengths are answered in separate batches: padding before the prompt changes the "
+            f"log-probabilities of `{name}` ({padded})."
         )
         return False
 
@@ -163,13 +167,13 @@ class TransformersSampler:
         lengths = torch.where(ends.length > 0, ends.length, len(output[0])).tolist()
         logprobs = torch.stack(ends.logprobs, dim=1).tolist()
         return [
-            Sample(ids[:length], "stop" if ended else "length", of_row[:length])
-            for ids, of_row, length, ended in zip(output, logprobs, lengths, (ends.length > 0).tolist(), strict=True)
+            Sample(ids[:length], "stop" if ended else "length", values[:length])
+            for ids, values, length, ended in zip(output, logprobs, lengths, (ends.length > 0).tolist(), strict=True)
         ]
 
 
 class _RawLogits(LogitsProcessor):
-    """Keeps the logits of this step as the model gave them: ours runs before temperature and top-p."""
+    """Logits processor that keeps the model's logits of a step. It runs before those for temperature and top-p."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.logits, self.log_z = scores, scores.logsumexp(-1)
@@ -177,13 +181,14 @@ class _RawLogits(LogitsProcessor):
 
 
 class _Ends(StoppingCriteria):
-    """Sees each token as soon as it is sampled: records its log-probability, and where an answer ends."""
+    """Stopping criterion that records the log-probability of each sampled token, and where an answer ends."""
 
     def __init__(self, raw: _RawLogits, width: int, sampling: Sampling, tokenizer: PreTrainedTokenizerBase):
         self.raw, self.width, self.logprobs, self.length = raw, width, [], torch.zeros((), dtype=torch.long)
         self.eos = torch.tensor(sampling.eos_token_ids, dtype=torch.long)
         self.tokenizer, self.stop = tokenizer, sampling.stop
-        # A token has a byte or more, but for the first, which may lose a space.
+        # Each token has at least one byte, so a stop text has at most as many tokens as bytes. One more token is
+        # decoded, because the first one may lose a leading space.
         self.reach = max((len(text.encode()) for text in self.stop), default=0) + 1
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs) -> torch.Tensor:
@@ -191,7 +196,7 @@ class _Ends(StoppingCriteria):
         self.logprobs.append(self.raw.logits.gather(-1, tokens).squeeze(-1) - self.raw.log_z)
         ended = torch.isin(tokens.squeeze(-1), self.eos.to(tokens.device))
         if self.stop:
-            # A stop text that began in the prompt has not been sampled.
+            # Only decode sampled tokens, because a stop text that began in the prompt does not end the answer.
             tails = input_ids[:, max(self.width, input_ids.shape[1] - self.reach) :]
             texts = self.tokenizer.batch_decode(tails)
             ended |= torch.tensor([any(stop in text for stop in self.stop) for text in texts], device=ended.device)
@@ -202,10 +207,10 @@ class _Ends(StoppingCriteria):
 
 class ContinuousBatchingSampler:
     """
-    A transformers model that answers with continuous batching: an answer that ends makes room for the next at once.
+    Sampler with a transformers model and continuous batching: when an answer ends, the next one starts immediately.
 
-    All prompts of a call share one seed, that of the first answer. The schedule, and with it the samples, also depends
-    on how many sequences the memory holds.
+    All prompts of a call share one seed, that of the first answer. The schedule, and therefore the samples, also
+    depend on how many sequences fit into memory.
 
     Args:
         model, tokenizer: As in [`TransformersSampler`].
@@ -227,12 +232,12 @@ class ContinuousBatchingSampler:
         advance: Callable[[int], object] = lambda tokens: None,
     ) -> list[Sample]:
         """
-        See [`Sampler`]. Log-probabilities are given where the distribution was not changed before sampling, at
-        temperature 1 and top-p 1.
+        Answers each prompt once, see [`Sampler`]. Log-probabilities are only returned at temperature 1 and top-p 1,
+        because they are those of the distribution after both were applied.
 
         Raises:
-            ValueError: if there are stop texts, which continuous batching does not know.
-            RuntimeError: if a request fails; transformers logs why.
+            ValueError: If there are stop texts, which continuous batching does not support.
+            RuntimeError: If a request fails; transformers logs why.
         """
         if sampling.stop:
             raise ValueError('Continuous batching knows no `stop` texts. Use `engine="transformers"` or vLLM.')
@@ -244,7 +249,7 @@ class ContinuousBatchingSampler:
                 continuous_batching_config=ContinuousBatchingConfig(
                     return_logprobs=unchanged,
                     seed=sampling.seed_of(first),
-                    # Of what is free: by default nearly all, which is right on a GPU only.
+                    # A share of the free memory. The default of nearly all is too much on a CPU.
                     max_memory_percent=None if self.model.device.type == "cuda" else 0.05,
                 ),
                 progress_bar=False,
@@ -267,26 +272,26 @@ class ContinuousBatchingSampler:
 def _generation_config(sampling: Sampling, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     eos_ids = list(sampling.eos_token_ids)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos_ids or [0])[0]
-    how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    kwargs = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     return GenerationConfig(
         max_new_tokens=sampling.max_completion_length,
         eos_token_id=eos_ids,
         pad_token_id=pad,
-        **(how if sampling.temperature > 0 else {"do_sample": False}),
+        **(kwargs if sampling.temperature > 0 else {"do_sample": False}),
     )
 
 
 @contextlib.contextmanager
 def _set_up(model: PreTrainedModel) -> Iterator[None]:
-    """The model in evaluation mode and with no generation config of its own; it and the random state as they were
-    afterwards."""
-    was_training, own_config = model.training, model.generation_config
+    """Sets the model to evaluation mode with an empty generation config inside a `with` block. Restores the mode, the
+    config and the random state afterwards."""
+    was_training, generation_config = model.training, model.generation_config
     model.eval()
-    # `generate` would fill what ours leaves open from the model's.
+    # `generate` would fill values that are not set in our config from the model's config.
     model.generation_config = GenerationConfig()
     try:
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             yield
     finally:
-        model.generation_config = own_config
+        model.generation_config = generation_config
         model.train(was_training)

@@ -1,4 +1,4 @@
-"""Rollouts and a teacher become a scored table: teacher log-probabilities of the tokens that the student sampled."""
+"""Scoring of rollouts: teacher log-probabilities of the tokens that the student sampled."""
 
 from __future__ import annotations
 
@@ -67,50 +67,52 @@ def score_rollouts(
     Scores every completion token once (Lightning OPD, stage 2).
 
     Log-probabilities are at temperature 1 over the full vocabulary, computed in float32 from the model's logits on
-    chunks of tokens; logits of all tokens never exist together. Rows of like length are scored together; the result
-    has the order of the input.
+    chunks of tokens, so that logits of all tokens are never in memory together. Rows of similar length are scored
+    together; the result has the order of the input.
 
-    With `output_dir`, each shard is on disk when it is done: a run that was killed continues when it is started again
-    with the same arguments, and gives the same table. `load_dataset(output_dir)` and `load_table(output_dir)` read it.
-    Under `accelerate launch`, every process scores its share of the shards.
+    With `output_dir`, each shard is written to disk when it is done. A run that was killed continues when it is
+    started again with the same arguments, and makes the same table. `load_dataset(output_dir)` and
+    `load_table(output_dir)` read it. Under `accelerate launch`, every process scores its share of the shards.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             Rollouts with `prompt_ids` and `completion_ids`, as `collect_rollouts` makes. Other columns are kept.
         teacher (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`Teacher`]):
-            A local directory or Hub id, loaded in its own dtype; a loaded model; or a served one: the address of its
-            server, such as `"http://localhost:8000"`, or a `VLLMServer` or `SGLangServer`.
+            A local directory or Hub id, loaded in its own dtype; a loaded model; or a served one, given by the address
+            of its server, such as `"http://localhost:8000"`, or as a `VLLMServer` or `SGLangServer`.
         output_dir (`str` or `Path`, *optional*):
-            Where to write the table, shard by shard. Without it all is in memory, and lost if the process dies.
+            Directory to write the table to, shard by shard. Without it, the table is only in memory, and lost if the
+            process dies.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The teacher's tokenizer, for its fingerprint and probes. Loaded from the teacher's path if not given. Where
-            it is not the one that the rows were sampled with, the ids in the rows have to mean the same to both.
+            The teacher's tokenizer, for its fingerprint and probes. Loaded from the teacher's path if not given. If
+            the rows were sampled with another tokenizer, the ids in the rows must stand for the same tokens in both.
         ref_model (`str`, `Path` or [`~transformers.PreTrainedModel`], *optional*):
-            The student that sampled the rollouts, or an adapter, for rollouts without `ref_logprobs`: it scores them
-            the same way, in memory beside a local teacher.
+            The student that sampled the rollouts, or an adapter, for rollouts without `ref_logprobs`. It scores them
+            in the same way, and is in memory together with a local teacher.
         fingerprint ([`TeacherFingerprint`], *optional*):
-            The teacher's. Computed if not given: from the checkpoint that a path names, whatever dtype or quantization
-            it is loaded in, or from a loaded model as it is in memory. For a served teacher it is what you declare it
-            to be.
+            The teacher's fingerprint. If not given, it is computed from the checkpoint of a path, independent of the
+            dtype and quantization it is loaded with, or from the weights of a loaded model. For a served teacher, it
+            declares which model the server serves.
         teacher_card (`dict`, *optional*):
-            Card with the probes of a served teacher, see `verify_served_teacher`: if it answers them, it counts as
-            that teacher.
+            Card with the probes of a served teacher, see `verify_served_teacher`. A server that answers them correctly
+            counts as that teacher.
         **options:
             The fields of [`~generation.options.ScoringOptions`]: `top_k` (8), `max_batch_tokens`, `rows_per_shard`,
-            `revision`, `trust_remote_code`, `dtype`, `model_init_kwargs`. All but the revision are `ref_model`'s too.
+            `revision`, `trust_remote_code`, `dtype`, `model_init_kwargs`. `ref_model` is loaded with the same options
+            except the revision.
 
     Returns:
         [`~datasets.Dataset`]: The rows with the columns of `table_features` added, validated. It carries a record of
-        who sampled and who scored them, the digest of its rows, and the teacher's answers to the probes: see `cards`
-        and `probes`. The card in `output_dir` holds the same.
+        the models that sampled and scored the rows, the digest of its rows, and the teacher's answers to the probes:
+        see `cards` and `probes`. The card in `output_dir` holds the same.
 
     Raises:
-        TableError: Rows that cannot be scored: columns missing or there already, empty prompts or completions, ids
-            outside the teacher's vocabulary or with another meaning there, or a teacher that answers with NaN.
-        ShardError: `output_dir` holds something else, another run's table, or is being written to.
-        ServerError: A served teacher that cannot be used.
-        ValueError: An option out of range, several processes without `output_dir`, or a served teacher that nothing
-            names.
+        TableError: Rows cannot be scored: columns are missing or present already, a prompt or completion is empty, ids
+            are outside the teacher's vocabulary or stand for other tokens there, or the teacher answers with NaN.
+        ShardError: `output_dir` has other content or another run's table, or another process writes to it.
+        ServerError: A served teacher cannot be used.
+        ValueError: An option out of range, several processes without `output_dir`, or a served teacher without a
+            fingerprint or card.
     """
     state = processes()
     teacher, ref_model = as_name(teacher), as_name(ref_model)
@@ -129,7 +131,7 @@ def score_rollouts(
     else:
         kwargs = hub_kwargs(options.init_kwargs)
         tokenizer = processing_class or load_tokenizer(teacher, **kwargs)
-        # Gigabytes are read once, not by every process.
+        # Only one process reads the gigabytes of a checkpoint.
         record = entry(
             fingerprint or on_main_process(state, lambda: fingerprint_teacher(teacher, tokenizer, **kwargs))
         )
@@ -148,7 +150,7 @@ def score_rollouts(
             part = scorer.score(dataset.select(span), span.start, run.advance)
             run.write(shard, part, completion_tokens=int(tokens[span].sum()))
         if not is_served and state.is_main_process:
-            # A table that was finished before has a card that holds them.
+            # If the table was finished by an earlier run, its card has the probes.
             card = read_dataset_card(output_dir) if output_dir is not None else {}
             if probes := probes_of_run(card, lambda: scorer.local_teacher.model, tokenizer):
                 record["probes"] = probes
@@ -159,15 +161,15 @@ def score_rollouts(
 @dataclass
 class _Scorer:
     """
-    A teacher and, if there is one, the reference model; loaded when they are first needed.
+    Teacher and optional reference model, which are loaded when they are first needed.
 
     Attributes:
         teacher (`str`, [`~transformers.PreTrainedModel`] or [`Teacher`]): The teacher.
         is_served (`bool`): Whether it is on a server.
-        teacher_id (`str`): What it signs rows with.
+        teacher_id (`str`): Its fingerprint with its evidence, for the rows.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Its tokenizer.
         ref_model (`str` or [`~transformers.PreTrainedModel`], *optional*): The student that sampled the rollouts.
-        options ([`ScoringOptions`]): How they score.
+        options ([`ScoringOptions`]): Options of the scoring.
     """
 
     teacher: str | PreTrainedModel | Teacher
@@ -182,26 +184,26 @@ class _Scorer:
 
     @property
     def ref_kwargs(self) -> dict[str, Any]:
-        """What the reference model is loaded with: the revision is that of the teacher's repository."""
+        """Returns the loading arguments of the reference model: without the revision, which is the teacher's."""
         return {name: value for name, value in self.options.init_kwargs.items() if name != "revision"}
 
     @cached_property
     def local_teacher(self) -> LocalTeacher:
-        """The teacher in this process."""
+        """Loads the teacher in this process."""
         return self._load(self.teacher, self.options.init_kwargs)
 
     @cached_property
     def reference(self) -> LocalTeacher:
-        """The reference model in this process."""
+        """Loads the reference model in this process."""
         return self._load(self.ref_model, self.ref_kwargs)
 
     def _load(self, model: str | PreTrainedModel, init_kwargs: dict[str, Any]) -> LocalTeacher:
-        # A vocabulary that is padded has ids that are no token; the student's may be padded less.
+        # Ids in the padding of the vocabulary are not tokens, and the student's vocabulary may have less padding.
         num_tokens = vocab_limits(self.tokenizer)[0]
         return LocalTeacher(load_model(model, own_device(processes(), init_kwargs)), self.max_batch_tokens, num_tokens)
 
     def check_lengths(self, tokens: np.ndarray) -> None:
-        """Holds the lengths of rows, `(rows,)`, against what the models read."""
+        """Checks that the models can read rows of these lengths, `(rows,)`."""
         if not self.is_served:
             check_positions(tokens, positions_of(self.teacher, **hub_kwargs(self.options.init_kwargs)), "the teacher")
         if self.ref_model is not None:
@@ -209,22 +211,22 @@ class _Scorer:
             check_positions(tokens, positions, "the reference model")
 
     def settle_budget(self, output_dir: str | Path | None) -> None:
-        """Decides how many tokens a forward pass takes, which decides the last bits of scores: a run that continues
-        takes as many as the run before."""
+        """Determines the number of tokens in a forward pass. As it influences the last bits of scores, a resumed run
+        uses the same number as before."""
         if self.max_batch_tokens is not None or self.is_served:
             return
         state = processes()
-        known = on_main_process(state, lambda: read_pins(output_dir).get("max_batch_tokens") if output_dir else None)
-        # Nothing is loaded to learn what there is nothing to measure for.
+        pinned = on_main_process(state, lambda: read_pins(output_dir).get("max_batch_tokens") if output_dir else None)
+        # Without CUDA the default is used, so a teacher that is not loaded yet need not be loaded for a measurement.
         measures = not isinstance(self.teacher, str) or torch.cuda.is_available()
-        self.max_batch_tokens = known or (
+        self.max_batch_tokens = pinned or (
             on_main_process(state, lambda: self.local_teacher.find_budget()) if measures else DEFAULT_BUDGET
         )
 
     def score(self, rows: Dataset, first_row: int, advance: Callable[[int], object]) -> Dataset:
-        """The rows with the columns that scoring adds; `first_row` is that of the whole table, for errors."""
+        """Adds the scores to rows. `first_row` is the index of the first one in the whole table, for errors."""
         ref = None
-        # The student first: if it cannot be scored, that shows before the teacher's time is spent.
+        # The reference model scores first, so that its errors show before the teacher scores.
         if self.ref_model is not None:
             ref = _score(self.reference, rows, first_row, 0)
         teacher = self.teacher if self.is_served else self.local_teacher
@@ -233,7 +235,7 @@ class _Scorer:
 
 
 def _pins(dataset: Dataset, scorer: _Scorer) -> dict[str, Any]:
-    """All that the scores depend on."""
+    """Returns everything that the scores depend on, which must be the same in a resumed run."""
     state, student_id = processes(), None
     if scorer.ref_model is not None:
         kwargs = hub_kwargs(scorer.ref_kwargs)
@@ -250,9 +252,9 @@ def _pins(dataset: Dataset, scorer: _Scorer) -> dict[str, Any]:
 
 
 def _recorded(dataset: Dataset, table: Dataset, teacher: dict[str, Any], output_dir: str | Path | None) -> Dataset:
-    """The table, validated, with the record of its teacher and of the students in that of the rollouts."""
+    """Validates the table, and adds a record of its teacher and of the students in the record of the rollouts."""
     state, columns = processes(), digest_columns(table.column_names)
-    # Scores of -inf are the trainer's to accept or refuse; any floor lets them pass here.
+    # Scores of -inf are accepted here with any floor, because the trainer decides on them.
     floored, digest = on_main_process(
         state, lambda: (validate_table(table, teacher_logprob_floor=-1.0).floored, rows_digest(table, columns))
     )
@@ -281,7 +283,7 @@ def _recorded(dataset: Dataset, table: Dataset, teacher: dict[str, Any], output_
 def _score(
     teacher: Teacher, rows: Dataset, first_row: int, top_k: int, advance: Callable[[int], object] = lambda tokens: None
 ) -> list[Scores]:
-    """Scores of each row; errors name the row of the whole table."""
+    """Scores each row. Errors name the row of the whole table."""
     values = TableRows(rows.select_columns(["prompt_ids", "completion_ids"])).__getitems__(list(range(len(rows))))
     sequences = [np.concatenate([row["prompt_ids"], row["completion_ids"]]) for row in values]
     try:
@@ -297,7 +299,7 @@ def _score(
 def _with_scores(
     rows: Dataset, teacher_id: str, top_k: int, teacher: list[Scores], ref: list[Scores] | None
 ) -> Dataset:
-    """The rows with the columns that scoring adds."""
+    """Adds the columns of the scores to the rows."""
     offsets = np.cumsum([0] + [len(scores.logprobs) for scores in teacher]).astype(np.int32)
     columns = {
         "teacher_logprobs": _lists(offsets, pa.array(np.concatenate([scores.logprobs for scores in teacher]))),
@@ -317,13 +319,13 @@ def _with_scores(
 def _entry_of_served(
     teacher: Teacher, dataset: Dataset, fingerprint: TeacherFingerprint | None, card: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """The entry of a served teacher: the one whose probes it answers, or what it is declared to be."""
+    """Returns the entry of a served teacher: that of the card, if it answers the probes, or of the declared model."""
     probed = None
     if hasattr(teacher, "self_test"):
-        # The longest row, which it has to score in any case.
+        # Use the longest row, which the server must be able to score.
         row = dataset[int(np.add(*lengths(dataset)).argmax())]
         ids = [*row["prompt_ids"], *row["completion_ids"]][:64]
-        # The test takes four tokens or more; every row has two.
+        # The test needs at least four tokens, and a row may have only two.
         probed = teacher.self_test(card, ids if len(ids) >= 4 else ids * 2)
     if probed is not None:
         return entry(probed)
@@ -338,54 +340,63 @@ def _entry_of_served(
 
 def _same_tokens_as(dataset: Dataset, scorer: _Scorer) -> list[str]:
     """
-    The tokenizers, other than the teacher's own, that the rows were sampled with and that mean the same by every id
-    in them: the parts of their fingerprints. The student's tokenizer settles it where it can be found, else the text
-    of the rows.
+    Compares the tokenizers that the rows were sampled with to the teacher's, on the ids in the rows. It uses the
+    student's tokenizer if it is available, otherwise the text of the rows.
+
+    Returns:
+        `list[str]`: Tokenizers, other than the teacher's, in which every id stands for the same token, given by the
+        tokenizer part of fingerprints.
 
     Raises:
-        TableError: if an id means something else.
+        TableError: If an id stands for another token.
     """
     teacher_id, tokenizer = scorer.teacher_id, scorer.tokenizer
-    samplers = [id for id in column_counts(dataset, "student_fingerprint") if id and is_id(id)]
-    others = {tokenizer_part(id) for id in samplers} - {tokenizer_part(teacher_id)}
+    samplers = [value for value in column_counts(dataset, "student_fingerprint") if value and is_id(value)]
+    others = {tokenizer_part(sampler) for sampler in samplers} - {tokenizer_part(teacher_id)}
     if not others:
         return []
     students = record_of(dataset).get("students") or []
-    known = {tokenizer_part(entry["id"]): of_entry[0] for entry in students if (of_entry := tokenizer_of(entry))}
+    available = {tokenizer_part(entry["id"]): result[0] for entry in students if (result := tokenizer_of(entry))}
     if scorer.ref_model is not None:
-        of_ref = load_tokenizer(scorer.ref_model, **hub_kwargs(scorer.ref_kwargs))
-        known[tokenizer_digest(of_ref)[:8]] = of_ref
+        ref_tokenizer = load_tokenizer(scorer.ref_model, **hub_kwargs(scorer.ref_kwargs))
+        available[tokenizer_digest(ref_tokenizer)[:8]] = ref_tokenizer
     refusal = (
         "Score with the teacher that shares the student's tokenizer. (Added tokens that no row holds, special roles "
         "and a padded vocabulary may differ.)"
     )
-    settled, ids = set(), None
-    for part in others & known.keys() if tokenizer is not None else ():
+    compared, ids = set(), None
+    for part in others & available.keys() if tokenizer is not None else ():
         ids = distinct_ids(dataset) if ids is None else ids
-        if differences := different_tokens(known[part], tokenizer, ids):
+        if differences := different_tokens(available[part], tokenizer, ids):
             raise TableError(
                 "The rows were sampled with another tokenizer than the teacher's: "
                 f"{say(differences, 'the student', 'the teacher')}. {refusal}"
             )
-        settled.add(part)
-    left = others - settled
-    if left and tokenizer is not None and "completion" in dataset.column_names:
+        compared.add(part)
+    unknown = others - compared
+    if unknown and tokenizer is not None and "completion" in dataset.column_names:
         if contradiction := contradicting_text(dataset, tokenizer):
             raise TableError(
                 f"The rows were sampled with another tokenizer than the teacher's: {contradiction}. {refusal}"
             )
-        settled, left = others, set()
-    if left:
+        compared, unknown = others, set()
+    if unknown:
         logger.warning(
-            f"The rows were sampled with another tokenizer ({', '.join(sorted(left))}) than that of the teacher "
+            f"The rows were sampled with another tokenizer ({', '.join(sorted(unknown))}) than that of the teacher "
             f"{teacher_id}, and nothing tells whether their ids mean the same: neither the student's tokenizer nor "
-            "the text of the rows is there. Training counts that as declared. Pass the student as `ref_model`, or "
+            "the text of the rows is available. Training treats that as declared. Pass the student as `ref_model`, or "
             "keep the column `completion`."
         )
-    return sorted(settled)
+    return sorted(compared)
 
 
 def check_rollouts(dataset: Dataset, added: list[str]) -> None:
+    """
+    Checks that rollouts can be scored, and that they do not have the `added` columns already.
+
+    Raises:
+        TableError: If they cannot be scored; the message names the row and column.
+    """
     refuse_no_dataset(dataset, "dataset")
     missing = [name for name in ("prompt_ids", "completion_ids") if name not in dataset.column_names]
     if missing:
@@ -393,7 +404,7 @@ def check_rollouts(dataset: Dataset, added: list[str]) -> None:
     if "ref_logprobs" in added and "ref_logprobs" in dataset.column_names:
         raise TableError(
             "The rollouts have `ref_logprobs` already, as `collect_rollouts` gives them. Leave `ref_model` out, or "
-            'compute them anew: `dataset.remove_columns("ref_logprobs")`.'
+            'remove them to compute them again: `dataset.remove_columns("ref_logprobs")`.'
         )
     if present := [name for name in added if name in dataset.column_names]:
         raise TableError(
@@ -414,8 +425,8 @@ def check_rollouts(dataset: Dataset, added: list[str]) -> None:
             sizes = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
             if (sizes == 0).any():
                 row = int((sizes == 0).argmax())
-                what = "empty" if column[row].is_valid else "null"
-                raise TableError(f"Row {first + row}, column {name!r} is {what}. Drop the row.")
+                problem = "empty" if column[row].is_valid else "null"
+                raise TableError(f"Row {first + row}, column {name!r} is {problem}. Drop the row.")
             if (ids := column.flatten()).null_count:
                 at = ids.is_null().to_numpy(zero_copy_only=False).argmax()
                 row = int(np.searchsorted(sizes.cumsum(), at, side="right"))
@@ -425,7 +436,7 @@ def check_rollouts(dataset: Dataset, added: list[str]) -> None:
 
 
 def _check_entries(dataset: Dataset) -> None:
-    """Raises a `TableError`, before the scoring and not after it, if a column has not one entry a completion token."""
+    """Raises `TableError`, before the scoring, if a per-token column does not have one entry per completion token."""
     names, first = [name for name in ("completion_mask", "ref_logprobs") if name in dataset.column_names], 0
     for batch in dataset.select_columns(["completion_ids", *names]).with_format("arrow").iter(1000):
         sizes = {}
@@ -439,7 +450,7 @@ def _check_entries(dataset: Dataset) -> None:
                 row = int(wrong.argmax())
                 raise TableError(
                     f"Row {first + row}, column {name!r} has {sizes[name][row]} entries for the "
-                    f"{sizes['completion_ids'][row]} tokens in 'completion_ids'. Remove the column, or make it anew."
+                    f"{sizes['completion_ids'][row]} tokens in 'completion_ids'. Remove the column, or correct it."
                 )
         first += len(batch)
 

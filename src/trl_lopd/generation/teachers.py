@@ -1,4 +1,4 @@
-"""Teachers: what scores completions. The one in this process is here, those behind a server are in `served`."""
+"""Teachers, which score completions, with transformers in this process. Those for servers are in `servers`."""
 
 from __future__ import annotations
 
@@ -23,20 +23,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A prompt of several completions is read once if that saves this share of the tokens that would be read. Attending to
-# a cached prompt costs something too: measured on a CPU, saving 15 % of the tokens gains nothing, 34 % a sixth of the
-# time.
+# A prompt of several completions is read once if that saves this share of all tokens. Attending to a cached prompt has
+# a cost too: measured on a CPU, saving 15 % of the tokens saves no time, and 34 % saves a sixth of the time.
 _SHARING_PAYS = 0.2
 
 
 class Scores(NamedTuple):
     """
-    What a teacher says of one completion: natural logarithms, at temperature 1 over the full vocabulary.
+    Teacher log-probabilities of one completion: natural logarithms, at temperature 1 over the full vocabulary.
 
     Attributes:
-        logprobs (`(completion,)` float32): Of the tokens of the completion.
+        logprobs (`(completion,)` float32): Log-probabilities of the tokens of the completion.
         topk_ids (`(completion, k)` int32): The most likely tokens at each position, most likely first.
-        topk_logprobs (`(completion, k)` float16): Theirs.
+        topk_logprobs (`(completion, k)` float16): Their log-probabilities.
     """
 
     logprobs: np.ndarray
@@ -45,7 +44,7 @@ class Scores(NamedTuple):
 
 
 class Teacher(Protocol):
-    """Anything that scores completions."""
+    """Protocol of objects that score completions."""
 
     def score(
         self,
@@ -59,8 +58,9 @@ class Teacher(Protocol):
 
         Args:
             sequences (`list` of `(prompt + completion,)` int arrays): Token ids.
-            completion_lengths (`list[int]`): How many tokens at the end of each are scored; at least one is not.
-            top_k (`int`): Also the most likely tokens at each position; `0` for none.
+            completion_lengths (`list[int]`): Number of tokens at the end of each that are scored. At least one token
+                before them is not scored.
+            top_k (`int`): Number of the most likely tokens to return at each position.
             advance (`Callable`, *optional*): Called with numbers of completion tokens as they are scored.
         """
         ...
@@ -68,20 +68,20 @@ class Teacher(Protocol):
 
 class LocalTeacher:
     """
-    A transformers model that scores. Rows of like length are scored together; when memory runs out, fewer of them.
+    Teacher with a transformers model. Rows of similar length are scored together; if memory runs out, fewer of them.
 
-    With flash attention, rows are concatenated and nothing is padded. A prompt of several completions is read once
-    where that saves enough of the work, and its keys and values are kept for all of them. Before the first row, each
-    of these ways is tried on a few short ones: one that does not give the model's own log-probabilities is not used,
-    and a warning says so.
+    With flash attention, rows are concatenated without padding. A prompt of several completions is read once if that
+    saves enough tokens, and its keys and values are kept for all of them. Before the first row, each of these methods
+    is tested on a few short rows. One that does not compute the model's own log-probabilities is not used, with a
+    warning.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): The model, on whatever devices, quantized or not.
-        max_batch_tokens (`int`, *optional*): Tokens of a forward pass, padding and cached prompts included. A longer
-            row is scored alone. Not given, it is as many as fit on CUDA devices, measured at the first call, and
-            16,384 elsewhere.
-        num_tokens (`int`, *optional*): Ids that are tokens, the first ones of a padded vocabulary: the most likely
-            tokens are among them. All of the vocabulary if not given.
+        model ([`~transformers.PreTrainedModel`]): The model, on any devices, quantized or not.
+        max_batch_tokens (`int`, *optional*): Number of tokens in a forward pass, padding and cached prompts included.
+            A longer row is scored alone. If not given, it is as many as fit on CUDA devices, measured at the first
+            call, and 16,384 elsewhere.
+        num_tokens (`int`, *optional*): Number of ids that are tokens, if the vocabulary is padded. The most likely
+            tokens are chosen among these first ids. By default the whole vocabulary.
     """
 
     def __init__(self, model: PreTrainedModel, max_batch_tokens: int | None = None, num_tokens: int | None = None):
@@ -89,7 +89,7 @@ class LocalTeacher:
         self._reading: _Reading | None = None
 
     def find_budget(self) -> int:
-        """`max_batch_tokens`, measured if it was not given."""
+        """Returns `max_batch_tokens`, which is measured if it was not given."""
         self.max_batch_tokens = self.max_batch_tokens or _measured_budget(self.model)
         return self.max_batch_tokens
 
@@ -101,12 +101,12 @@ class LocalTeacher:
         advance: Callable[[int], object] = lambda tokens: None,
     ) -> list[Scores]:
         """
-        See [`Teacher`].
+        Scores the last tokens of each sequence, see [`Teacher`].
 
         Raises:
-            RowError: for a sequence with ids outside the vocabulary, or that the model answers with NaN.
-            ValueError: if `top_k` is more than the vocabulary, or if the model is not causal.
-            OutOfMemoryError: if a single row does not fit.
+            RowError: If a sequence has ids outside the vocabulary, or its log-probabilities are NaN.
+            ValueError: If `top_k` is more than the vocabulary, or the model is not causal.
+            OutOfMemoryError: If a single row does not fit.
         """
         vocab = self.model.config.get_text_config().vocab_size
         if top_k > (tokens := min(vocab, self.num_tokens or vocab)):
@@ -120,15 +120,15 @@ class LocalTeacher:
                     row,
                 )
         results: list[Scores | None] = [None] * len(sequences)
-        # Frozen parts of a model that trains may be in eval mode: what is put back is each module's own.
+        # Restore the mode of each module, because frozen parts of a model in training may be in evaluation mode.
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
             self.find_budget()
             self._reading = self._reading or _find_reading(self.model)
-            todo = self._plan(np.arange(len(sequences)), sequences, completion_lengths)
-            while todo:
-                rows, shared = todo.pop()
+            batches = self._plan(np.arange(len(sequences)), sequences, completion_lengths)
+            while batches:
+                rows, shared = batches.pop()
                 ran_out = False
                 try:
                     for done, scores in self._passes(rows, shared, sequences, completion_lengths, top_k):
@@ -144,20 +144,20 @@ class LocalTeacher:
                     if len(rows) == 1:
                         raise
                     ran_out = True
-                # Not in the handler: the exception holds the frames whose tensors are to be freed.
+                # This is outside the handler, where the exception would keep the tensors in its frames alive.
                 if ran_out:
                     torch.cuda.empty_cache()
                     self.max_batch_tokens = max(1, self.max_batch_tokens // 2)
                     logger.warning(f"Out of memory: from here on {self.max_batch_tokens} tokens are scored at a time.")
-                    left = np.array([row for row, result in enumerate(results) if result is None])
-                    todo = self._plan(left, sequences, completion_lengths)
+                    remaining = np.array([row for row, result in enumerate(results) if result is None])
+                    batches = self._plan(remaining, sequences, completion_lengths)
         finally:
             for module in training:
                 module.training = True
         return results
 
     def _plan(self, rows: np.ndarray, sequences: list[np.ndarray], counts: list[int]) -> list[tuple[np.ndarray, bool]]:
-        """Rows to score together, and whether they share prompts; the last of the list is to go first."""
+        """Returns batches of rows to score together, and whether they share prompts, in reverse order."""
         row_lengths = np.array([len(sequences[row]) for row in rows])
         if not self._reading.together:
             return [(rows[[row]], False) for row in range(len(rows))][::-1]
@@ -171,9 +171,9 @@ class LocalTeacher:
             longest = np.zeros_like(first)
             np.maximum.at(longest, group, row_lengths)
             pays = (size - 1) * prompt_lengths[first] >= _SHARING_PAYS * tokens
-            # A row longer than the budget is scored alone, with nothing cached beside it.
+            # A row longer than the budget is scored alone, without a cache.
             sharing = np.flatnonzero(pays & (longest <= self.max_batch_tokens))
-            # Half of the tokens are for prompts, which stay in memory until all of their completions are scored.
+            # Use half of the tokens for prompts, which stay in memory until all of their completions are scored.
             for batch in batches_of_like_length(prompt_lengths[first[sharing]], self.max_batch_tokens // 2):
                 members = np.isin(group, sharing[batch])
                 shared |= members
@@ -184,14 +184,15 @@ class LocalTeacher:
             budget = min(budget, _MOST_LOGITS // self.model.config.get_text_config().vocab_size)
         batches = batches_of_like_length(row_lengths[others], budget, _packs(_unwrapped(self.model)))
         plan += [(rows[others[batch]], False) for batch in batches]
-        # Shortest first, after the others: a stretch stays until a longer row comes, or one that needs none.
+        # Shortest first, after all others. A model keeps stretched rotations until it reads a longer row, or one that
+        # does not need them.
         plan += [(rows[[row]], False) for row in np.argsort(row_lengths, kind="stable") if stretched[row]]
         return plan[::-1]
 
     def _passes(
         self, rows: np.ndarray, shared: bool, sequences: list[np.ndarray], counts: list[int], top_k: int
     ) -> Iterator[tuple[np.ndarray, list[Scores]]]:
-        """Rows as they are scored, and their scores, a forward pass at a time."""
+        """Yields the rows of each forward pass and their scores."""
         sequences, counts = [sequences[row] for row in rows], [counts[row] for row in rows]
         if not shared:
             yield rows, _score_batch(self.model, sequences, counts, top_k, self._reading.from_hidden, self.num_tokens)
@@ -214,7 +215,7 @@ class RowError(OfflineOPDError, ValueError):
     A sequence that cannot be scored.
 
     Attributes:
-        row (`int`): Its position in the call of `score`.
+        row (`int`): Its index in the call of `score`.
     """
 
     def __init__(self, message: str, row: int):
@@ -224,8 +225,8 @@ class RowError(OfflineOPDError, ValueError):
 
 def batches_of_like_length(row_lengths: np.ndarray, max_tokens: int, packed: bool = False) -> Iterator[np.ndarray]:
     """
-    Rows of like length, longest first so that memory runs out at once or never; their size within `max_tokens`: that
-    of the padded rows, or, `packed`, of all of their tokens.
+    Yields batches of rows of similar length, longest first, so that memory runs out in the first batch or never. A
+    batch has at most `max_tokens` tokens, with padding, or without it if `packed`; a longer row is a batch by itself.
     """
     order = np.argsort(-row_lengths, kind="stable")
     ends = np.cumsum(row_lengths[order])
@@ -241,67 +242,68 @@ def batches_of_like_length(row_lengths: np.ndarray, max_tokens: int, packed: boo
 
 
 def _groups(prompts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of prompts: where each distinct one first is, `(groups,)`; which of them each is, `(prompts,)`; how many of each
-    there are, `(groups,)`."""
+    """Groups equal prompts. Returns the index of the first prompt of each group `(groups,)`, the group of each prompt
+    `(prompts,)`, and the size of each group `(groups,)`."""
     seen: dict[bytes, int] = {}
     group = np.array([seen.setdefault(prompt.astype(np.int64).tobytes(), len(seen)) for prompt in prompts], dtype=int)
     first = np.unique(group, return_index=True)[1]
     return first, group, np.bincount(group)
 
 
-# ---- What an architecture allows ----
+# ---- Architectures ----
 
 
 def _unwrapped(model: PreTrainedModel) -> PreTrainedModel:
-    """Adapters live in the layers of the model that PEFT wraps."""
+    """Returns the model that PEFT wraps, which has the adapters in its layers."""
     return model.get_base_model() if is_peft_model(model) else model
 
 
 def only_attends(model: PreTrainedModel) -> bool:
-    """Whether a sequence may be given otherwise than as one row from position 0: packed, or after a cached prompt."""
+    """Returns whether a sequence can be packed, or read after a cached prompt, instead of as a row from position 0."""
     config = model.config
     return (
-        # Positions and sequence boundaries reach the attention function, as keyword arguments of the forward.
+        # Positions and sequence boundaries must reach the attention function, as keyword arguments of the forward.
         model._supports_attention_backend
-        # State-space, linear-attention and convolution layers read across the boundaries that attention observes.
-        # Most architectures with such layers say so; the others name their layers.
+        # State-space, linear-attention and convolution layers ignore the boundaries between sequences. Most
+        # architectures with such layers set `_is_stateful`; the others list them in `layer_types`.
         and not model._is_stateful
         and set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
-        # Layers whose cache is not one of their own keys and values, or whose windows are not counted from the token.
+        # Some layers use the keys and values of another layer, or windows at fixed positions (chunks).
         and not any(
             getattr(config, n, None) for n in ("kv_sharing_modes", "num_kv_shared_layers", "attention_chunk_size")
         )
-        # Positions of a multimodal model are not those of its tokens.
+        # The positions of a multimodal model are not those of its tokens.
         and config.get_text_config() is config
-        # Rotations would differ between a prompt and what follows it.
+        # With rotations that depend on the length, those of a prompt and its completions would differ.
         and _stretches_from(model) == math.inf
     )
 
 
 def _stretches_from(model: PreTrainedModel) -> float:
-    """The length from which the longest row of a batch decides the rotary embeddings of all of them; such rows are
-    read alone. Infinite for most models."""
+    """Returns the length from which the longest row of a batch changes the rotary embeddings of all rows. Such rows
+    are read alone. It is infinite for most models."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {of.get("rope_type"): of for of in [rope, *rope.values()] if isinstance(of, dict)}
+    kinds = {entry.get("rope_type"): entry for entry in [rope, *rope.values()] if isinstance(entry, dict)}
     if "longrope" in kinds:
         return kinds["longrope"].get("original_max_position_embeddings") or config.max_position_embeddings
     return config.max_position_embeddings if "dynamic" in kinds else math.inf
 
 
 def _packs(model: PreTrainedModel) -> bool:
-    """Whether sequences are concatenated: other attention implementations would build a quadratic mask for them."""
+    """Returns whether sequences are concatenated. Attention implementations other than flash attention would need a
+    mask of tokens x tokens for that."""
     return is_flash_attention_requested(model.config) and only_attends(model)
 
 
 class _Reading(NamedTuple):
     """
-    How to read a model so that what comes out are its own log-probabilities.
+    Methods that compute a model's own log-probabilities.
 
     Attributes:
-        from_hidden (`bool`): From hidden states and the LM head; otherwise from the model's own logits.
-        together (`bool`): Several rows in one forward pass.
-        shares_prompts (`bool`): A prompt once for all its completions.
+        from_hidden (`bool`): Whether to compute logits from hidden states and the LM head, instead of with the model.
+        together (`bool`): Whether to read several rows in one forward pass.
+        shares_prompts (`bool`): Whether to read a prompt once for all its completions.
     """
 
     from_hidden: bool
@@ -309,26 +311,26 @@ class _Reading(NamedTuple):
     shares_prompts: bool
 
 
-# Of the model's own logits that exist together: 1 GiB in float32.
+# Maximum number of the model's own logits in memory: 1 GiB in float32.
 _MOST_LOGITS = 2**28
 
 
 def _find_reading(model: PreTrainedModel) -> _Reading:
-    """The fastest way to read a model that was right on a few short rows."""
+    """Returns the fastest methods that compute the model's own log-probabilities on a few short rows."""
     rows = trial_rows(model.config)
     device = model.get_input_embeddings().weight.device
-    own = [own_logprobs(model, row, device) for row in rows]
+    expected = [own_logprobs(model, row, device) for row in rows]
     name = type(_unwrapped(model)).__name__
-    if ahead := reads_ahead(model, rows[0], own[0], device):
+    if ahead := reads_ahead(model, rows[0], expected[0], device):
         raise ValueError(not_causal(name, ahead))
     sequences, counts = [row.ids for row in rows], [row.completion_length for row in rows]
 
     def problem(score: Callable[[], list[Scores]]) -> str | None:
         try:
-            return difference([scores.logprobs for scores in score()], own)
+            return difference([scores.logprobs for scores in score()], expected)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # architectures fail in their own ways where they lack what we build on
+        except Exception as error:  # an architecture without the attributes that scoring needs can raise anything
             return f"{type(error).__name__}: {error}"
 
     def alone(from_hidden: bool) -> list[Scores]:
@@ -344,40 +346,46 @@ def _find_reading(model: PreTrainedModel) -> _Reading:
         completions = [sequence[-count:] for sequence, count in zip(sequences, counts, strict=True)]
         return _score_completions(model, prefix, group, completions, 0)
 
-    from_hidden, why = True, problem(lambda: _score_batch(model, sequences, counts, 0))
-    if why and (of_head := problem(lambda: alone(True))):
+    from_hidden, batch_problem = True, problem(lambda: _score_batch(model, sequences, counts, 0))
+    if batch_problem and (head_problem := problem(lambda: alone(True))):
         logger.warning(
             f"`{name}` is scored from its own logits, which takes more time and memory: log-probabilities rebuilt "
-            f"from its hidden states are not its own ({of_head})."
+            f"from its hidden states are not its own ({head_problem})."
         )
-        from_hidden, why = False, problem(lambda: _score_batch(model, sequences, counts, 0, from_hidden=False))
-    if why:
-        if not from_hidden and (still := problem(lambda: alone(False))):
-            raise ValueError(f"The log-probabilities of `{name}` depend on more than the row it reads: {still}.")
-        logger.warning(f"`{name}` is scored a row at a time: other rows in a batch change its scores ({why}).")
-    shares = not why and from_hidden and only_attends(_unwrapped(model))
-    if shares and (apart := problem(shared)):
-        logger.warning(f"Prompts of several completions are read anew for each: `{name}` changes otherwise ({apart}).")
+        from_hidden = False
+        batch_problem = problem(lambda: _score_batch(model, sequences, counts, 0, from_hidden=False))
+    if batch_problem:
+        if not from_hidden and (row_problem := problem(lambda: alone(False))):
+            raise ValueError(f"The log-probabilities of `{name}` depend on more than the row it reads: {row_problem}.")
+        logger.warning(
+            f"`{name}` is scored a row at a time: other rows in a batch change its scores ({batch_problem})."
+        )
+    shares = not batch_problem and from_hidden and only_attends(_unwrapped(model))
+    if shares and (cache_problem := problem(shared)):
+        logger.warning(
+            "Prompts of several completions are read again for each of them, because sharing them changes the "
+            f"log-probabilities of `{name}` ({cache_problem})."
+        )
         shares = False
-    return _Reading(from_hidden, not why, shares)
+    return _Reading(from_hidden, not batch_problem, shares)
 
 
-# ---- How many tokens fit ----
+# ---- Tokens in a forward pass ----
 
-DEFAULT_BUDGET = 16384  # tokens of a forward pass, where free memory cannot be asked for
-_MOST_TOKENS = 65536  # of a forward pass: beyond that, more of them are no faster
-_PROBE_TOKENS = 2048
+DEFAULT_BUDGET = 16384  # on devices whose free memory is not known
+_MOST_TOKENS = 65536  # more tokens are no faster
+_PROBE_TOKENS = 2048  # for the measurement of memory
 
 
 def _fitting_tokens(used: int, tokens: int, free: int) -> int:
-    """How many tokens fit in 70 % of `free` bytes if `tokens` of them took `used` bytes, as a power of two."""
+    """Returns how many tokens, a power of two, fit in 70 % of `free` bytes if `tokens` of them took `used` bytes."""
     fitting = max(1, int(0.7 * free * tokens / max(1, used)))
     return min(_MOST_TOKENS, 2 ** (fitting.bit_length() - 1))
 
 
 @torch.inference_mode()
 def _measured_budget(model: PreTrainedModel) -> int:
-    """Tokens of a forward pass that fit beside the model, on the tightest of its CUDA devices."""
+    """Returns how many tokens of a forward pass fit into the remaining memory of each of the model's CUDA devices."""
     model = _unwrapped(model)
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     if not devices:
@@ -389,7 +397,7 @@ def _measured_budget(model: PreTrainedModel) -> int:
         before[device] = torch.cuda.memory_allocated(device)
     input_ids = torch.zeros(1, tokens, dtype=torch.long, device=model.get_input_embeddings().weight.device)
     try:
-        # With the cache that sharing prompts needs.
+        # Include the cache that is needed to share prompts.
         backbone(model)(input_ids=input_ids, use_cache=only_attends(model))
     except torch.OutOfMemoryError:
         return max(1, tokens // 2)
@@ -414,23 +422,23 @@ def _score_batch(
     from_hidden: bool = True,
     num_tokens: int | None = None,
 ) -> list[Scores]:
-    """Scores of the last tokens of each sequence, all read in one forward pass."""
+    """Scores the last tokens of each sequence in one forward pass."""
     inputs, ends = _inputs(_unwrapped(model), sequences)
-    # A token is predicted at the position before it.
+    # A token is predicted at the preceding position.
     places = np.concatenate([np.arange(end - count, end) - 1 for end, count in zip(ends, counts, strict=True)])
     completions = [sequence[len(sequence) - count :] for sequence, count in zip(sequences, counts, strict=True)]
     if from_hidden:
         model = _unwrapped(model)
         hidden = backbone(model)(**inputs, use_cache=False).last_hidden_state
         return _scores_at(model, hidden.flatten(0, 1)[_to(hidden.device, places)], completions, top_k, num_tokens)
-    # Prompt tuning puts virtual tokens before the rows.
+    # Prompt tuning puts virtual tokens before the rows, so positions are counted from the end.
     logits = model(**inputs).logits[:, -inputs["input_ids"].shape[1] :].flatten(0, 1)
     ids = _to(logits.device, np.concatenate(completions))
     return _split(score_logits(logits[_to(logits.device, places)], ids, top_k, num_tokens), completions)
 
 
 def _inputs(model: PreTrainedModel, sequences: list[np.ndarray]) -> tuple[dict[str, Any], np.ndarray]:
-    """What the model is given to read sequences, and where each ends in the flattened batch."""
+    """Returns the inputs of the model for sequences, and the end of each sequence in the flattened batch."""
     device = model.get_input_embeddings().weight.device
     lengths = np.array([len(sequence) for sequence in sequences])
     if not _packs(model):
@@ -451,12 +459,12 @@ def _inputs(model: PreTrainedModel, sequences: list[np.ndarray]) -> tuple[dict[s
 
 class _Prefix(NamedTuple):
     """
-    Prompts that have been read, padded on the left: windows are counted from where the completions begin.
+    Prompts that have been read. They are padded on the left, because sliding windows reach back from the completions.
 
     Attributes:
         cache (`DynamicCache`): Their keys and values.
-        attention_mask (`(prompts, width)` int64).
-        last_hidden (`(prompts, hidden)`): What the model makes of the last token of each.
+        attention_mask (`(prompts, width)` int64): Attention mask of the prompts.
+        last_hidden (`(prompts, hidden)`): Hidden state of the last token of each prompt.
     """
 
     cache: DynamicCache
@@ -466,6 +474,7 @@ class _Prefix(NamedTuple):
 
 @torch.inference_mode()
 def _read_prompts(model: PreTrainedModel, prompts: list[np.ndarray]) -> _Prefix:
+    """Reads prompts in one forward pass, and keeps their keys and values."""
     model = _unwrapped(model)
     device = model.get_input_embeddings().weight.device
     input_ids, attention_mask = _padded(prompts, left=True)
@@ -476,7 +485,7 @@ def _read_prompts(model: PreTrainedModel, prompts: list[np.ndarray]) -> _Prefix:
         past_key_values=DynamicCache(config=model.config),
         use_cache=True,
     )
-    # A copy, or all positions of the prompts would stay in memory with the last.
+    # Clone the last hidden states, because a view would keep those of all positions in memory.
     return _Prefix(output.past_key_values, attention_mask, output.last_hidden_state[:, -1].clone())
 
 
@@ -489,11 +498,11 @@ def _score_completions(
     top_k: int,
     num_tokens: int | None = None,
 ) -> list[Scores]:
-    """Scores of completions, each of the prompt `prompt_of` it, in one forward pass."""
+    """Scores completions in one forward pass; `prompt_of` has the index of the prompt of each."""
     model = _unwrapped(model)
     device = model.get_input_embeddings().weight.device
     hidden = prefix.last_hidden[_to(prefix.last_hidden.device, prompt_of)].unsqueeze(1)
-    # The last token of a completion is only predicted, and its first by the prompt.
+    # The last token of a completion is not an input, and the first one is predicted by the prompt.
     input_ids, attention_mask = _padded([completion[:-1] for completion in completions])
     width = input_ids.shape[1]
     if width:
@@ -501,14 +510,14 @@ def _score_completions(
         cache.layers = [copy.copy(layer) for layer in cache.layers]
         cache.batch_select_indices(torch.from_numpy(prompt_of))
         prompt_mask = prefix.attention_mask[prompt_of]
-        read = backbone(model)(
+        completion_hidden = backbone(model)(
             input_ids=_to(device, input_ids),
             attention_mask=_to(device, np.concatenate([prompt_mask, attention_mask], axis=1)),
             position_ids=_to(device, prompt_mask.sum(1, keepdims=True) + np.arange(width)),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        hidden = torch.cat([hidden.to(read.device), read], dim=1)
+        hidden = torch.cat([hidden.to(completion_hidden.device), completion_hidden], dim=1)
     starts = np.arange(len(completions)) * (width + 1)
     places = np.concatenate([start + np.arange(len(c)) for start, c in zip(starts, completions, strict=True)])
     return _scores_at(model, hidden.flatten(0, 1)[_to(hidden.device, places)], completions, top_k, num_tokens)
@@ -521,7 +530,7 @@ def _scores_at(
     top_k: int,
     num_tokens: int | None = None,
 ) -> list[Scores]:
-    """Scores of completions whose tokens are predicted from `hidden (tokens, hidden)`, that of scored tokens only."""
+    """Scores completions from `hidden (tokens, hidden)`, the hidden states that predict their tokens."""
     head = model.get_output_embeddings()
     scores = score_tokens(
         hidden.to(head.weight.device),
@@ -536,7 +545,7 @@ def _scores_at(
 
 
 def _split(scores: tuple[torch.Tensor, torch.Tensor, torch.Tensor], completions: list[np.ndarray]) -> list[Scores]:
-    """The scores of each completion, of those of all their tokens."""
+    """Splits the scores of all tokens by completion."""
     logprobs, topk_ids, topk_logprobs = scores
     arrays = [values.cpu().numpy() for values in (logprobs, topk_ids.int(), topk_logprobs.half())]
     splits = [np.split(values, np.cumsum([len(c) for c in completions])[:-1]) for values in arrays]
@@ -544,7 +553,8 @@ def _split(scores: tuple[torch.Tensor, torch.Tensor, torch.Tensor], completions:
 
 
 def _padded(sequences: list[np.ndarray], left: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids, 0 where there are none, and the attention mask: both `(rows, longest)` int64, padded on the right."""
+    """Pads token ids with 0, on the right or with `left` on the left. Returns them and the attention mask, both
+    `(rows, longest)` int64."""
     lengths = np.array([len(sequence) for sequence in sequences])
     width = int(lengths.max())
     starts = width - lengths if left else np.zeros_like(lengths)

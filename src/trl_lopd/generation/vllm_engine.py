@@ -1,4 +1,4 @@
-"""vLLM in this process: a sampler."""
+"""Sampler with vLLM in this process."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .servers import Failure, checked_sample, sampling_parameters
 
 class VLLMEngine:
     """
-    A [`Sampler`]: `vllm.LLM` in this process. It holds the accelerator's memory for as long as it lives.
+    [`Sampler`] with `vllm.LLM` in this process. It holds the accelerator's memory until it is deleted.
 
     Args:
         model (`str`): A local directory or Hub id of a whole model.
-        **llm_kwargs: For `vllm.LLM`, for instance `tensor_parallel_size`, `max_model_len`, `dtype` or `revision`.
+        **llm_kwargs: Arguments of `vllm.LLM`, such as `tensor_parallel_size`, `max_model_len`, `dtype` or `revision`.
 
     Raises:
-        `ImportError`: if vLLM is not installed.
-        `ValueError`: if the model is an adapter, or `logprobs_mode` another than `"raw_logprobs"`, which is how vLLM
-            calls log-probabilities at temperature 1 over the full vocabulary.
+        ImportError: If vLLM is not installed.
+        ValueError: If the model is an adapter, or `logprobs_mode` is not `"raw_logprobs"`, vLLM's name for
+            log-probabilities at temperature 1 over the full vocabulary.
     """
 
     def __init__(self, model: str, **llm_kwargs: Any):
@@ -59,21 +59,21 @@ class VLLMEngine:
         advance: Callable[[int], object] = lambda tokens: None,
     ) -> list[Sample]:
         """
-        Answers each prompt once: see [`Sampler`]. vLLM gets all prompts at once and schedules them by itself;
-        `advance` is called when all are answered. The model's generation config has no say, its end-of-sequence tokens
-        included.
+        Answers each prompt once, see [`Sampler`]. vLLM gets all prompts at once and schedules them itself; `advance`
+        is called when all are answered. The model's generation config, with its end-of-sequence tokens, is not used.
 
         Raises:
-            `RuntimeError`: if an answer is wrong: without a log-probability, given up, cut before
-                `max_completion_length` because the context is full, or ended by a token that ends none.
-            `ValueError`: if a prompt is empty, or, by vLLM, if it is longer than the context.
+            RuntimeError: If an answer is wrong: it lacks a log-probability, was aborted, was truncated before
+                `max_completion_length` because the context is full, or ends with a token that is not an
+                end-of-sequence token.
+            ValueError: If a prompt is empty, or longer than the context (raised by vLLM).
         """
         for row, prompt in enumerate(prompts):
             if len(prompt) == 0:
                 raise ValueError(f"Prompt {row} is empty: the first answer token would have no context.")
         if not prompts:
             return []
-        # With 0 of the most likely tokens, vLLM returns the log-probability of the sampled one only.
+        # With `logprobs=0`, vLLM returns the log-probability of the sampled token only.
         parameters = [
             self._parameters(**sampling_parameters(sampling, first + row), logprobs=0) for row in range(len(prompts))
         ]
@@ -83,7 +83,8 @@ class VLLMEngine:
         for number, request in enumerate(outputs, first):
             (answer,) = request.outputs
             ids = list(answer.token_ids)
-            logprobs = [position[id].logprob for id, position in zip(ids, answer.logprobs or [], strict=False)]
+            positions = zip(ids, answer.logprobs or [], strict=False)
+            logprobs = [position[token_id].logprob for token_id, position in positions]
             try:
                 sample = checked_sample(ids, logprobs, answer.finish_reason, answer.stop_reason, sampling)
             except Failure as failure:

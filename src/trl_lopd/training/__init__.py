@@ -1,1 +1,1 @@
-"""From a scored table to a trained student: the trainer, its rows, its objective and what watches it."""
+"""Training of a student on a scored table: the trainer, its rows, its objective and its monitoring."""

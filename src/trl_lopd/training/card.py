@@ -1,4 +1,4 @@
-"""What a trainer writes beside a checkpoint: its card with the whole lineage, its arguments, which rows trained it."""
+"""Files that a trainer writes beside a checkpoint: the card with the whole lineage, the arguments and row hashes."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class SavedCheckpoint:
     The last weights that a trainer saved.
 
     Attributes:
-        directory (`str`): Where.
-        step (`int`): After which step.
-        fingerprint ([`TeacherFingerprint`], *optional*): What they are; `None` if they cannot be fingerprinted.
+        directory (`str`): Directory that they are in.
+        step (`int`): Step after which they were saved.
+        fingerprint ([`TeacherFingerprint`], *optional*): Their fingerprint; `None` if it cannot be computed.
     """
 
     directory: str
@@ -48,7 +48,7 @@ class SavedCheckpoint:
 
 
 def describe_round(trainer: Trainer) -> dict[str, Any]:
-    """The training of an [`OfflineOPDTrainer`] as cards keep it: an entry of `opd_rounds`, see [`~identity.cards`]."""
+    """Describes the training of an [`OfflineOPDTrainer`] as an entry of `opd_rounds`, see [`~identity.cards`]."""
     student, check, mode = trainer.student, trainer.rows.trained, trainer.args.teacher_consistency
     if isinstance(trainer.train_dataset, Dataset):
         teachers, verdict = check.teachers, check.verdict
@@ -72,8 +72,10 @@ def describe_round(trainer: Trainer) -> dict[str, Any]:
 def write_card(
     trainer: Trainer, output_dir: str, *, model_name: str | None, dataset_name: str | None, tags: list[str]
 ) -> None:
-    """Writes `README.md` into a directory; see [`OfflineOPDTrainer.create_model_card`]. Callbacks with a method
-    `card_record` add what it returns to the record of the round."""
+    """Writes `README.md` into a directory; see [`OfflineOPDTrainer.create_model_card`].
+
+    If a callback has a method `card_record`, its result is added to the record of the round.
+    """
     base_model = get_config_model_id(trainer.model.config) or "an unnamed model"
     is_local = os.path.isdir(base_model)
     base_model = Path(base_model).name if is_local else base_model
@@ -92,7 +94,7 @@ def write_card(
         paper_id=_PAPER["id"],
     )
     if is_local:
-        # A directory is no Hub id: name it, but neither link it nor list it.
+        # A directory is not a Hub id, so the card names it without a link and without `base_model` metadata.
         card.data.base_model = None
         card.text = card.text.replace(f"[{base_model}](https://huggingface.co/{base_model})", f"`{base_model}`")
     card.save(os.path.join(output_dir, "README.md"))
@@ -101,7 +103,7 @@ def write_card(
     for callback in trainer.callback_handler.callbacks:
         if hasattr(callback, "card_record"):
             record |= callback.card_record()
-    # Weights written there at another step are not those that this card is about.
+    # The fingerprint is only valid for this card if the weights in the directory are those of the current step.
     is_current = saved is not None and (saved.directory, saved.step) == (output_dir, trainer.state.global_step)
     stamp_model_card(
         output_dir,
@@ -113,8 +115,11 @@ def write_card(
 
 
 def write_arguments(trainer: Trainer, output_dir: str) -> None:
-    """Writes the arguments as JSON, for people and for `trl-lopd report`: `training_args.bin` is a pickle. And hashes
-    of the rows that are trained on, which tell whether a report shows others."""
+    """Writes the training arguments as JSON and hashes of the training rows.
+
+    The JSON file is for users and for `trl-lopd report`, because `training_args.bin` is a pickle. With the hashes, a
+    report can show rows that the student was not trained on.
+    """
     if isinstance(trainer.train_dataset, Dataset):
         np.save(Path(output_dir, TRAINED_ROWS), np.unique(row_hashes(trainer.train_dataset)))
     settings = trainer.args.to_dict()
@@ -124,6 +129,6 @@ def write_arguments(trainer: Trainer, output_dir: str) -> None:
 
 
 def _wandb_run() -> Any:
-    """The active one, if there is one."""
+    """Returns the active wandb run, if there is one."""
     wandb = sys.modules.get("wandb")
     return wandb and wandb.run

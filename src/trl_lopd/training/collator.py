@@ -1,4 +1,4 @@
-"""Rows of the table become batch tensors."""
+"""The collator, which makes batch tensors of table rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .packing import best_fit_decreasing
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-# What marks a row of a stream that only fills the last batch.
+# Key that marks a row of a stream that only fills up the last batch.
 FILLER = "is_filler"
 Batch = dict[str, Tensor | list[str | None]]
 
@@ -32,37 +32,37 @@ def _warn_once(message: str) -> None:
 
 
 def padded_length(length: int, multiple: int | None) -> int:
-    """What a row of `length` tokens is padded to if it is the longest of its batch."""
+    """Returns the length that a row of `length` tokens is padded to if it is the longest of its batch."""
     return -(-length // (multiple or 1)) * (multiple or 1)
 
 
 def completion_room(prompt_length: int, max_completion_length: int | None, max_length: int | None) -> int | None:
-    """Completion tokens that fit behind a prompt under both limits; `None` if there is no limit."""
+    """Returns how many completion tokens fit after a prompt under both limits; `None` if there is no limit."""
     rooms = [max_completion_length, None if max_length is None else max_length - prompt_length]
     return min((room for room in rooms if room is not None), default=None)
 
 
 @dataclass
 class OfflineOPDCollator:
-    """Makes a batch of rows, padded on the right, or one after another without padding.
+    """Collator that makes a batch of rows, padded on the right, or concatenated without padding.
 
-    Returns a dict of tensors. What the model reads:
+    It returns a dict of tensors. Inputs of the model:
 
     - `input_ids` and `attention_mask` `(batch, time)`; with `padding_free`, `input_ids` and `position_ids` `(1,
       tokens)`, the positions from 0 in every sequence.
 
-    The trained tokens of all sequences, one after another; prompts, padding and tokens where `completion_mask` is
-    false have no entry:
+    The trained tokens of all sequences, concatenated; prompts, padding and tokens where `completion_mask` is false
+    have no entry:
 
-    - `positions` `(trained,)` int64: where in the flattened `input_ids` the token before it is, which predicts it.
+    - `positions` `(trained,)` int64: index, in the flattened `input_ids`, of the preceding token, which predicts it.
     - `labels` `(trained,)` int64: its id.
-    - `sequences` `(trained,)` int64: which sequence of the batch it belongs to.
+    - `sequences` `(trained,)` int64: index of its sequence in the batch.
     - `teacher_logprobs` and, where the rows have them, `ref_logprobs` `(trained,)` float32, `teacher_topk_ids` int64
       and `teacher_topk_logprobs` float32 `(trained, k)`.
 
-    And of each sequence, `truncated` `(sequences,)`: whether its completion was cut on the right to fit the limits,
-    together with every per-token column. Of rows that `validate` is for, also `teacher_fingerprint` and
-    `student_fingerprint`, lists of strings, and `is_filler` `(sequences,)`, see [`~rows.WholeStream`].
+    For each sequence, `truncated` `(sequences,)`: whether its completion, with every per-token column, was truncated
+    on the right to fit the limits. With `validate`, also `teacher_fingerprint` and `student_fingerprint`, lists of
+    strings, and `is_filler` `(sequences,)`, see [`~rows.WholeStream`].
 
     Args:
         pad_token_id: pads `input_ids`.
@@ -71,14 +71,14 @@ class OfflineOPDCollator:
         pad_to_multiple_of: the padded length is a multiple of this.
         teacher_logprob_floor: stands in for teacher log-probabilities of `-inf`.
         padding_free: flattens the batch instead of padding it.
-        positions: how long a row the model reads.
+        positions: how long a row the model can read.
         max_tokens: splits the batch into micro-batches of at most this many tokens, padding included, as few as
-            best-fit decreasing finds, and returns their list.
-        validate: called with each batch's rows before anything else; for rows nobody has validated yet.
+            best-fit decreasing finds, and returns them as a list.
+        validate: called first with the rows of each batch, for rows that have not been validated yet.
 
     Raises:
-        TableError: a prompt that leaves no room for a completion, a completion whose trainable tokens were all cut, or
-            a row longer than `max_tokens`, or than a model with absolute positions reads.
+        TableError: a prompt leaves no room for a completion, all trainable tokens of a completion were truncated, or a
+            row is longer than `max_tokens` or than a model with absolute positions can read.
     """
 
     pad_token_id: int
@@ -92,7 +92,7 @@ class OfflineOPDCollator:
     validate: Callable[[list[Row]], None] | None = None
 
     def __call__(self, items: list[Row | list[Row]]) -> Batch | list[Batch]:
-        """A batch of rows, and of all rows in the packs (lists of rows) among them."""
+        """Makes a batch of rows. An item may also be a pack, a list of rows."""
         rows = [row for item in items for row in (item if isinstance(item, list) else [item])]
         if self.validate is not None:
             self.validate(rows)
@@ -102,7 +102,7 @@ class OfflineOPDCollator:
         return [self._batch([rows[i] for i in part], [spans[i] for i in part]) for part in self._parts(spans)]
 
     def _span(self, row: Row) -> slice:
-        """Where in the sequence the completion stands, as far as it fits."""
+        """Returns the part of the sequence that the completion, truncated to the limits, occupies."""
         start = len(row["prompt_ids"])
         room = completion_room(start, self.max_completion_length, self.max_length)
         if room is not None and room < 1:
@@ -119,7 +119,7 @@ class OfflineOPDCollator:
                     f"`max_length={self.positions.limit}`, which truncates completions, or filter such rows out of "
                     "the table."
                 )
-            if self.validate is not None:  # of a table, all rows were looked at before
+            if self.validate is not None:  # for tables, `check_positions` has warned already
                 _warn_once(
                     f"Rows are longer than the {self.positions.limit} positions of the student. It reads them with "
                     "rotations that it was not trained on. `max_length` truncates completions."
@@ -127,7 +127,7 @@ class OfflineOPDCollator:
         return slice(start, end)
 
     def _parts(self, spans: list[slice]) -> list[np.ndarray]:
-        """The sequences of each micro-batch."""
+        """Returns the indices of the sequences in each micro-batch."""
         widths = np.array(
             [span.stop if self.padding_free else padded_length(span.stop, self.pad_to_multiple_of) for span in spans]
         )
@@ -139,7 +139,7 @@ class OfflineOPDCollator:
 
     def _batch(self, rows: list[Row], spans: list[slice]) -> Batch:
         ends = np.array([span.stop for span in spans])
-        # Where each sequence starts in the flattened `input_ids`.
+        # `starts` holds the index in the flattened `input_ids` at which each sequence starts.
         if self.padding_free:
             starts, shape = np.cumsum(ends) - ends, (1, int(ends.sum()))
         else:
@@ -172,7 +172,8 @@ class OfflineOPDCollator:
         )
         tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
         if self.validate is not None:
-            # Nobody has read these columns. This may be a worker: the process that trains on the rows has to know.
+            # The collator may run in a dataloader worker, so fingerprints go into the batch. The training process
+            # checks and counts them.
             for name in ("teacher_fingerprint", "student_fingerprint"):
                 tensors[name] = [row.get(name) for row in rows]
             tensors[FILLER] = torch.tensor([row.get(FILLER, False) for row in rows])
@@ -180,7 +181,7 @@ class OfflineOPDCollator:
 
     @staticmethod
     def _trained(row: Row, span: slice) -> np.ndarray:
-        """Which tokens of the completion are trained, of those that fit."""
+        """Returns the indices of the completion tokens that fit and are trained."""
         fitting = span.stop - span.start
         if row.get("completion_mask") is None:
             return np.arange(fitting)
@@ -193,15 +194,15 @@ class OfflineOPDCollator:
         return trained
 
     def _column(self, name: str, rows: list[Row], trained: list[np.ndarray]) -> np.ndarray:
-        """A per-token column, `(trained,)` or `(trained, k)`."""
+        """Returns a per-token column of the trained tokens, `(trained,)` or `(trained, k)`."""
         parts = [np.asarray(row[name]) for row in rows]
         shape = (sum(map(len, trained)), *parts[0].shape[1:])
         values = np.empty(shape, dtype=np.int64 if name.endswith("ids") else np.float32)
-        # Filled in place: with top-k columns, joining and then converting would cost more than reading the rows.
+        # Filling in place is faster: with top-k columns, joining and converting would cost more than reading the rows.
         end = 0
         for part, tokens in zip(parts, trained, strict=True):
             start, end = end, end + len(tokens)
-            # Ascending indices whose last one says that there is none between them are a slice.
+            # Distinct ascending indices that end at their count minus 1 have no gaps, so a slice is enough.
             values[start:end] = part[: len(tokens)] if tokens[-1] == len(tokens) - 1 else part[tokens]
         if name in ("teacher_logprobs", "teacher_topk_logprobs") and self.teacher_logprob_floor is not None:
             values[values == -np.inf] = self.teacher_logprob_floor
@@ -209,7 +210,7 @@ class OfflineOPDCollator:
 
 
 def too_long(length: int, max_tokens: int) -> str:
-    """What is wrong with a row that no micro-batch can hold."""
+    """Returns the error message for a row that does not fit into a micro-batch."""
     return (
         f"{length} tokens in one row, padding included, are more than `max_tokens_per_device={max_tokens}`. Raise it, "
         "or lower `max_length` or `max_completion_length`, which truncate completions."

@@ -17,11 +17,11 @@ _CASTS = (
     "the first evaluation would cast the model for good, and training would go on in that precision. Set `bf16=True` "
     "for mixed precision, or load a model in half of it: `model_init_kwargs={'dtype': 'bfloat16'}`."
 )
-# Arguments of `TrainingArguments` that would have no effect here, or not the one that they are for.
+# Arguments of `TrainingArguments` that would have no effect here, or an unexpected one, and why.
 _NOT_SUPPORTED = {
-    "label_smoothing_factor": "the student is held against the teacher's probabilities, not against labels of one.",
-    "label_names": "what is learnt are the `completion_ids` of the table.",
-    "length_column_name": "rows are grouped by the lengths at which they are read, truncated.",
+    "label_smoothing_factor": "the student is trained on the teacher's probabilities, not on one-hot labels.",
+    "label_names": "the labels are the `completion_ids` of the table.",
+    "length_column_name": "rows are grouped by their lengths after truncation.",
     "save_on_each_node": "transformers writes weights on the first node only: save to a disk that all nodes share.",
     "include_for_metrics": _NO_PREDICTIONS,
     "batch_eval_metrics": _NO_PREDICTIONS,
@@ -65,8 +65,8 @@ class OfflineOPDConfig(TrainingArguments):
             are not packed.
         padding_free (`bool`, *optional*, defaults to `False`):
             Whether to read batches without padding, all rows one after another in a single sequence. Made for
-            FlashAttention or FlexAttention; others build a mask of tokens x tokens. Refused for models that do not
-            keep the rows apart.
+            FlashAttention or FlexAttention; other implementations build a mask of tokens x tokens. Raises an error for
+            models in which rows of one sequence would see each other.
         max_tokens_per_device (`int`, *optional*):
             If set, a device's batch is read in as few micro-batches as fit, each of at most this many tokens, padding
             included. Their gradients are added up, so the optimizer sees the same batch; only memory changes.
@@ -75,14 +75,14 @@ class OfflineOPDConfig(TrainingArguments):
             Otherwise they are an error.
         teacher_consistency (`str`, *optional*, defaults to `"strict"`):
             What to do when the teacher that scored the table is not known to be the one that wrote the student's SFT
-            data: `"strict"` raises, also if that is only declared by a person; `"declared_ok"` raises if it is not
-            even declared; `"warn"` warns; `"off"` does not look.
+            data: `"strict"` raises an error, also if that is only declared by the user; `"declared_ok"` raises an
+            error if it is not declared either; `"warn"` warns; `"off"` does not check.
 
         > Parameters that control the objective
 
         loss_type (`str`, *optional*, defaults to `"auto"`):
             `"topk"`: a divergence (`beta`) on the teacher's stored top-k tokens, the sampled token and a tail bucket.
-            `"sampled"`: the paper's update on the sampled token. `"auto"`: `"topk"` where the table has the columns.
+            `"sampled"`: the paper's update on the sampled token. `"auto"`: `"topk"` if the table has the columns.
         beta (`float`, *optional*, defaults to `1.0`):
             Interpolation coefficient of the generalised Jensen-Shannon divergence of the top-k objective, as in TRL's
             `DistillationConfig`: `0.0` is the forward KL divergence, `0.5` the JSD, `1.0` the reverse KL divergence.
@@ -94,7 +94,8 @@ class OfflineOPDConfig(TrainingArguments):
             Advantages of the sampled objective are clipped to plus or minus this many nats.
         ratio_clip (`float`, *optional*):
             Trust region of the sampled objective around the policy that sampled the rollouts, PPO-style, for instance
-            `0.2`. Needs `loss_type="sampled"` and a `ref_logprobs` column. `None`, the paper's choice, has none.
+            `0.2`. Needs `loss_type="sampled"` and a `ref_logprobs` column. `None`, as in the paper, for no trust
+            region.
     """
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
@@ -105,11 +106,11 @@ class OfflineOPDConfig(TrainingArguments):
     adam_beta2: float = field(default=0.98, metadata={"help": "Beta2 for AdamW."})
     logging_steps: float = field(
         default=10,
-        metadata={"help": "Log every X updates steps. An integer, or a float in [0, 1): a share of the total steps."},
+        metadata={"help": "Log every X update steps. An integer, or a float in [0, 1): a share of the total steps."},
     )
     logging_nan_inf_filter: bool = field(
         default=False,
-        metadata={"help": "Leave losses that are NaN or infinite out of the log. They end training before it."},
+        metadata={"help": "Filter NaN and infinite losses out of the log. Here such losses end training first."},
     )
     bf16: bool | None = field(
         default=None,
@@ -162,7 +163,7 @@ class OfflineOPDConfig(TrainingArguments):
     teacher_consistency: str = field(
         default="strict",
         metadata={
-            "help": "What to do when the scoring teacher is not known to have written the student's SFT data.",
+            "help": "What to do if the scoring teacher is not known to have written the student's SFT data.",
             "choices": list(MODES),
         },
     )
@@ -230,40 +231,40 @@ class OfflineOPDConfig(TrainingArguments):
 
         if self.metric_for_best_model is not None:
             self.greater_is_better = direction(self.metric_for_best_model, self.greater_is_better)
-        # Only the trainer knows whether the evaluation rows carry the columns the better default needs.
+        # The trainer replaces the default if the evaluation rows have top-k columns.
         self.metric_for_best_model_is_default = self.metric_for_best_model is None
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         for unsupported in fields(TrainingArguments):
-            why, value = _NOT_SUPPORTED.get(unsupported.name), getattr(self, unsupported.name)
-            if why is not None and value not in (unsupported.default, []):
-                raise ValueError(f"`{unsupported.name}={value!r}` is not supported: {why}")
+            reason, value = _NOT_SUPPORTED.get(unsupported.name), getattr(self, unsupported.name)
+            if reason is not None and value not in (unsupported.default, []):
+                raise ValueError(f"`{unsupported.name}={value!r}` is not supported: {reason}")
         if self.train_sampling_strategy == "batch_rebalance":
             raise ValueError(
-                "`train_sampling_strategy='batch_rebalance'` is not supported. 'group_by_length' spares padding, "
-                "`max_tokens_per_device` bounds memory."
+                "`train_sampling_strategy='batch_rebalance'` is not supported. 'group_by_length' reduces padding, "
+                "`max_tokens_per_device` limits memory."
             )
         super().__post_init__()
         if self.device.type == "cpu":
-            self.dataloader_pin_memory = False  # there is no device to copy to, and torch would say so
+            self.dataloader_pin_memory = False  # there is no device to copy to, and torch would warn
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("`fp16=True` has no effect on a CPU. Set `bf16=True`, or neither.")
-        for name, value, why in (
+        for name, value, reason in (
             ("dispatch_batches", True, "batches of different lengths cannot be put together and sent to processes"),
             ("even_batches", False, "processes with fewer batches would keep the others waiting"),
             ("use_seedable_sampler", False, "a run that is resumed would read other rows"),
         ):
             if getattr(self.accelerator_config, name) is value:
-                raise ValueError(f"`accelerator_config={{{name!r}: {value}}}` is not supported: {why}.")
+                raise ValueError(f"`accelerator_config={{{name!r}: {value}}}` is not supported: {reason}.")
         if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
-            # They read the metric, but not in which direction it is better.
+            # These schedulers read the metric, but do not know `greater_is_better`.
             mode = "max" if self.greater_is_better else "min"
-            given = (self.lr_scheduler_kwargs or {}).get("mode", mode)
-            if given != mode:
+            user_mode = (self.lr_scheduler_kwargs or {}).get("mode", mode)
+            if user_mode != mode:
                 raise ValueError(
-                    f"`lr_scheduler_kwargs={{'mode': {given!r}}}` contradicts `metric_for_best_model="
+                    f"`lr_scheduler_kwargs={{'mode': {user_mode!r}}}` contradicts `metric_for_best_model="
                     f"{self.metric_for_best_model!r}`, of which {'more' if mode == 'max' else 'less'} is better: "
                     "leave the mode out."
                 )
@@ -271,7 +272,7 @@ class OfflineOPDConfig(TrainingArguments):
 
     def to_dict(self) -> dict[str, Any]:
         settings = super().to_dict()
-        # Reporters get this. A token for the Hub is masked in there, one for loading is not.
+        # Reporters log this dictionary. `TrainingArguments` masks its Hub token, but not a token for loading models.
         kwargs = settings["model_init_kwargs"] or {}
         settings["model_init_kwargs"] = {name: value for name, value in kwargs.items() if name != "token"}
         return settings
@@ -279,14 +280,14 @@ class OfflineOPDConfig(TrainingArguments):
 
 def refuse_unsupported(args: OfflineOPDConfig, streams: bool) -> None:
     """
-    Refuses what this trainer cannot do, in as far as the arguments tell.
+    Checks that this trainer supports the arguments.
 
     Args:
-        args ([`OfflineOPDConfig`]): The arguments. Those of Liger kernels are completed.
+        args ([`OfflineOPDConfig`]): The arguments. `liger_kernel_config` is completed.
         streams (`bool`): Whether the training rows are a stream.
 
     Raises:
-        ValueError: If something is not supported; the message says what to use instead.
+        ValueError: If an argument is not supported; the message says what to use instead.
     """
     if args.packing and streams:
         raise ValueError(
@@ -298,7 +299,7 @@ def refuse_unsupported(args: OfflineOPDConfig, streams: bool) -> None:
             "`train_sampling_strategy='group_by_length'` needs the lengths of all rows, which a stream does not "
             "have. Leave it unset, or pass a `Dataset`."
         )
-    # `accelerate launch` gives it in the environment, which is what a default config reads.
+    # `accelerate launch` passes the parallelism in environment variables, which the default config reads.
     parallelism = args.parallelism_config or ParallelismConfig()
     if parallelism.cp_enabled or parallelism.sp_enabled:
         raise ValueError(
@@ -321,6 +322,8 @@ def refuse_unsupported(args: OfflineOPDConfig, streams: bool) -> None:
 
 def refuse_tensor_parallelism() -> None:
     """
+    Refuses tensor parallelism.
+
     Raises:
         ValueError: Always.
     """

@@ -1,4 +1,4 @@
-"""Which metrics of an evaluation may select a model, and in which direction. Best models and gates go by this list."""
+"""Metrics of an evaluation that may select the best model or serve as a gate, and the direction of each."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Whether more is better, of what `OfflineOPDTrainer.evaluate` gives on held-out rows; see `objective.summarize`.
+# Metrics of `OfflineOPDTrainer.evaluate` on held-out rows, and whether higher is better; see `objective.summarize`.
 _CRITERIA = {"reverse_kl_topk": False, "reverse_kl_weighted": False, "loss": False, "top1_agreement": True}
-# What else it gives. On frozen rollouts these fall, rise or can be driven without bound while the student gets worse.
+# Its other metrics. On frozen rollouts these can fall, rise or go to infinity while the student gets worse.
 _NOT_CRITERIA = (
     *("huber", "frozen_log_ratio", "k3", "entropy", "mean_token_accuracy", r"advantage/\w+", r"importance_weight/\w+"),
     *("truncated_completions", "padding"),
 )
-# What `Trainer` adds to the metrics of any model.
+# Metrics that `Trainer` adds for any model.
 _NO_QUALITY = (
     *("runtime", "samples_per_second", "steps_per_second", "tokens_per_second", "epoch", "num_input_tokens_seen"),
     *("model_preparation_time", "jit_compilation_time", r"mem_\w+"),
@@ -27,18 +27,18 @@ _NO_QUALITY = (
 
 def direction(metric: str, greater_is_better: bool | None = None, *, ours: bool = True, sampled: bool = False) -> bool:
     """
-    Whether more of a metric is better, for choosing between models.
+    Returns whether higher values of a metric are better, for choosing between models.
 
     Args:
-        metric (`str`): With or without `eval_` and the name of an evaluation dataset.
-        greater_is_better (`bool`, *optional*): What the user says of it. Needed for a metric that is not known here.
-        ours (`bool`, *optional*, defaults to `True`): Whether an [`OfflineOPDTrainer`] evaluates. Of other trainers
+        metric (`str`): Name of the metric, with or without `eval_` and the name of an evaluation dataset.
+        greater_is_better (`bool`, *optional*): The user's setting. Required for metrics that are not known here.
+        ours (`bool`, *optional*, defaults to `True`): Whether an [`OfflineOPDTrainer`] evaluates. For other trainers,
             only `loss` is known.
         sampled (`bool`, *optional*, defaults to `False`): Whether `loss` is that of the sampled objective.
 
     Raises:
-        ValueError: If the metric does not tell which model is better, if `greater_is_better` contradicts what is known
-            of it, or is needed.
+        ValueError: If the metric does not tell which model is better, if `greater_is_better` contradicts the known
+            direction, or if it is required and missing.
     """
     refused = (*_NO_QUALITY, *(_NOT_CRITERIA if ours else ()), *(("loss",) if sampled else ()))
     if _is_one_of(metric, refused):
@@ -47,22 +47,22 @@ def direction(metric: str, greater_is_better: bool | None = None, *, ours: bool 
             "Select by 'eval_reverse_kl_topk' on held-out rows with the teacher's top-k (`score_rollouts(..., "
             "top_k=8)`). A gate of EffOPD can also grade answers: `RewardGate`."
         )
-    for name, known in _CRITERIA.items() if ours else [("loss", False)]:
+    for name, higher in _CRITERIA.items() if ours else [("loss", False)]:
         if _is_one_of(metric, (name,)):
-            if greater_is_better not in (None, known):
+            if greater_is_better not in (None, higher):
                 raise ValueError(
-                    f"{metric!r} is better if {'greater' if known else 'lower'}: leave `greater_is_better` unset."
+                    f"{metric!r} is better if {'greater' if higher else 'lower'}: leave `greater_is_better` unset."
                 )
-            return known
+            return higher
     if greater_is_better is None:
         raise ValueError(
-            f"{metric!r} is no metric that is known here: say whether more of it is better, with `greater_is_better`."
+            f"{metric!r} is no metric that is known here: set `greater_is_better` to say whether higher is better."
         )
     return greater_is_better
 
 
 def is_known(metric: str) -> bool:
-    """Whether a metric is one that [`OfflineOPDTrainer`] or `Trainer` logs, in training or in evaluation."""
+    """Returns whether [`OfflineOPDTrainer`] or `Trainer` logs a metric, in training or in evaluation."""
     logged = ("learning_rate", "grad_norm", "total_flos", "train_loss")
     return _is_one_of(metric, (*_CRITERIA, *_NOT_CRITERIA, *_NO_QUALITY, *logged))
 
@@ -75,16 +75,17 @@ def choose_best_model_metric(
     args: TrainingArguments, loss_type: str, eval_columns: dict[str, set[str]], several: bool
 ) -> None:
     """
-    Sets the default criterion of the best model, or says what is wrong with the one there is.
+    Sets the default `metric_for_best_model`, or warns if the user's is misleading.
 
     Args:
-        args ([`OfflineOPDConfig`]): Whose `metric_for_best_model` is set.
+        args ([`OfflineOPDConfig`]): The arguments, which are changed.
         loss_type (`str`): The objective.
         eval_columns (`dict[str, set[str]]`): Columns of each evaluation dataset, by its name.
-        several (`bool`): Whether the metrics of evaluations have the names of datasets in them.
+        several (`bool`): Whether several datasets are evaluated, so that names of metrics contain that of a dataset.
 
     Raises:
-        ValueError: If several datasets are evaluated, and nothing says which one decides.
+        ValueError: If several datasets are evaluated and `load_best_model_at_end` is set without
+            `metric_for_best_model`.
     """
     if several and args.metric_for_best_model_is_default and args.load_best_model_at_end:
         name = next(iter(eval_columns))

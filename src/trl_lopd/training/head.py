@@ -1,9 +1,9 @@
 """The language-model head: the loss of the trained tokens and its gradient, without a `[tokens, vocabulary]` tensor.
 
-A loss a token that depends on the student only through the log-probabilities of a few tokens, and of all others
-together, has a gradient with respect to the logits that is known as soon as they are: a softmax row, scaled, and a
-correction on each of the few. So [`TokenLoss`] takes one pass over chunks of tokens for the loss, its gradients and
-everything that is reported; nothing is computed again in backward.
+The loss of a token depends on the student only through the log-probabilities of a few tokens and of all others
+together. Its gradient with respect to the logits is therefore known as soon as the logits are: a scaled softmax row
+with a correction on each of the few tokens. So [`TokenLoss`] computes the loss, its gradients and all metrics in one
+pass over chunks of tokens, and backward recomputes nothing.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """The trained tokens of a batch, `n` of all its sequences, and what is wanted of the student there.
+    """The `n` trained tokens of all sequences of a batch, and the loss on them.
 
-    Not a tensor nor a container that wrappers of a model look into: mixed precision would cast what is in it.
+    It is not a container that wrappers of a model look into, because mixed precision would cast its tensors.
 
     Attributes:
-        positions: `(n,)` int64, where in the flattened `input_ids` the hidden state that predicts each token stands.
-        ids: `(n, support)` int64, the tokens whose log-probabilities are wanted.
+        positions: `(n,)` int64, index, in the flattened `input_ids`, of the hidden state that predicts each token.
+        ids: `(n, support)` int64, the tokens whose log-probabilities are computed.
         distinct: `(n, support)` bool, false where an id is repeated in its row.
-        weights: `(n,)` float32, the share of each token's loss in the whole.
-        loss: from `support_logprobs (rows, support)`, `tail_logprobs (rows,)` and the slice of tokens that they are
-            of, to a loss a token `(rows,)`, differentiable in the first two.
+        weights: `(n,)` float32, the share of each token's loss in the total loss.
+        loss: function of `support_logprobs (rows, support)`, `tail_logprobs (rows,)` and the slice of tokens that they
+            belong to; returns a loss per token `(rows,)`, differentiable in the first two.
     """
 
     positions: Tensor
@@ -54,7 +54,7 @@ class Targets:
 
 @dataclass
 class TokenOutput(ModelOutput):
-    """What a forward gives for [`Targets`]; only `loss` has a gradient.
+    """Output of a forward pass for [`Targets`]; only `loss` has a gradient.
 
     Attributes:
         loss: scalar, the weighted sum of `per_token`.
@@ -79,13 +79,15 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
 
 
 class TokenLoss(torch.autograd.Function):
-    """`hidden (n, hidden)`, `weight (vocab, hidden)`, `bias (vocab,) | None`, [`Targets`], [`LogitTransform`], whether
-    a gradient is wanted -> the fields of [`TokenOutput`], in float32; log-probabilities at temperature 1.
+    """Autograd function from `hidden (n, hidden)`, `weight (vocab, hidden)`, `bias (vocab,) | None`, [`Targets`],
+    [`LogitTransform`] and whether a gradient is needed, to the fields of [`TokenOutput`], in float32.
+    Log-probabilities are at temperature 1.
 
-    With `g` the gradient of the loss in the log-probabilities of the support and `g_tail` in that of the tail, a logit
-    `z_v` gets `g_v - p_v * G` on the support and `p_v * (g_tail / p_tail - G)` off it, where `G = sum g + g_tail`. The
-    tail is summed from the logits outside the support, not taken as `1 - sum`, so it keeps its relative precision
-    however small it is. The gradients of weight and bias are accumulated in float32.
+    Let `g` be the gradient of the loss with respect to the log-probabilities of the support, `g_tail` that of the
+    tail, and `G = sum g + g_tail`. The gradient of a logit `z_v` is `g_v - p_v * G` on the support and
+    `p_v * (g_tail / p_tail - G)` off it. The tail is summed from the logits outside the support instead of computed as
+    `1 - sum`, so its relative precision does not depend on its size. The gradients of weight and bias are accumulated
+    in float32.
     """
 
     @staticmethod
@@ -100,7 +102,7 @@ class TokenLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=device) if needs_weight else None
         grad_bias = torch.zeros(bias.shape, dtype=torch.float32, device=device) if needs_bias else None
-        # Gradients are of a loss scaled to weights of at most 1, for float16, in which theirs would vanish.
+        # The loss is scaled so that its weights are at most 1. Otherwise its gradients would underflow in float16.
         ctx.scale = targets.weights.amax().clamp(min=torch.finfo(torch.float32).tiny)
         with torch.autocast(device.type, enabled=False):
             w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -127,7 +129,7 @@ class TokenLoss(torch.autograd.Function):
                     )
                 per_token[rows] = losses.detach()
                 g_all = g.sum(-1) + g_tail
-                # A tail with no mass has no logits to move, and 0 * inf would be NaN.
+                # A tail without mass has no gradient, and 0 * inf would be NaN.
                 has_mass = off >= torch.finfo(torch.float32).tiny
                 off_support = torch.where(has_mass, g_tail / torch.where(has_mass, off, 1.0), 0.0)
                 on_support = g - torch.where(targets.distinct[rows], support[rows].exp() * g_all.unsqueeze(-1), 0.0)
@@ -143,11 +145,11 @@ class TokenLoss(torch.autograd.Function):
                     grad_weight.addmm_(grad.T, h)
                 elif needs_weight:
                     grad_weight += grad.T @ h
-        # Not `save_for_backward`: they are used up there, in place.
+        # Not `save_for_backward`, because backward scales the gradients in place.
         ctx.grads = grad_hidden, grad_weight, grad_bias
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(per_token, support, tail, entropy, top1)
-        # Not a matrix product, which autocast would round.
+        # Not a matrix product, because autocast would round it.
         return (per_token * targets.weights).sum(), per_token, support, tail, entropy, top1
 
     @staticmethod
@@ -165,13 +167,15 @@ class TokenLoss(torch.autograd.Function):
 
 
 def add_distillation_head(model) -> None:
-    """Patch `model.forward` so that `model(..., targets=targets)` gives the loss of the trained tokens.
+    """Patches `model.forward` so that `model(..., targets=targets)` returns the loss of the trained tokens.
 
-    `targets` is a [`Targets`], the result a [`TokenOutput`]. Other calls are unchanged. Running inside the model's own
-    forward is what lets ZeRO-3, FSDP2 and DDP see the head's parameters used. Call it before wrapping with PEFT.
+    `targets` is a [`Targets`], the result a [`TokenOutput`]. Other calls are unchanged. The loss is computed inside
+    the model's own forward, so that ZeRO-3, FSDP2 and DDP see that the head's parameters are used. Call this before
+    wrapping the model with PEFT.
 
     Raises:
-        ValueError: a mixture-of-experts model set to return its router logits: their auxiliary loss is not computed.
+        ValueError: the model is a mixture of experts that returns its router logits, because their auxiliary loss is
+            not computed.
     """
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         raise ValueError(
@@ -181,7 +185,7 @@ def add_distillation_head(model) -> None:
     plain_forward = model.forward
     transform = LogitTransform.of(model.config)
 
-    # The original signature stays visible: `generate` validates its keyword arguments against it.
+    # Keep the original signature visible, because `generate` validates its keyword arguments against it.
     @functools.wraps(type(model).forward)
     def forward(self, *args, targets: Targets | None = None, **kwargs):
         if targets is None:
@@ -189,14 +193,14 @@ def add_distillation_head(model) -> None:
         kwargs.pop("labels", None)
         kwargs["use_cache"] = False
         hidden = backbone(self)(*args, **kwargs).last_hidden_state.flatten(0, 1)
-        # Looked up at each call: FSDP and PEFT replace the head after it was patched.
+        # Look up the head at each call, because FSDP and PEFT replace it after the patch.
         head = self.get_output_embeddings()
         weight, bias = head.weight, head.bias
         hidden = hidden.index_select(0, targets.positions.to(hidden.device)).to(weight.device)
         if isinstance(weight, DTensor):
             weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
         with maybe_gather_lm_head_ctx(weight, bias):
-            # Inside an autograd function this could not be asked any more.
+            # Read it here, because gradients are always disabled inside an autograd function.
             with_grad = torch.is_grad_enabled()
             return TokenOutput(*TokenLoss.apply(hidden, weight, bias, targets, transform, with_grad))
 
@@ -206,19 +210,18 @@ def add_distillation_head(model) -> None:
 @torch.no_grad()
 def check_head(model: torch.nn.Module, config: PreTrainedConfig, device: torch.device) -> None:
     """
-    Tries whether the log-probabilities that the loss is made of are the model's own.
+    Checks that the log-probabilities that the loss is computed from are the model's own.
 
-    Five forward passes of a few tokens, which all processes must make together, so they work on a model that is
-    sharded.
+    It makes five forward passes of a few tokens. All processes must call it together, so it works on sharded models.
 
     Args:
         model ([`~torch.nn.Module`]): The model as it is trained, wrapped by its engine, patched by
             [`add_distillation_head`].
         config ([`~transformers.PreTrainedConfig`]): Its config.
-        device ([`torch.device`]): Where its inputs go.
+        device ([`torch.device`]): Device of its inputs.
 
     Raises:
-        ValueError: If they are not, or if the model reads tokens that come later.
+        ValueError: If they differ, or if the model is not causal.
     """
     rows = trial_rows(config)
     training = [module for module in model.modules() if module.training]
@@ -230,7 +233,7 @@ def check_head(model: torch.nn.Module, config: PreTrainedConfig, device: torch.d
             apart = difference(_trained_logprobs(model, rows, device), own)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # architectures fail in their own ways where they lack what the head builds on
+        except Exception as error:  # an architecture without the attributes that the head needs can raise anything
             apart = f"{type(error).__name__}: {error}"
     finally:
         for module in training:
@@ -247,7 +250,7 @@ def check_head(model: torch.nn.Module, config: PreTrainedConfig, device: torch.d
 
 
 def _trained_logprobs(model: torch.nn.Module, rows: list[TrialRow], device: torch.device) -> list[np.ndarray]:
-    """Log-probabilities of completion tokens as the loss gets them, in one padded batch: `(completion,)` each."""
+    """Computes log-probabilities of completion tokens as in the loss, in one padded batch: `(completion,)` each."""
     width = max(len(row.ids) for row in rows)
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
@@ -255,7 +258,7 @@ def _trained_logprobs(model: torch.nn.Module, rows: list[TrialRow], device: torc
     for i, row in enumerate(rows):
         input_ids[i, : len(row.ids)] = torch.from_numpy(row.ids)
         attention_mask[i, : len(row.ids)] = 1
-        # A token is predicted at the position before it.
+        # A token is predicted at the preceding position.
         end = i * width + len(row.ids) - 1
         positions.append(torch.arange(end - row.completion_length, end))
     positions = torch.cat(positions)
@@ -272,8 +275,12 @@ def _trained_logprobs(model: torch.nn.Module, rows: list[TrialRow], device: torc
 
 
 def assert_adapters_are_seen(model) -> None:
-    """Raises `ValueError` if a PEFT adapter sits where the loss would not see it: on the LM head, whose weight is read
-    directly, past the module; or as virtual tokens before the prompt, which move all others."""
+    """Checks that the loss sees the PEFT adapters of a model.
+
+    Raises:
+        ValueError: An adapter is on the LM head, whose weight is read directly instead of through its module, or it
+            puts virtual tokens before the prompt, which shift all positions.
+    """
     from peft import PromptLearningConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 

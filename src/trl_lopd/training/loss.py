@@ -1,4 +1,4 @@
-"""The objective on a batch: what is asked of the model, and what its answer comes to."""
+"""The objective on a batch: the forward pass, the loss and the totals for metrics."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .objective import (
 @dataclass(frozen=True)
 class Objective:
     """
-    A loss on a table's rows.
+    Loss on the rows of a table.
 
     Args:
         loss_type (`str`): `"topk"` or `"sampled"`, see [`objective`].
-        args ([`OfflineOPDConfig`]): Its clips and its aggregation.
-        vocab_size (`int`): Of the student.
+        args ([`OfflineOPDConfig`]): Arguments with `advantage_clip`, `ratio_clip` and `loss_aggregation`.
+        vocab_size (`int`): Vocabulary size of the student.
     """
 
     loss_type: str
@@ -36,22 +36,22 @@ class Objective:
     vocab_size: int
 
     def num_items(self, batch: dict[str, Tensor]) -> int:
-        """What the loss of a batch is the mean over: its sequences or its trained tokens."""
+        """Returns the number of items that the loss of a batch is the mean over: sequences or trained tokens."""
         return len(batch["truncated"] if self.args.loss_aggregation == "sequence_mean" else batch["labels"])
 
     def __call__(
         self, model: torch.nn.Module, batch: dict[str, Tensor], num_items: Tensor | int
     ) -> tuple[TokenOutput, dict[str, Tensor]]:
         """
-        Reads a batch, and computes its share of a loss over `num_items` sequences or tokens.
+        Computes the share of a batch in a loss over `num_items` sequences or tokens.
 
         Args:
-            model ([`~torch.nn.Module`]): Patched by [`~head.add_distillation_head`].
-            batch (`dict`): What [`~collator.OfflineOPDCollator`] gives.
-            num_items (`Tensor` or `int`): Of all micro-batches, accumulation steps and processes.
+            model ([`~torch.nn.Module`]): Model patched by [`~head.add_distillation_head`].
+            batch (`dict`): Output of [`~collator.OfflineOPDCollator`].
+            num_items (`Tensor` or `int`): Number of items in all micro-batches, accumulation steps and processes.
 
         Returns:
-            [`~head.TokenOutput`] and the totals behind every metric, a value a sequence: see
+            [`~head.TokenOutput`] and the totals that the metrics are computed from, one value per sequence: see
             [`~objective.sequence_totals`].
         """
         labels, teacher, ref = batch["labels"], batch["teacher_logprobs"], batch.get("ref_logprobs")

@@ -1,7 +1,7 @@
-"""One batch in several forward and backward passes, so that a device holds fewer tokens at once.
+"""Training on one batch in several forward and backward passes, so that a device holds fewer tokens at once.
 
-The collator splits a batch within `max_tokens_per_device`. The gradients of the micro-batches add up to that of the
-batch, and processes whose batches fell into fewer of them keep step with the others.
+The collator splits a batch into micro-batches of at most `max_tokens_per_device` tokens. Their gradients add up to
+that of the batch. Processes with fewer micro-batches repeat one with weight 0 to stay in step with the others.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Batch = dict[str, Any]
 
 
 def micro_batches(batch: Batch | list[Batch]) -> list[Batch]:
-    """The micro-batches of what the collator gives."""
+    """Returns the micro-batches in an output of the collator."""
     return batch if isinstance(batch, list) else [batch]
 
 
 def flattened(batch: Batch | list[Batch]) -> Batch:
-    """What a batch has the model read, all of its micro-batches in one row."""
+    """Concatenates the inputs of all micro-batches of a batch in one row; returns other batches unchanged."""
     if not isinstance(batch, list):
         return batch
     names = [name for name in ("input_ids", "attention_mask") if name in batch[0]]
@@ -43,20 +43,20 @@ def train_on(
     window: Window,
 ) -> Tensor:
     """
-    Takes the gradients of a batch's micro-batches, one after another.
+    Computes the gradients of a batch's micro-batches, one after another.
 
     Args:
-        parts (`list` of batches): This process's.
-        step (`Callable`): Forward and backward of one of them, given what its loss is the mean over.
-        num_items (`Tensor`, *optional*): What the loss of the whole batch is the mean over.
-        accelerator ([`~accelerate.Accelerator`]): The processes, which all call this.
-        model ([`~torch.nn.Module`]): The model as its engine wraps it.
-        window ([`Window`]): The metrics of the micro-batches.
+        parts (`list` of batches): Micro-batches of this process.
+        step (`Callable`): Makes the forward and backward pass of a micro-batch; its second argument is `num_items`.
+        num_items (`Tensor`, *optional*): Number of items that the loss of the whole batch is the mean over.
+        accelerator ([`~accelerate.Accelerator`]): The processes, which must all call this.
+        model ([`~torch.nn.Module`]): The model as wrapped by its engine.
+        window ([`Window`]): Collects the metrics of the micro-batches.
 
     Returns:
         `Tensor`: The loss of the batch.
     """
-    # Sharded models communicate in every forward, so all processes make as many.
+    # Sharded models communicate in every forward, so all processes make the same number of passes.
     most = int(accelerator.gather(torch.tensor([len(parts)], device=accelerator.device)).max())
     last_of_step, loss = accelerator.sync_gradients, 0.0
     for i in range(most):
@@ -68,7 +68,7 @@ def train_on(
                 loss += step(parts[i], num_items)
             else:
                 smallest = min(parts, key=lambda part: part["input_ids"].numel())
-                # Divided by infinity, its loss and gradient are 0.
+                # A pass that only keeps step: divided by infinity, its loss and gradient are 0.
                 with window.paused():
                     step(smallest, torch.tensor(math.inf, device=accelerator.device))
     return loss
@@ -77,8 +77,8 @@ def train_on(
 def _gradients_kept_local(
     accelerator: Accelerator, model: torch.nn.Module, last_of_step: bool
 ) -> contextlib.AbstractContextManager:
-    """Leaves out the exchange of gradients in all micro-batches but the last of an optimizer step. In accumulation
-    steps before the last one, `Trainer` has done so already."""
+    """Skips the synchronization of gradients in all micro-batches but the last of an optimizer step. In accumulation
+    steps before the last one, `Trainer` skips it already."""
     if (
         not last_of_step
         or accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)

@@ -1,10 +1,12 @@
 """The mathematics: losses and diagnostics as pure functions on tensors. No trainer, no I/O.
 
-Shapes: `(n,)` tensors hold one value a trained token, those of all sequences one after another; `(n, support)` one
-value a stored teacher token. `sequences (n,)` says which sequence each token is of, 0 to s - 1, ascending; each has
-one or more. Log-probabilities are natural, at temperature 1, over the full vocabulary, in float32.
+Shapes: `(n,)` tensors hold one value per trained token, with all sequences concatenated; `(n, support)` tensors hold
+one value per stored teacher token. `sequences (n,)` holds the index of each token's sequence, 0 to s - 1, ascending;
+each sequence has one token or more. Log-probabilities are natural, at temperature 1, over the full vocabulary, in
+float32.
 
-Two objectives, each returned as a loss a token whose value is the true one and whose gradient is the update:
+There are two objectives. Each is returned as a loss per token whose value is that of the objective and whose gradient
+is the update:
 
 - *sampled* (Lightning OPD, arXiv 2604.13010): ascend `A * grad log pi(a|s)` with the constant advantage
   `A = clip(log pi_T(a|s) - log pi(a|s), -tau, tau)`. That is gradient descent on the Huber loss of the log-ratio.
@@ -22,19 +24,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What the stored scores leave of 1 carries their rounding (float16: up to about 2e-4); a tail below float32
-# resolution, or below 0, is that rounding and not knowledge.
+# The teacher's tail is 1 minus the stored probabilities, so it includes their rounding (float16: up to about 2e-4). A
+# tail below float32 resolution, or below 0, is only rounding.
 _TAIL_FLOOR = torch.finfo(torch.float32).eps
-# exp of a larger log-ratio would drown every other token of a mean, and overflow turns into NaN in a gradient.
+# exp of a larger log-ratio would dominate a mean over tokens, and an overflow becomes NaN in a gradient.
 _MAX_LOG_RATIO = 20.0
-# Quantiles of importance weights are read from counts on a grid of log-weights: means add up over windows, quantiles
-# do not. In nats: the distance of its points, and its ends.
+# Quantiles of importance weights are read from counts on a grid of log-weights, because counts can be added up over
+# windows and quantiles cannot. Spacing of the grid and its ends, plus and minus, in nats.
 _GRID, _GRID_END = 0.02, 4.0
 _GRID_POINTS = 2 * round(_GRID_END / _GRID) + 1
 
 
 def advantage(logprobs: Tensor, teacher_logprobs: Tensor, clip: float = 10.0) -> Tensor:
-    """The paper's advantage `clip(teacher_logprobs - logprobs, -clip, clip)` in nats, without gradient.
+    """Computes the paper's advantage `clip(teacher_logprobs - logprobs, -clip, clip)` in nats, without gradient.
 
     Lightning OPD, eq. of the offline update; `clip` is its tau. All shapes `(n,)`.
     """
@@ -42,7 +44,7 @@ def advantage(logprobs: Tensor, teacher_logprobs: Tensor, clip: float = 10.0) ->
 
 
 def huber(logprobs: Tensor, teacher_logprobs: Tensor, clip: float = 10.0) -> Tensor:
-    """Huber loss of the log-ratio: `r^2/2` where `|r| <= clip`, else `clip*|r| - clip^2/2`. Shapes `(n,)`."""
+    """Computes the Huber loss of the log-ratio, `r^2/2` if `|r| <= clip` else `clip*|r| - clip^2/2`. Shapes `(n,)`."""
     return torch.nn.functional.huber_loss(logprobs, teacher_logprobs, reduction="none", delta=clip)
 
 
@@ -54,15 +56,15 @@ def sampled_loss(
     ref_logprobs: Tensor | None = None,
     ratio_clip: float | None = None,
 ) -> Tensor:
-    """Loss a token of the sampled-token objective, `(n,)` in nats squared.
+    """Computes the loss per token of the sampled-token objective, `(n,)` in nats squared.
 
-    Its value is always the Huber loss. Without `ratio_clip` its gradient is the Huber gradient, which is the paper's
-    update `-A * grad log pi`. With `ratio_clip` its gradient is that of the PPO surrogate
-    `-min(w*A, clip(w, 1-ratio_clip, 1+ratio_clip)*A)`, `w = pi / pi_ref`: tokens that have moved past the trust region
-    around the rollout policy in the direction of their advantage no longer push.
+    Its value is always the Huber loss. Without `ratio_clip`, its gradient is the Huber gradient, which is the paper's
+    update `-A * grad log pi`. With `ratio_clip`, its gradient is that of the PPO surrogate
+    `-min(w*A, clip(w, 1-ratio_clip, 1+ratio_clip)*A)`, `w = pi / pi_ref`: tokens that have left the trust region
+    around the rollout policy in the direction of their advantage get no gradient.
 
     Raises:
-        ValueError: `ratio_clip` without `ref_logprobs`.
+        ValueError: `ratio_clip` is set without `ref_logprobs`.
     """
     loss = huber(logprobs, teacher_logprobs, advantage_clip)
     if ratio_clip is None:
@@ -72,23 +74,24 @@ def sampled_loss(
     weight = (logprobs - ref_logprobs).clamp(max=_MAX_LOG_RATIO).exp()
     a = advantage(logprobs, teacher_logprobs, advantage_clip)
     surrogate = -torch.minimum(weight * a, weight.clamp(1 - ratio_clip, 1 + ratio_clip) * a)
-    # The surrogate's value means nothing; only its gradient is wanted.
+    # The value of the surrogate has no meaning, so only its gradient is used.
     return loss.detach() + surrogate - surrogate.detach()
 
 
 def teacher_support(
     topk_ids: Tensor, topk_logprobs: Tensor, sampled_ids: Tensor, sampled_logprobs: Tensor, vocab_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens on which the two distributions are compared: the teacher's top-k and the sampled token.
+    """Returns the tokens on which the two distributions are compared: the teacher's top-k and the sampled token.
 
     Args:
         topk_ids, topk_logprobs: `(n, k)`.
         sampled_ids, sampled_logprobs: `(n,)`.
-        vocab_size: of the student. What it lacks of the top-k is left out, and so is part of the teacher's tail.
+        vocab_size: vocabulary size of the student. Top-k ids outside it are left out and count as part of the
+            teacher's tail.
 
     Returns:
         `ids`, `logprobs` (float32) and `distinct` (bool), each `(n, k + 1)`. `distinct` is false on the last
-        entry where the sampled token is already among the top-k, and where an id was left out.
+        entry if the sampled token is already among the top-k, and on ids that were left out.
     """
     sampled_ids = sampled_ids.unsqueeze(-1)
     known = topk_ids < vocab_size
@@ -101,15 +104,15 @@ def teacher_support(
 def divergence_topk(
     support_logprobs: Tensor, tail_logprobs: Tensor, teacher_logprobs: Tensor, distinct: Tensor, beta: float = 1.0
 ) -> Tensor:
-    """Generalised Jensen-Shannon divergence a token between the coarsened distributions, `(n,)`, in nats.
+    """Computes the generalised Jensen-Shannon divergence per token between the coarsened distributions, `(n,)`, in nats.
 
     With the mixture `M = beta * teacher + (1 - beta) * student`, it is `beta * KL(teacher || M) + (1 - beta) *
     KL(student || M)` for `0 < beta < 1`, `KL(teacher || student)` for 0 and `KL(student || teacher)` for 1: TRL's
     `DistillationConfig.beta`. It is never negative, but for rounding.
 
-    The teacher's tail is what its stored log-probabilities leave of 1. Float16 rounding can make them sum to more; its
+    The teacher's tail is 1 minus its stored probabilities. Float16 rounding can make these sum to more than 1; the
     buckets are then renormalised, so that the value stays a divergence. A tail in which the student has no mass
-    contributes nothing, whatever the teacher's.
+    contributes 0, whatever the teacher's tail is.
 
     Args:
         support_logprobs: student, `(n, support)`, differentiable.
@@ -140,20 +143,22 @@ def divergence_topk(
 def reverse_kl_topk(
     support_logprobs: Tensor, tail_logprobs: Tensor, teacher_logprobs: Tensor, distinct: Tensor
 ) -> Tensor:
-    """Reverse KL divergence a token between the coarsened distributions: [`divergence_topk`] with `beta=1`."""
+    """Computes the reverse KL divergence per token between the coarsened distributions, [`divergence_topk`] with
+    `beta=1`."""
     return divergence_topk(support_logprobs, tail_logprobs, teacher_logprobs, distinct, beta=1.0)
 
 
 def token_weights(sequences: Tensor, num_sequences: int, aggregation: str, num_items: Tensor | int) -> Tensor:
-    """Share of each token's loss in the global loss, `(n,)` float32; all micro-batches and processes add up to 1.
+    """Computes the share of each token's loss in the global loss, `(n,)` float32; the shares of all micro-batches and
+    processes sum to 1.
 
     Args:
         sequences: `(n,)`.
         num_sequences: s.
-        aggregation: `"sequence_mean"`, the mean over each sequence's tokens, then over sequences (the paper's), or
+        aggregation: `"sequence_mean"`, the mean over each sequence's tokens, then over sequences (as in the paper), or
             `"token_mean"`, the mean over all tokens.
-        num_items: how many the last mean is over, sequences or tokens, in the whole global batch (accumulation steps
-            and processes).
+        num_items: number of sequences or tokens that the last mean is over, in the global batch (all accumulation
+            steps and processes).
     """
     weights = torch.ones_like(sequences, dtype=torch.float32)
     if aggregation == "sequence_mean":
@@ -188,8 +193,8 @@ class TokenValues:
 def sequence_totals(
     tokens: TokenValues, sequences: Tensor, num_sequences: int, advantage_clip: float = 10.0
 ) -> dict[str, Tensor]:
-    """Everything [`summarize`] needs, added up over each sequence's trained tokens: each value is `(s,)`, counts of
-    importance weights on a grid, `weight_counts`, `(s, points)`.
+    """Computes the inputs of [`summarize`], summed over each sequence's trained tokens. Each value is `(s,)`, except
+    `weight_counts` `(s, points)`, counts of importance weights on a grid.
 
     Totals of batches, windows and processes combine by addition (keys that end in `max` by maximum), so any average
     made of them is weighted by tokens. `sequences` is `(n,)`.
@@ -215,7 +220,7 @@ def sequence_totals(
     if tokens.top1_agreement is not None:
         values["top1_agreement"] = tokens.top1_agreement
     if ref_logprobs is not None:
-        # Weights less 1: near 1, what rounding leaves of a small spread would be lost in their squares.
+        # Use weights minus 1, because rounding would lose a small spread around 1 in the squares of the weights.
         change = (logprobs - ref_logprobs).clamp(max=_MAX_LOG_RATIO).expm1()
         weight = 1 + change
         values |= {"change": change, "change_sq": change * change, "weighted_log_ratio": -weight * log_ratio}
@@ -225,7 +230,7 @@ def sequence_totals(
     totals = dict(zip(values, sums.unbind(-1), strict=True))
     if ref_logprobs is not None:
         totals["weight_max"] = weight.new_zeros(num_sequences).scatter_reduce_(0, sequences, weight, "amax")
-        # What is not a number shows in the mean; as an index it would be out of range.
+        # NaN shows up in the mean; here it would be an index out of range.
         log_weight = (logprobs - ref_logprobs).nan_to_num(nan=_GRID_END).clamp(-_GRID_END, _GRID_END)
         point = (log_weight / _GRID).round().long() + _GRID_POINTS // 2
         counts = torch.zeros(num_sequences * _GRID_POINTS, device=sequences.device)
@@ -237,21 +242,21 @@ def sequence_totals(
 
 
 def summarize(totals: dict[str, float | np.ndarray]) -> dict[str, float]:
-    """Metrics from combined [`sequence_totals`], each a mean over trained tokens unless it says otherwise.
+    """Computes metrics from combined [`sequence_totals`], each a mean over trained tokens unless stated otherwise.
 
-    - `reverse_kl_topk`: nats a token; on held-out rows, the number to select by. It grows with the stored k: compare
-      it on the same rows only.
-    - `huber`: nats squared a token. It can fall while the student gets worse; never select by it.
+    - `reverse_kl_topk`: nats per token; on held-out rows, the metric to select models by. It grows with the stored k,
+      so compare it on the same rows only.
+    - `huber`: nats squared per token. It can fall while the student gets worse; never select by it.
     - `advantage/mean`, `advantage/std`: nats, after clipping. `advantage/clip_fraction`: tokens that were clipped.
     - `frozen_log_ratio`: mean of `log pi - log pi_T` on the frozen rollouts. Not a divergence: it can be driven down
       without bound by lowering `log pi`. Never select by it.
     - `k3`: `pi_T/pi - 1 - log(pi_T/pi)`, the log-ratio bounded by 20 nats.
     - `entropy`: of the student, nats. `mean_token_accuracy`: the student's most likely token is the rollout's.
     - `top1_agreement`: the student's most likely token is the teacher's.
-    - `importance_weight/mean|std|max`: of `pi/pi_ref` a token. `importance_weight/ess`: effective sample size
-      `(sum w)^2 / (n * sum w^2)`, 1 where the student has not moved. `importance_weight/p01|p50|p99`: quantiles,
+    - `importance_weight/mean|std|max`: of `w = pi/pi_ref` per token. `importance_weight/ess`: effective sample size
+      `(sum w)^2 / (n * sum w^2)`, 1 if the student has not changed. `importance_weight/p01|p50|p99`: quantiles,
       within 1 %, and between exp(-4) and exp(4). `reverse_kl_weighted`: mean of
-      `w * (log pi - log pi_T)`, the reverse KL estimated from tokens sampled from `pi_ref`. Where rollouts were
+      `w * (log pi - log pi_T)`, the reverse KL estimated from tokens sampled from `pi_ref`. If rollouts were
       sampled at another temperature than 1, `pi_ref` at temperature 1 is not quite the policy that sampled them.
     """
     n = totals["tokens"]
@@ -288,7 +293,7 @@ def summarize(totals: dict[str, float | np.ndarray]) -> dict[str, float]:
 
 
 def mean_loss(totals: dict[str, float], aggregation: str) -> float:
-    """The objective over everything that was combined into `totals`, by the trainer's `aggregation`."""
+    """Computes the objective over everything that was combined into `totals`, with the trainer's `aggregation`."""
     if aggregation == "sequence_mean":
         return totals["sequence_loss"] / totals["sequences"]
     return totals["loss"] / totals["tokens"]

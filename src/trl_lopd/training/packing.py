@@ -1,4 +1,4 @@
-"""Rows that share a forward pass: which of them go together, and which models keep them apart."""
+"""Packing of several rows into one sequence, and checks that a model keeps such rows separate."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Attention implementations whose masks transformers builds from `position_ids`; flash attention needs none.
+# Attention implementations for which transformers builds a mask from `position_ids`. Flash attention needs no mask.
 _MASKED = ("eager", "sdpa", "flex_attention")
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
     """
-    Packs rows: longest first, each into the fullest pack that has room for it.
+    Packs rows, longest first, each into the fullest pack that has room for it.
 
-    Needs at most 11/9 of the fewest packs there can be, plus 1; the ones it needs depend on the lengths alone.
+    It needs at most 11/9 of the optimal number of packs, plus 1. The packs depend on the lengths only.
 
     Args:
-        lengths (`(rows,)` int): Tokens of each row, each at least 1.
-        capacity (`int`): The most tokens in a pack.
+        lengths (`(rows,)` int): Number of tokens of each row, at least 1.
+        capacity (`int`): Maximum number of tokens in a pack.
 
     Returns:
-        `list[np.ndarray]`: Indices of the rows in each pack, each row in one.
+        `list[np.ndarray]`: Indices of the rows in each pack. Each row is in one pack.
 
     Raises:
-        ValueError: for a row longer than `capacity`.
+        ValueError: If a row is longer than `capacity`.
     """
     if lengths.max(initial=0) > capacity:
         raise ValueError(f"A row of {lengths.max()} tokens does not fit into packs of {capacity}.")
     packs: list[list[int]] = []
-    open_packs: dict[int, list[int]] = {}  # by the room left in them
+    open_packs: dict[int, list[int]] = {}  # packs by their remaining room
     rooms: list[int] = []  # the keys of `open_packs`, ascending
     order = np.argsort(-lengths, kind="stable")
     for row, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
@@ -56,17 +56,17 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
             room, pack = capacity, len(packs)
             packs.append([])
         packs[pack].append(row)
-        if left := room - length:
-            if left not in open_packs:
-                open_packs[left] = []
-                insort(rooms, left)
-            open_packs[left].append(pack)
+        if remaining := room - length:
+            if remaining not in open_packs:
+                open_packs[remaining] = []
+                insort(rooms, remaining)
+            open_packs[remaining].append(pack)
     return [np.array(pack) for pack in packs]
 
 
 class PackedRows:
     """
-    Packs of rows, as a map-style torch dataset whose items are lists of rows; the rows stay where they are.
+    Map-style torch dataset of packs. Its items are lists of rows, which are read from the table when needed.
 
     Args:
         rows ([`TableRows`]): The rows.
@@ -96,14 +96,16 @@ _REMEDY = (
 
 def check_architecture(model: PreTrainedModel) -> None:
     """
-    Refuses models that are known not to keep apart sequences which stand in one row, and warns where the attention
-    builds a dense mask for that. Needs no weights. [`check_boundaries`] tries what this cannot know.
+    Checks that the architecture and the attention implementation of a model keep sequences in one row separate.
+
+    Warns if the attention implementation builds a dense mask for that. Reads no weights; [`check_boundaries`] tests
+    the model itself.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model, without adapters.
 
     Raises:
-        ValueError: for an architecture or an attention implementation that does not do it.
+        ValueError: If the architecture or the attention implementation is not known to keep them separate.
     """
     if not only_attends(model):
         raise ValueError(
@@ -132,31 +134,31 @@ def check_architecture(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def check_boundaries(model: torch.nn.Module, vocab_size: int, device: torch.device) -> None:
     """
-    Tries whether a sequence changes when the one before it in the same row does.
+    Checks that the logits of a sequence do not depend on the sequence before it in the same row.
 
-    Two forward passes of 16 tokens, which all processes must make together, so they work on a model that is sharded.
-    The model may build its masks without looking at `position_ids`, which nothing it declares would tell.
+    It makes two forward passes of 16 tokens. All processes must call it together, so it works on sharded models. This
+    finds models that build their masks without `position_ids`, which their configs do not tell.
 
     Args:
         model ([`~torch.nn.Module`]): The model as it is trained.
-        vocab_size (`int`): Token ids it knows.
-        device ([`torch.device`]): Where its inputs go.
+        vocab_size (`int`): Vocabulary size of the model.
+        device ([`torch.device`]): Device of its inputs.
 
     Raises:
-        ValueError: if it changes.
+        ValueError: If the logits depend on it.
     """
     first, other, second = torch.randint(vocab_size, (3, 8), generator=torch.Generator().manual_seed(0)).to(device)
     position_ids = torch.arange(8, device=device).repeat(1, 2)
     training = model.training
     model.eval()
-    beside, beside_other = (
+    logits, logits_after_other = (
         model(input_ids=torch.cat([before, second])[None], position_ids=position_ids, use_cache=False).logits[:, 8:]
         for before in (first, other)
     )
     model.train(training)
-    change = (beside - beside_other).float().norm() / beside.float().norm()
-    # Nothing changes, bit for bit, but where experts read all tokens together: then rounding does, in bfloat16 a
-    # percent. What attention reads across a boundary changes logits by a good part of their size.
+    change = (logits - logits_after_other).float().norm() / logits.float().norm()
+    # The logits are equal bit for bit, except if experts process all tokens together: then rounding changes them, by a
+    # percent in bfloat16. Attention across a boundary changes them much more.
     if change > 0.05:
         raise ValueError(
             f"`padding_free` and `packing` put several rows into one sequence, and this model mixes them: other "

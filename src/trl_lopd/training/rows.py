@@ -1,7 +1,7 @@
-"""The rows that are trained and evaluated on: which are valid for this student, who scored and who sampled them.
+"""Rows for training and evaluation: validation against the student, and the teachers and students that made them.
 
-A table is validated whole before the student is loaded. Of a stream the first row is, and the others where they are
-read; the process that trains on them counts their teachers.
+A whole table is validated before the student is loaded. For a stream, only the first row is validated then, and each
+other row when it is read. The process that trains on the rows of a stream counts their teachers.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ logger = logging.getLogger(__name__)
 
 class TrainingRows:
     """
-    The tables and streams of a trainer.
+    Tables and streams of a trainer.
 
     Args:
-        student ([`Student`]): Who learns from them.
+        student ([`Student`]): The student that learns from them.
         args ([`OfflineOPDConfig`]): Limits of rows, the objective, and how strictly teachers are checked.
 
     Attributes:
-        loss_type (`str`, *optional*): The objective, which the columns of the training rows decide.
-        trained, evaluated ([`TeacherCheck`]): Teachers of the rows of each. Two, so that the card names the teachers
-            that trained the model and not those that only evaluated it.
-        measures_off_policy (`bool`): Whether other weights sampled the training rows, and `ref_logprobs` tell how far
-            these are from the student.
+        loss_type (`str`, *optional*): The objective, determined by the columns of the training rows.
+        trained, evaluated ([`TeacherCheck`]): Teachers of the training and of the evaluation rows. They are separate,
+            because the card only names the teachers that trained the model.
+        measures_off_policy (`bool`): Whether other weights than the student's sampled the training rows, and
+            `ref_logprobs` allow measuring how far the student is from them.
     """
 
     def __init__(self, student: Student, args: OfflineOPDConfig):
@@ -60,25 +60,25 @@ class TrainingRows:
         self.trained, self.evaluated = TeacherCheck(student, args), TeacherCheck(student, args)
         self.loss_type: str | None = None
         self.measures_off_policy = False
-        # What was prepared: of streams, with what validates their rows.
+        # Prepared datasets; for streams, with the check of their rows.
         self._prepared: WeakKeyDictionary[Dataset | IterableDataset, RowCheck | None] = WeakKeyDictionary()
 
     def prepare(self, dataset: Dataset | IterableDataset, name: str, training: bool = False) -> set[str]:
         """
-        Validates a `Dataset` whole, or the first row of a stream, against the student and the objective.
+        Validates all rows of a `Dataset`, or the first row of a stream, against the student and the objective.
 
         Args:
             dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The rows.
-            name (`str`): What messages call them.
-            training (`bool`, *optional*, defaults to `False`): Whether they are trained on.
+            name (`str`): Name of the dataset in messages.
+            training (`bool`, *optional*, defaults to `False`): Whether they are training rows.
 
         Returns:
             `set[str]`: Their columns.
 
         Raises:
-            TableError: If a row is not valid, or the stream is empty.
-            TeacherConsistencyError: As `args.teacher_consistency` says.
-            TypeError: If it is neither a `Dataset` nor an `IterableDataset`.
+            TableError: If a row is not valid or the stream is empty.
+            TeacherConsistencyError: Depending on `args.teacher_consistency`.
+            TypeError: If `dataset` is neither a `Dataset` nor an `IterableDataset`.
         """
         check = self.trained if training else self.evaluated
         if isinstance(dataset, IterableDataset):
@@ -97,11 +97,11 @@ class TrainingRows:
         return columns
 
     def is_prepared(self, dataset: Any) -> bool:
-        """Whether [`prepare`] has seen a dataset."""
+        """Returns whether [`prepare`] was called with a dataset."""
         return isinstance(dataset, Dataset | IterableDataset) and dataset in self._prepared
 
     def check_of(self, stream: IterableDataset) -> RowCheck:
-        """What validates the rows of a prepared stream; a new one, that has counted none."""
+        """Returns a new check for the rows of a prepared stream, with a row count of 0."""
         return replace(self._prepared[stream])
 
     def _prepare_stream(self, stream: IterableDataset, name: str, check: TeacherCheck) -> set[str]:
@@ -137,8 +137,8 @@ class TrainingRows:
         self._report(summary, name)
         _report_truncation(table, args, name)
         row_lengths = fitting_lengths(table, args)
-        whose = "the student (`max_length` truncates completions)"
-        check_positions(row_lengths, student.positions, whose, f"`{name}`: row")
+        model = "the student (`max_length` truncates completions)"
+        check_positions(row_lengths, student.positions, model, f"`{name}`: row")
         if check is self.trained and args.max_tokens_per_device is not None:
             row = int(row_lengths.argmax())
             width = padded_length(int(row_lengths[row]), args.pad_to_multiple_of)
@@ -155,24 +155,24 @@ class TrainingRows:
             )
         if summary.foreign_topk:
             logger.warning(
-                f"`{name}`: {summary.foreign_topk} of the teacher's top-k tokens are none that the student has. Their "
-                "probability counts with that of all other tokens."
+                f"`{name}`: {summary.foreign_topk} of the teacher's top-k tokens are not in the student's vocabulary. "
+                "Their probability is added to that of all other tokens."
             )
 
 
 class TeacherCheck:
     """
-    Whether a student may learn from rows, and who scored and who sampled them.
+    Check of teacher consistency, with counts of the teachers that scored the rows and the students that sampled them.
 
     Args:
-        student ([`Student`]): Who learns.
-        args ([`OfflineOPDConfig`]): Says how strictly.
+        student ([`Student`]): The student that learns.
+        args ([`OfflineOPDConfig`]): Arguments with `teacher_consistency`.
 
     Attributes:
-        verdict ([`Verdict`], *optional*): On the rows so far; `None` where nothing was checked.
+        verdict ([`Verdict`], *optional*): Verdict on the rows so far; `None` if nothing was checked.
         first (`str`, *optional*): Teacher of the first row of a stream.
-        teachers, samplers (`Counter`): Rows of each teacher and each student; of a stream, of those that this process
-            has met.
+        teachers, samplers (`Counter`): Number of rows of each teacher and each student. For a stream, only the rows
+            that this process has trained on are counted.
     """
 
     def __init__(self, student: Student, args: OfflineOPDConfig):
@@ -186,7 +186,7 @@ class TeacherCheck:
     def judge(
         self, table: Dataset | Iterable[str], name: str, sampled_by: Iterable[str] = (), mode: str | None = None
     ) -> Verdict:
-        """Applies the consistency rule to a table, or to the teachers and students of some rows."""
+        """Applies the consistency check to a table, or to the teachers and students of some rows."""
         return check_teacher_consistency(
             self.student.card,
             table,
@@ -199,27 +199,27 @@ class TeacherCheck:
         )
 
     def meet(self, batch: dict[str, Any]) -> None:
-        """Judges and counts the rows of a stream's batch, and takes their fingerprints out of it."""
+        """Checks and counts the rows of a stream's batch, and removes their fingerprints from the batch."""
         teachers, samplers = (batch.pop(name, None) for name in ("teacher_fingerprint", "student_fingerprint"))
         if teachers is None:
             return
         if not ({*teachers} <= self.teachers.keys() and {*samplers} <= self.samplers.keys()):
-            met = sorted({*self.teachers, *teachers})
-            self.verdict = self.judge(met, "the stream", sampled_by={*self.samplers, *samplers})
+            all_teachers = sorted({*self.teachers, *teachers})
+            self.verdict = self.judge(all_teachers, "the stream", sampled_by={*self.samplers, *samplers})
         self.teachers.update(teachers)
         self.samplers.update(samplers)
 
     def resume(self, checkpoint: str) -> None:
-        """Counts on from the rows that trained a checkpoint, as its card has them after those of earlier rounds."""
+        """Restores the counts of the rows that trained a checkpoint from its card, without those of earlier rounds."""
         self.teachers, self.samplers = Counter(), Counter()
         if not PartialState().is_main_process:
-            return  # in the sum of all processes they count once
+            return  # the counts of all processes are summed, so only one process restores them
         earlier = len(self.student.card.get("opd_rounds") or [])
         rounds = read_model_card(checkpoint).get("opd_rounds") or []
         if len(rounds) <= earlier or "rows" not in rounds[earlier]:
             logger.warning(
                 f"{checkpoint} has no card that says which rows of the stream trained it: the card of this run will "
-                "only have those of the steps from here on."
+                "only count the rows of the following steps."
             )
             return
         for counts, entries in ((self.teachers, "teachers"), (self.samplers, "sampled_by")):
@@ -230,11 +230,11 @@ class TeacherCheck:
 
     @property
     def of_all(self) -> tuple[Counter[str], Counter[str | None]]:
-        """Rows of each teacher and of each student, of all processes as far as they were gathered."""
+        """Returns the rows of each teacher and of each student; of all processes after a call of [`gather`]."""
         return self._of_all or (self.teachers, self.samplers)
 
     def gather(self) -> None:
-        """Adds up the rows of all processes, which all call this."""
+        """Adds up the counts of all processes. All of them must call this."""
         if PartialState().num_processes > 1:
             parts = gather_object([(self.teachers, self.samplers)])
             self._of_all = tuple(sum(counts, Counter()) for counts in zip(*parts, strict=True))
@@ -242,15 +242,15 @@ class TeacherCheck:
 
 def resolve_loss_type(args: OfflineOPDConfig, columns: Iterable[str], required: str | None = None) -> str:
     """
-    The objective that rows with these columns are trained with.
+    Returns the objective for rows with these columns.
 
     Args:
-        args ([`OfflineOPDConfig`]): Its `loss_type` and `ratio_clip`.
+        args ([`OfflineOPDConfig`]): Arguments with `loss_type` and `ratio_clip`.
         columns (iterable of `str`): Columns of the rows.
-        required (`str`, *optional*): The objective of the training rows, which evaluation rows have to serve too.
+        required (`str`, *optional*): Objective of the training rows, if these are evaluation rows.
 
     Raises:
-        ValueError: If the rows lack a column that it needs.
+        ValueError: If the rows lack a column that the objective needs.
     """
     has_topk = "teacher_topk_ids" in columns
     loss_type = required or args.loss_type
@@ -283,7 +283,7 @@ def resolve_loss_type(args: OfflineOPDConfig, columns: Iterable[str], required: 
 
 
 def _rooms(prompts: np.ndarray, args: OfflineOPDConfig) -> np.ndarray:
-    """Completion tokens that fit behind each prompt: [`~collator.completion_room`] of all rows, `(rows,)`."""
+    """Computes [`~collator.completion_room`] for all rows: completion tokens that fit after each prompt, `(rows,)`."""
     room = np.full(len(prompts), np.iinfo(np.int64).max)
     if args.max_completion_length is not None:
         room = np.minimum(room, args.max_completion_length)
@@ -293,12 +293,13 @@ def _rooms(prompts: np.ndarray, args: OfflineOPDConfig) -> np.ndarray:
 
 
 def fitting_lengths(dataset: Dataset, args: OfflineOPDConfig) -> np.ndarray:
-    """Tokens of each row as it is read, truncated: `(rows,)`."""
+    """Computes the number of tokens of each row after truncation: `(rows,)`."""
     prompts, completions = lengths(dataset)
     return prompts + np.minimum(completions, _rooms(prompts, args))
 
 
 def _report_truncation(dataset: Dataset, args: OfflineOPDConfig, name: str) -> None:
+    """Warns of truncated completions; raises `TableError` if no trainable token of a row is left."""
     prompts, completions = lengths(dataset)
     room = _rooms(prompts, args)
     if (room < 1).any():
@@ -328,10 +329,11 @@ def _report_truncation(dataset: Dataset, args: OfflineOPDConfig, name: str) -> N
 
 class GroupedByLength(LengthGroupedSampler):
     """
-    Draws an order for each epoch that all processes draw, and again if a run is resumed in it.
+    Sampler that groups rows by length. The order depends on the seed and the epoch only, so it is the same on all
+    processes and in a resumed run.
 
     Args:
-        trainer ([`~transformers.Trainer`]): Whose training table is read.
+        trainer ([`~transformers.Trainer`]): The trainer of the table.
     """
 
     def __init__(self, trainer: Trainer):
@@ -354,15 +356,15 @@ class GroupedByLength(LengthGroupedSampler):
 @dataclass
 class RowCheck:
     """
-    Validates rows of a stream as they arrive, in whichever process reads them: each by itself, and that it has the
-    columns and the k of the first row of the stream. A `None` counts as a missing value.
+    Check of the rows of a stream, in the process that reads them. Each row must be valid, and have the columns and the
+    k of the first row of the stream. A column with the value `None` counts as missing.
 
     Args:
         floor (`float` or `None`): `teacher_logprob_floor`.
-        vocab (`tuple`): Of [`~table.vocab_limits`].
-        columns (`frozenset[str]`): Those of the first row, see [`columns_of`].
-        top_k (`int`): Of the first row.
-        rows (`int`): How many this process has validated.
+        vocab (`tuple`): Result of [`~table.vocab_limits`].
+        columns (`frozenset[str]`): Columns of the first row, see [`columns_of`].
+        top_k (`int`): k of the first row.
+        rows (`int`): Number of rows that this process has validated.
 
     Raises:
         TableError: For the first row that is not valid; rows are counted from 0 in each process.
@@ -391,12 +393,12 @@ class RowCheck:
         self.rows, self.top_k = self.rows + len(rows), summary.top_k
 
     def _check_columns(self, row: Row, number: int) -> None:
-        here = columns_of(row)
-        if here == self.columns:
+        columns = columns_of(row)
+        if columns == self.columns:
             return
-        name = next(name for name in (*REQUIRED_COLUMNS, *TOKEN_COLUMNS) if (name in here) != (name in self.columns))
+        name = next(n for n in (*REQUIRED_COLUMNS, *TOKEN_COLUMNS) if (n in columns) != (n in self.columns))
         problem = "missing, but the first row of the stream has it" if name in self.columns else (
-            "there, but the first row of the stream lacks it"
+            "present, but the first row of the stream lacks it"
         )  # fmt: skip
         raise TableError(
             f"Row {number}, column `{name}`: {problem}. A column is in every row of a stream or in none: drop it "
@@ -405,22 +407,22 @@ class RowCheck:
 
 
 def columns_of(row: Row) -> frozenset[str]:
-    """The columns that training reads of which a row has a value."""
+    """Returns the columns that training reads and in which a row has a value."""
     return frozenset(name for name in (*REQUIRED_COLUMNS, *TOKEN_COLUMNS) if row.get(name) is not None)
 
 
 class WholeStream(torch.utils.data.IterableDataset):
     """
-    A stream that every process reads whole, to take its part of each batch.
+    Stream that every process reads completely, to take its part of each batch.
 
-    Of a [`~datasets.IterableDataset`] with enough shards, accelerate would give each process some: those with fewer
-    rows would train on theirs more often, or leave the others waiting at the end of an epoch.
+    accelerate would distribute the shards of a [`~datasets.IterableDataset`] over the processes, if there are enough.
+    Processes with fewer rows would then train on theirs more often, or keep the others waiting at the end of an epoch.
 
     Args:
         stream ([`~datasets.IterableDataset`]): The rows.
-        fill (`int`, *optional*, defaults to `1`): After the last row come as many copies of the first, marked by
-            `FILLER`, as make the number of rows a multiple of this. accelerate repeats rows where the last batch is
-            too small for all processes, and nothing tells these from the others.
+        fill (`int`, *optional*, defaults to `1`): The number of rows is rounded up to a multiple of this by copies of
+            the first row, marked with `FILLER`. Otherwise accelerate would repeat rows to fill the last batch, without
+            a mark.
     """
 
     def __init__(self, stream: IterableDataset, fill: int = 1):

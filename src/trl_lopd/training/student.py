@@ -1,4 +1,4 @@
-"""The student before and while it is loaded: what it is, what its card says, and what training puts around it."""
+"""The student: its description before it is loaded, and its loading with adapters and the patched forward."""
 
 from __future__ import annotations
 
@@ -32,17 +32,18 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Student:
     """
-    What is known of a student before its weights are loaded, so that a table that does not fit costs no loading.
+    Description of a student without its weights, so that tables are validated before the weights are loaded.
 
     Attributes:
-        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): What the trainer was given.
-        name (`str`): What messages call it.
-        config ([`~transformers.PreTrainedConfig`]): Of the model, or of an adapter's base.
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The `model` argument of the trainer.
+        name (`str`): Name of the student in messages.
+        config ([`~transformers.PreTrainedConfig`]): Config of the model, or of an adapter's base.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        adapter ([`~peft.PeftConfig`], *optional*): If `model` names an adapter.
+        adapter ([`~peft.PeftConfig`], *optional*): Config of the adapter, if `model` names one.
         card (`dict`): The record in its card.
-        fingerprint (`str`, *optional*): Its id; empty if it cannot be fingerprinted, `None` if nothing is checked.
-        positions ([`Positions`]): How long a row it reads.
+        fingerprint (`str`, *optional*): Id of its fingerprint; empty if it cannot be fingerprinted, `None` if teacher
+            consistency is not checked.
+        positions ([`Positions`]): How long a row it can read.
     """
 
     model: str | PreTrainedModel | PeftModel
@@ -62,10 +63,10 @@ class Student:
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> Student:
         """
-        Reads everything but the weights. All processes call this.
+        Reads everything except the weights. All processes must call this.
 
         Raises:
-            ValueError: If a loaded model does not say where its tokenizer is.
+            ValueError: If no tokenizer is given and a loaded model does not say where it was loaded from.
         """
         model = as_name(model)
         model_id = model_id_of(model)
@@ -92,28 +93,29 @@ class Student:
         card = read_model_card(model_id, hub_kwargs["revision"]) if model_id else {}
         fingerprint = None
         if args.teacher_consistency != "off":
-            own = _fingerprint(model, tokenizer, args, hub_kwargs)
-            fingerprint = own.id if own else ""
-            loaded_revision = own.revision if own and not isinstance(model, str) else None
+            computed = _fingerprint(model, tokenizer, args, hub_kwargs)
+            fingerprint = computed.id if computed else ""
+            loaded_revision = computed.revision if computed and not isinstance(model, str) else None
             if loaded_revision and not written_for(card, fingerprint):
-                # It was loaded from another revision than `main`, which has a card of its own.
+                # The model was loaded from another revision than `main`, which has its own card.
                 card = read_model_card(model_id, loaded_revision)
         positions = positions_of(config, trust_remote_code=hub_kwargs["trust_remote_code"])
         return cls(model, name, config, tokenizer, adapter, card, fingerprint, positions)
 
     @property
     def sft_teachers(self) -> list[dict[str, Any]]:
-        """Entries of the teachers that wrote its SFT data, as strong as its card is bound to its weights."""
+        """Returns the entries of the teachers that wrote its SFT data. Their evidence depends on whether the card is
+        bound to the weights."""
         return inherited_teachers(self.card, self.fingerprint)
 
     @property
     def vocab_limits(self) -> tuple[int | None, int | None]:
-        """See [`~table.schema.vocab_limits`]."""
+        """Returns the limits of token ids, see [`~table.schema.vocab_limits`]."""
         return vocab_limits(self.tokenizer, self.config)
 
     @property
     def pad_token_id(self) -> int:
-        """An id to pad with. Padding is masked everywhere, so any will do."""
+        """Returns an id to pad with. Padding is masked everywhere, so any id works."""
         ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         return next((token_id for token_id in ids if token_id is not None), 0)
 
@@ -165,7 +167,7 @@ class Student:
 
 
 def model_id_of(model: str | Path | PreTrainedModel | PeftModel) -> str:
-    """The path or Hub id that a model was given by or loaded from; empty if it does not say."""
+    """Returns the path or Hub id of a model, or the one that it was loaded from; empty if unknown."""
     return str(model) if isinstance(model, str | Path) else get_config_model_id(model.config)
 
 
@@ -193,7 +195,7 @@ def _fingerprint(
         return fingerprint_or_none(model, consequence, tokenizer=tokenizer, **kwargs)
 
     if not isinstance(model, str) and is_sharded(model):
-        return compute()  # a collective
+        return compute()  # a collective operation, which all processes must take part in
     return on_main_process(args.distributed_state, compute)
 
 
@@ -205,7 +207,7 @@ def _checkpoint_through_adapters(model: PeftModel, args: OfflineOPDConfig) -> No
     model.enable_input_require_grads()
     if not _is_zero3(args):
         return
-    # Otherwise what is recomputed has other shapes than what was saved, see TRL issue 2514.
+    # Otherwise recomputed tensors have other shapes than the saved ones, see TRL issue 2514.
     kwargs = args.activation_checkpointing_kwargs or {}
     if kwargs.get("use_reentrant") is False:
         raise ValueError(
@@ -221,7 +223,7 @@ def _wrap_in_adapters(model: PreTrainedModel, peft_config: PeftConfig, args: Off
     if is_peft_model(model):
         raise ValueError(
             "You passed a `PeftModel` together with a `peft_config`. Merge the adapter into the model first, or leave "
-            "out `peft_config` to go on training it."
+            "out `peft_config` to continue training it."
         )
     quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
     if quantized:

@@ -1,4 +1,4 @@
-"""The trainer: a Hugging Face `Trainer` whose loss reads the teacher from the table."""
+"""The trainer: a Hugging Face `Trainer` that reads the teacher's log-probabilities from the table."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ logger = logging.getLogger(__name__)
 
 class OfflineOPDTrainer(Trainer):
     """
-    Trainer for offline on-policy distillation: the student learns from teacher log-probabilities stored with its own
-    rollouts; no teacher is loaded. See `trl_lopd.score_rollouts` for making the table.
+    Trainer for offline on-policy distillation. The student learns from teacher log-probabilities that are stored with
+    its own rollouts, so no teacher is loaded. `trl_lopd.score_rollouts` makes the table.
 
     Example:
 
@@ -67,34 +67,34 @@ class OfflineOPDTrainer(Trainer):
 
     Args:
         model (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The SFT student: a local directory or Hub id, of a model or of an adapter, which is then trained on; or a
+            The SFT student: a local directory or Hub id of a model or of an adapter, whose training is continued; or a
             loaded model.
         args ([`OfflineOPDConfig`], *optional*):
             Configuration. If `None`, the defaults with an `output_dir` named after the model.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Scored rollouts, see `trl_lopd.table_features`. A `Dataset` is validated here, whole; the rows of an
-            `IterableDataset` as they arrive.
+            Scored rollouts, see `trl_lopd.table_features`. A `Dataset` is validated here as a whole, an
+            `IterableDataset` row by row as it is read.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them, *optional*):
             Held-out scored rollouts.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The student's tokenizer. If `None`, loaded from the model's path.
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
-            Added to the default ones.
+            Callbacks to add to the default ones.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             Optimizer and scheduler to use instead of those of `args`.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            Used when the model is loaded from a path; with `peft_config`, QLoRA.
+            Quantization for loading the model from a path. Use it with `peft_config` for QLoRA.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Wraps the model in adapters.
+            PEFT configuration used to wrap the model in adapters.
 
     Raises:
-        TeacherConsistencyError: the table was scored by a teacher that is not known to have written the student's SFT
-            data, and `args.teacher_consistency` is `"strict"`.
-        TableError: a row is invalid, or a prompt leaves no room for its completion.
-        ValueError: options that contradict each other or the table's columns.
+        TeacherConsistencyError: If the table was scored by a teacher that is not known to have written the student's
+            SFT data, and `args.teacher_consistency` is `"strict"`.
+        TableError: If a row is invalid, or a prompt leaves no room for its completion.
+        ValueError: If options contradict each other or the table's columns.
     """
 
-    # `aggregate` divides by a count taken over all accumulation steps.
+    # The loss is divided by a number of items that is counted over all accumulation steps.
     loss_is_scaled_for_ga = True
 
     _tag_names = ["trl", "trl-lopd", "offline-opd"]
@@ -119,7 +119,7 @@ class OfflineOPDTrainer(Trainer):
             raise ValueError("`train_dataset` is required: a table of scored rollouts, see `score_rollouts`.")
         refuse_unsupported(args, streams=isinstance(train_dataset, IterableDataset))
 
-        # Everything that can be wrong with the data is found before a weight is loaded.
+        # Validate the data before any weights are loaded.
         self.student = Student.describe(model, args, processing_class)
         self.rows = TrainingRows(self.student, args)
         self.rows.prepare(train_dataset, "train_dataset", training=True)
@@ -142,7 +142,7 @@ class OfflineOPDTrainer(Trainer):
         )
         # Batches of different lengths cannot be concatenated and dispatched from one process.
         args.accelerator_config.dispatch_batches = False
-        # What `Trainer` would do is done by a callback of ours.
+        # `SaveOnSigterm` replaces the callback that `Trainer` would add.
         save_on_sigterm, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
         super().__init__(
             model=model,
@@ -154,7 +154,7 @@ class OfflineOPDTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        # The last of its own; in notebooks it is another.
+        # Replace the console callback of `Trainer`, which is the last one, but not the one for notebooks.
         if type(self.callback_handler.callbacks[-1]) in (PrinterCallback, ProgressCallback):
             self.callback_handler.callbacks[-1] = ConsoleCallback()
         if args.n_gpu > 1:
@@ -162,7 +162,7 @@ class OfflineOPDTrainer(Trainer):
                 "`nn.DataParallel` is not supported. Launch with `accelerate launch` or `torchrun`, or make a single "
                 "GPU visible with `CUDA_VISIBLE_DEVICES`."
             )
-        if self.get_tp_size() > 1:  # as the model was loaded, or by DeepSpeed
+        if self.get_tp_size() > 1:  # the model was loaded with tensor parallelism, or DeepSpeed uses it
             refuse_tensor_parallelism()
         vocab_size = self.model.config.get_text_config().vocab_size
         self.objective = Objective(self.loss_type, args, vocab_size)
@@ -187,7 +187,7 @@ class OfflineOPDTrainer(Trainer):
 
     @property
     def loss_type(self) -> str:
-        """The objective, `"topk"` or `"sampled"`, which the training columns decide."""
+        """Returns the objective, `"topk"` or `"sampled"`, which depends on the columns of the training rows."""
         return self.rows.loss_type
 
     # ---- Training ----
@@ -195,7 +195,7 @@ class OfflineOPDTrainer(Trainer):
     def train(self, *args, **kwargs):
         if self.is_deepspeed_enabled and self.deepspeed is not None:
             raise ValueError(
-                "This trainer has evaluated or trained with DeepSpeed already, whose engine is made once. Make "
+                "This trainer has evaluated or trained with DeepSpeed already, whose engine is created once. Create "
                 "another trainer; to evaluate before the first step, set `eval_on_start=True`."
             )
         self._attempts = 0
@@ -207,12 +207,13 @@ class OfflineOPDTrainer(Trainer):
                 error.args = (f"{error}\n{out_of_memory_advice(self, self._last_shape)}",)
             raise
         if self._save_on_sigterm is not None and self._save_on_sigterm.stopped:
-            # What a script does after training is meant for a trained student, and exit status 0 says that it is one.
+            # Exit here, because the rest of a script expects a student that is fully trained. The exit status tells a
+            # scheduler that training is not complete.
             sys.exit(128 + signal.SIGTERM)
         return output
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """A batch, or, within `max_tokens_per_device`, one after another the micro-batches that the collator made."""
+        """Trains on a batch, or with `max_tokens_per_device` on its micro-batches one after another."""
         parts = micro_batches(inputs)
         for part in parts:
             self.rows.trained.meet(part)
@@ -239,7 +240,7 @@ class OfflineOPDTrainer(Trainer):
         out, totals = self._forward(model, inputs, num_items)
         self.window.add(totals)
         loss = out.loss
-        # The count is global, and data-parallel engines average gradients over processes.
+        # `num_items` is a global count, but data-parallel engines average gradients over processes.
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         self._check_loss(loss, inputs, totals["sequence_loss"])
@@ -247,12 +248,12 @@ class OfflineOPDTrainer(Trainer):
 
     def _forward(self, model, inputs, num_items):
         self._last_shape = tuple(inputs["input_ids"].shape)
-        if not self.is_deepspeed_enabled:  # ZeRO-3 takes the first forward for the order of its modules
+        if not self.is_deepspeed_enabled:  # ZeRO-3 records the order of modules in the first forward
             self._try_once(model)
         return self.objective(model, inputs, num_items)
 
     def _try_once(self, model) -> None:
-        """Holds what the loss is computed from against the model itself, on a few tokens."""
+        """Checks, once, that the log-probabilities in the loss are the model's own, on a few tokens."""
         if self._is_tried:
             return
         config = self.model.config
@@ -273,7 +274,7 @@ class OfflineOPDTrainer(Trainer):
         if FILLER in inputs:
             totals[FILLER] = inputs[FILLER]
         self._evaluated.add(totals)
-        # `Trainer` averages losses over batches; `evaluation_loop` adds the exact one.
+        # No loss is returned, because `Trainer` would average it over batches. `evaluation_loop` adds the exact one.
         return None, None, None
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
@@ -290,7 +291,8 @@ class OfflineOPDTrainer(Trainer):
 
     def reverse_kl_of_rows(self, rows: Dataset) -> np.ndarray:
         """
-        Reverse KL divergence on the stored top-k, in nats a token, of each row: `(rows,)` float64, on every process.
+        Computes the reverse KL divergence of each row on the stored top-k, in nats per token: `(rows,)` float64, on
+        every process.
 
         Args:
             rows ([`~datasets.Dataset`]): Valid rows with top-k columns.
@@ -307,16 +309,16 @@ class OfflineOPDTrainer(Trainer):
         super().log(logs, start_time)
 
     def _advise_fresh_rollouts(self) -> str:
-        known = [self.student.card.get("sft_teachers"), record_of(self.train_dataset).get("teachers")]
-        known = [entry for entries in known for entry in entries or ()]
-        return remedy(self.args.output_dir, self.rows.trained.teachers, known)
+        records = [self.student.card.get("sft_teachers"), record_of(self.train_dataset).get("teachers")]
+        entries = [entry for teachers in records for entry in teachers or ()]
+        return remedy(self.args.output_dir, self.rows.trained.teachers, entries)
 
     # ---- Saving ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if plugin is not None and not _internal_call and "SHARDED" in str(plugin.state_dict_type):
-            # The weights of checkpoints are sharded then; without this, this directory would have none.
+            # The weights in checkpoints are sharded. Without this, `output_dir` would not get any weights.
             plugin.set_state_dict_type("FULL_STATE_DICT")
             try:
                 super().save_model(output_dir)
@@ -328,10 +330,10 @@ class OfflineOPDTrainer(Trainer):
         if isinstance(self.train_dataset, IterableDataset):
             self.rows.trained.gather()
         if self.is_world_process_zero():
-            os.makedirs(output_dir, exist_ok=True)  # sharded weights are not in there yet
+            os.makedirs(output_dir, exist_ok=True)  # with sharded weights the directory may not exist yet
             self.saved = SavedCheckpoint(output_dir, self.state.global_step, checkpoint_fingerprint(output_dir))
             write_arguments(self, output_dir)
-        # After the weights: PEFT writes a card of its own beside them.
+        # After saving the weights, because PEFT writes its own card with them.
         self.create_model_card(output_dir=output_dir)
 
     def create_model_card(
@@ -343,7 +345,7 @@ class OfflineOPDTrainer(Trainer):
     ) -> None:
         """
         Writes a model card that cites the paper and names the teachers: those that wrote the SFT data, inherited from
-        the student's card, and those whose scores trained this model.
+        the student's card, and those that scored the training rows.
 
         Args:
             model_name (`str`, *optional*):
@@ -351,9 +353,9 @@ class OfflineOPDTrainer(Trainer):
             dataset_name (`str`, *optional*):
                 Name of the table.
             tags (`str` or `list[str]`, *optional*):
-                Tags beside the trainer's own.
+                Tags to add to the trainer's own.
             output_dir (`str`, *optional*):
-                Where to write `README.md`. Defaults to `args.output_dir`.
+                Directory to write `README.md` to. Defaults to `args.output_dir`.
         """
         if not self.is_world_process_zero():
             return
@@ -368,30 +370,30 @@ class OfflineOPDTrainer(Trainer):
 
     def describe_round(self) -> dict[str, Any]:
         """
-        Who is trained on whose scores: `student`, `objective`, `teacher_consistency` (the evidence), `teachers` with
-        their rows, `sft_teachers`, and more, as the model card will say. Rows of a stream are counted when they are
-        trained on; on several processes those of the others when a model is saved.
+        Returns the record of this training as in the model card: `student`, `objective`, `teacher_consistency` (the
+        evidence), `teachers` with their rows, `sft_teachers`, and more. Rows of a stream are counted when they are
+        trained on; those of other processes are added when a model is saved.
         """
         record = {**describe_round(self), "sft_teachers": self.student.sft_teachers}
-        if not record["teachers"]:  # of a stream, before training
+        if not record["teachers"]:  # a stream before training
             record["teachers"] = count_teachers({self.rows.trained.first: 0})
         return record
 
-    # ---- Private to transformers: tests/training/test_hooks.py holds these against the installed version ----
+    # ---- Private methods of `Trainer`: tests/training/test_hooks.py checks them for the installed version ----
 
     def _get_dataloader(self, dataset, description, *args, **kwargs):
         training, collator = description == "Training", self.data_collator
-        if not self.rows.is_prepared(dataset):  # given later
+        if not self.rows.is_prepared(dataset):  # passed after the initialization
             name = {"Training": "train_dataset", "Evaluation": "eval_dataset"}.get(description, "test_dataset")
             self.rows.prepare(dataset, name, training)
-        # Training alone is read in micro-batches: evaluation has a batch size of its own.
+        # Only training uses micro-batches, because evaluation has its own batch size.
         self.data_collator = replace(collator, max_tokens=self.args.max_tokens_per_device if training else None)
         if isinstance(dataset, IterableDataset):
             self.data_collator.validate = self.rows.check_of(dataset)
             if (processes := self.accelerator.num_processes) > 1:
                 dataset = WholeStream(dataset, fill=1 if training else self.args.eval_batch_size * processes)
-        # Evaluation reads all rows that it is given, in their order. With persistent workers `Trainer` would keep the
-        # dataloader for all later evaluations, whatever their rows.
+        # Evaluation reads all rows in their order. With persistent workers, `Trainer` would use this dataloader for
+        # all later evaluations, also on other rows.
         evaluation = {"persistent_workers": False, "drop_last": False, "in_order": True}
         changes = {} if training else {f"dataloader_{name}": value for name, value in evaluation.items()}
         before = {name: getattr(self.args, name) for name in changes}
@@ -415,7 +417,7 @@ class OfflineOPDTrainer(Trainer):
         return PackedRows(rows, packs)
 
     def _get_collator_with_removed_columns(self, data_collator, description: str | None = None):
-        return data_collator  # it reads the columns that it knows
+        return data_collator  # the collator ignores unused columns
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy == "group_by_length" and isinstance(self.train_dataset, Dataset):
@@ -423,18 +425,18 @@ class OfflineOPDTrainer(Trainer):
         return super()._get_train_sampler(train_dataset)
 
     def _get_eval_sampler(self, eval_dataset):
-        # In their order, also where training rows are grouped by length: results are told apart by it.
+        # Keep the order of rows, also if training rows are grouped by length, because results are returned in it.
         return None
 
     def _inner_training_loop(self, *args, **kwargs):
         self._attempts += 1
         if self._attempts > 1 and (steps := self.state.global_step - self._initial_global_step):
             raise RuntimeError(
-                f"Memory ran out after {steps} steps. `auto_find_batch_size` would begin again at the first step with "
+                f"Memory ran out after {steps} steps. `auto_find_batch_size` would start again at the first step with "
                 "weights that these steps have changed. Set a smaller `per_device_train_batch_size`, or "
                 "`max_tokens_per_device` if only long rows are too large, and start again or from a checkpoint."
             )
-        # Of steps that were not finished.
+        # Discard the state of unfinished steps.
         self.window.reset()
         self._check_loss.reset()
         checkpoint = kwargs.get("resume_from_checkpoint")
@@ -445,13 +447,13 @@ class OfflineOPDTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not self.is_deepspeed_enabled and any(Path(checkpoint).glob("global_step*")):
             raise ValueError(
-                f"{checkpoint} was saved by DeepSpeed, which alone reads its optimizer: resume under the same engine "
-                "and on as many processes."
+                f"{checkpoint} was saved by DeepSpeed, and only DeepSpeed reads its optimizer state: resume with the "
+                "same engine and the same number of processes."
             )
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _prepare_input(self, data):
-        # With DeepSpeed, `Trainer` casts floats to the dtype of the weights. Ours are log-probabilities.
+        # With DeepSpeed, `Trainer` would cast floats to the dtype of the weights. Log-probabilities stay float32.
         return send_to_device(data, self.args.device)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
@@ -468,11 +470,11 @@ class OfflineOPDTrainer(Trainer):
 
     def _track_num_input_tokens(self, inputs):
         batch = flattened(inputs)
-        # Otherwise tokens with the id of padding are taken for it.
+        # Without an attention mask, `Trainer` would not count tokens that have the id of the padding token.
         super()._track_num_input_tokens({"attention_mask": torch.ones_like(batch["input_ids"]), **batch})
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The weights are copied from there, so must the card be.
+        # The weights are copied from the checkpoint, so the card must be as well.
         card = Path(checkpoint_folder) / "README.md"
         if self.is_world_process_zero() and card.is_file():
             shutil.copy(card, self.args.output_dir)

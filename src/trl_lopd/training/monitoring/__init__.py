@@ -1,1 +1,1 @@
-"""What is seen of a training run, and what ends it before its time."""
+"""Monitoring of a training run: console, metrics, drift and reporters, and failures that end it early."""

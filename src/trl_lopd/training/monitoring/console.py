@@ -1,4 +1,4 @@
-"""What a person at the console sees of a run. Reporters and `log_history` get every metric."""
+"""Console output of a run: a few metrics. Reporters and `log_history` get every metric."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from ..criteria import is_known
 
-# How they are called in a line, and beside a bar, where 80 columns have to do.
+# Metrics that are shown, with their names in a line, and the shorter ones beside a progress bar of 80 columns.
 _SHOWN = {
     "loss": ("loss", "loss"),
     "reverse_kl_topk": ("reverse KL", "KL"),
@@ -23,9 +23,9 @@ _SHOWN = {
 
 class ConsoleCallback(ProgressCallback):
     """
-    The progress bar of transformers beside the six numbers of `_SHOWN`; where there is no bar, because nobody is at a
-    terminal or `disable_tqdm` is set, a line for each log. Each evaluation is a line. Metrics that are not of
-    [`OfflineOPDTrainer`] are shown too: somebody added them.
+    Callback that shows the six metrics of `_SHOWN` beside the progress bar of transformers. Without a bar, because the
+    output is not a terminal or `disable_tqdm` is set, it prints a line per log. Each evaluation is a line. Metrics
+    that [`OfflineOPDTrainer`] does not log, such as those of other callbacks, are shown too.
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -70,8 +70,8 @@ def _has_bars(args) -> bool:
 
 def _numbers(logs: dict[str, Any], prefix: str = "", short: bool = False) -> str:
     shown = {words[short]: logs[prefix + name] for name, words in _SHOWN.items() if prefix + name in logs}
-    own = {name: value for name, value in logs.items() if not is_known(name)}
-    return ", ".join(f"{name} {_format(value)}" for name, value in (shown | own).items())
+    added = {name: value for name, value in logs.items() if not is_known(name)}
+    return ", ".join(f"{name} {_format(value)}" for name, value in (shown | added).items())
 
 
 def _format(value: Any) -> str:

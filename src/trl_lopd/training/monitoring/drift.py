@@ -1,4 +1,4 @@
-"""When frozen rollouts are no longer the student's: a rule on importance weights, and what to do then.
+"""Detection of off-policy rollouts: a rule on importance weights, and the advice to sample fresh ones.
 
 The gradient on frozen rollouts differs from the one on fresh rollouts by at most `G * sigma_A * sqrt(chi2)` (Lightning
 OPD, arXiv 2604.13010): `G` bounds the score function, `sigma_A` is the advantage's standard deviation, and `chi2` is
@@ -13,26 +13,27 @@ from typing import Any
 
 from ...identity.fingerprint import content_id
 
-# Here chi2 is 1, and the bound on the bias is as large as that on the gradient: it says nothing any more.
+# At this value, chi2 is 1 and the bound on the bias is as large as that on the gradient, so it is no longer useful.
 MIN_ESS = 0.5
 
 
 def has_left(metrics: Mapping[str, float]) -> bool:
-    """Whether the student has left its rollouts: an effective sample size below `MIN_ESS`, or none at all.
+    """Returns whether the student has left its rollouts: the effective sample size is below `MIN_ESS`, or NaN.
 
     Args:
-        metrics: of [`~objective.summarize`], with `importance_weight/...`.
+        metrics: metrics of [`~objective.summarize`], with `importance_weight/...`.
     """
     return not metrics["importance_weight/ess"] >= MIN_ESS
 
 
 class DriftMonitor:
     """
-    Finds out where the student is, or has gone, too far from the policy that sampled its rollouts; each once.
+    Monitor of the distance between the student and the policy that sampled its rollouts. It reports once that rollouts
+    are off-policy from the start, and once that the student has left them.
 
     Args:
-        off_policy (`bool`): Whether other weights than the student's sampled them: then the first weights are reported
-            whatever they are.
+        off_policy (`bool`): Whether other weights than the student's sampled the rollouts. Then the importance weights
+            of the first window are always reported.
     """
 
     def __init__(self, off_policy: bool):
@@ -40,12 +41,12 @@ class DriftMonitor:
 
     def message(self, metrics: Mapping[str, float], step: int, advice: Callable[[], str]) -> str | None:
         """
-        What is to be said of a window, if anything.
+        Returns the warning for a window; `None` if there is nothing to report.
 
         Args:
-            metrics: of [`~objective.summarize`].
-            step: the last of the window.
-            advice: what to do about rollouts that were left, see [`remedy`].
+            metrics: metrics of [`~objective.summarize`].
+            step: last step of the window.
+            advice: returns what to do if the student has left its rollouts, see [`remedy`].
         """
         if "importance_weight/ess" not in metrics:
             return None
@@ -58,7 +59,7 @@ class DriftMonitor:
 
 
 def describe_weights(metrics: Mapping[str, float]) -> str:
-    """The importance weights of a window in a sentence."""
+    """Describes the importance weights of a window in a sentence."""
     names = ("mean", "std", "p01", "p50", "p99", "max", "ess")
     return (
         "importance weights of mean {mean:.3f}, standard deviation {std:.3f}, median {p50:.2f}, 98% of them between "
@@ -68,22 +69,22 @@ def describe_weights(metrics: Mapping[str, float]) -> str:
 
 
 def remedy(output_dir: str, teachers: Iterable[str], known: Iterable[Mapping[str, Any]] = ()) -> str:
-    """What to do when the student has left its rollouts, with the command.
+    """Returns what to do if the student has left its rollouts, with the command.
 
     Args:
-        output_dir: where the student is saved.
-        teachers: ids of those that scored its rollouts.
-        known: what cards say of teachers. Of a teacher from the Hub they have the `model_id`; of one from a directory
-            only the last component of its path, which cannot be loaded.
+        output_dir: directory that the student is saved to.
+        teachers: ids of the teachers that scored its rollouts.
+        known: entries of teachers in cards. For a teacher from the Hub, `model_id` is its Hub id. For a teacher from a
+            directory, it is the last component of the path, which cannot be loaded.
     """
     hub_ids = {content_id(entry["id"]): entry["model_id"] for entry in known if "/" in entry.get("model_id", "")}
     teachers = sorted({*teachers})
     teacher = hub_ids.get(content_id(teachers[0])) if len(teachers) == 1 else None
-    where = "" if teacher else f" (TEACHER is {' or '.join(teachers)}, wherever you keep it)"
+    note = "" if teacher else f" (TEACHER is {' or '.join(teachers)}, wherever you keep it)"
     teacher = teacher or "TEACHER"
     return (
         f"Below {MIN_ESS:.0%} nothing bounds the bias of the gradient any more: the student has left its rollouts. "
-        f"Save it, let it answer PROMPTS afresh, and train on from there{where}:\n"
+        f"Save it, sample its answers to PROMPTS again, and continue training from there{note}:\n"
         f"trl-lopd rollout --model_name_or_path {output_dir} --dataset_name PROMPTS --output_dir {output_dir}/rollouts"
         f" && trl-lopd score --dataset_name {output_dir}/rollouts --teacher {teacher}"
         f" --output_dir {output_dir}/table"

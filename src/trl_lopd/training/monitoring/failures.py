@@ -1,4 +1,4 @@
-"""What ends training before its time: a loss that is not a number, memory that runs out, SIGTERM."""
+"""Failures that end training early: a loss that is NaN or infinite, out of memory, SIGTERM."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ...table.schema import TableRows, lengths
 
 class LossCheck:
     """
-    Raises `FloatingPointError` on every process before an optimizer step that would use a loss that is NaN or infinite
-    on one of them, and writes the batches behind it to `output_dir/nonfinite_batch_rank{rank}.json`.
+    Check that losses are finite. If a loss is NaN or infinite on any process, it raises `FloatingPointError` on all of
+    them before the optimizer step, and writes the batches to `output_dir/nonfinite_batch_rank{rank}.json`.
 
-    It takes one gather of a number a batch and one synchronization with the device an optimizer step. Gradients are
-    not looked at: under fp16 loss scaling some overflow, and the scaler skips those steps.
+    It costs a gather of one number per batch and a synchronization with the device per optimizer step. Gradients are
+    not checked: under fp16 loss scaling some overflow, and the scaler skips those steps.
 
     Args:
-        trainer ([`OfflineOPDTrainer`]): Whose losses these are.
+        trainer ([`OfflineOPDTrainer`]): The trainer.
     """
 
     def __init__(self, trainer: Trainer):
@@ -32,16 +32,17 @@ class LossCheck:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the batches of an optimizer step that was not reached."""
+        """Discards the batches of an unfinished optimizer step."""
         self.batches: list[tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]] = []
 
     def __call__(self, loss: torch.Tensor, inputs: dict[str, torch.Tensor], sequence_loss: torch.Tensor) -> None:
-        """Called before each backward pass, since DeepSpeed's may include the optimizer step.
+        """Records a loss, and checks those of an optimizer step. Call it before each backward pass, because that of
+        DeepSpeed may include the optimizer step.
 
         Args:
-            loss: Of the batch, a scalar.
-            inputs: The batch.
-            sequence_loss: `(sequences,)`, the loss of each.
+            loss: scalar, the loss of the batch.
+            inputs: the batch.
+            sequence_loss: `(sequences,)`, the loss of each sequence.
         """
         self.batches.append((loss.detach().float(), inputs, sequence_loss))
         accelerator = self.trainer.accelerator
@@ -52,39 +53,39 @@ class LossCheck:
         losses = accelerator.gather(torch.stack([loss for loss, _, _ in batches]).unsqueeze(0)).cpu()
         if losses.isfinite().all():
             return
-        args, step, found = self.trainer.args, self.trainer.state.global_step + 1, []
+        args, step, problems = self.trainer.args, self.trainer.state.global_step + 1, []
         for rank, values in enumerate(losses):
             bad = ~values.isfinite()
             if bad.any():
                 path = os.path.join(args.output_dir, f"nonfinite_batch_rank{rank}.json")
-                found.append(f"{values[bad][0].item()} on process {rank}, whose batch is in {path}")
+                problems.append(f"{values[bad][0].item()} on process {rank}, whose batch is in {path}")
                 if rank == accelerator.process_index:
                     sequences = self._sequences([batch for batch, is_bad in zip(batches, bad, strict=True) if is_bad])
                     os.makedirs(args.output_dir, exist_ok=True)
                     with open(path, "w") as file:
                         json.dump({"step": step, "rank": rank, "sequences": sequences}, file)
-        # A launcher ends all processes when the first has ended: not before the files are written.
+        # A launcher ends all processes when the first one ends, so wait until all files are written.
         accelerator.wait_for_everyone()
         raise FloatingPointError(
-            f"The loss of step {step} is {'; '.join(found)}. The step was not taken. If losses rose before it, lower "
-            f"`learning_rate` (it is {args.learning_rate:g}) or warm up, and resume from a checkpoint before it. "
-            "If it stays with the same rows, look at their teacher scores with `trl-lopd inspect`: drop rows that are "
-            "far off the others, or raise `teacher_logprob_floor`. In fp16, try bf16."
+            f"The loss of step {step} is {'; '.join(problems)}. The step was not taken. If losses rose before it, "
+            f"lower `learning_rate` (it is {args.learning_rate:g}) or warm up, and resume from a checkpoint before "
+            "it. If it stays with the same rows, look at their teacher scores with `trl-lopd inspect`: drop rows that "
+            "are far off the others, or raise `teacher_logprob_floor`. In fp16, try bf16."
         )
 
     def _sequences(self, batches: list[tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]]) -> list[dict]:
-        found = []
+        entries = []
         for _, inputs, sequence_loss in batches:
             losses = sequence_loss.tolist()
             for ids, cut, loss in zip(_split(inputs), inputs["truncated"].tolist(), losses, strict=True):
-                found.append({"loss": loss if np.isfinite(loss) else str(loss), "input_ids": ids.tolist()})
+                entries.append({"loss": loss if np.isfinite(loss) else str(loss), "input_ids": ids.tolist()})
                 if isinstance(self.trainer.train_dataset, Dataset):
-                    found[-1]["rows"] = rows_with(self.trainer.train_dataset, ids, truncated=cut)
-        return found
+                    entries[-1]["rows"] = rows_with(self.trainer.train_dataset, ids, truncated=cut)
+        return entries
 
 
 def _split(inputs: dict[str, torch.Tensor]) -> list[np.ndarray]:
-    """The token ids of each sequence of a batch."""
+    """Returns the token ids of each sequence of a batch."""
     ids = inputs["input_ids"].cpu().numpy()
     if "position_ids" in inputs:
         starts = np.flatnonzero(inputs["position_ids"].cpu().numpy()[0] == 0)
@@ -94,28 +95,28 @@ def _split(inputs: dict[str, torch.Tensor]) -> list[np.ndarray]:
 
 def rows_with(dataset: Dataset, ids: np.ndarray, truncated: bool = False) -> list[int]:
     """
-    Indices of the rows of a table whose prompt and completion are these tokens, or begin with them.
+    Finds the rows of a table that consist of these tokens, and returns their indices.
 
     Args:
         dataset ([`~datasets.Dataset`]): A valid table.
-        ids (`np.ndarray`): `(tokens,)`
-        truncated (`bool`, *optional*, defaults to `False`): Whether the row goes on after them.
+        ids (`np.ndarray`): Token ids of prompt and completion, `(tokens,)`.
+        truncated (`bool`, *optional*, defaults to `False`): Find the longer rows that begin with these tokens instead.
     """
     total = np.add(*lengths(dataset))
-    rows, found = TableRows(dataset.select_columns(["prompt_ids", "completion_ids"])), []
+    rows, matches = TableRows(dataset.select_columns(["prompt_ids", "completion_ids"])), []
     for index in np.flatnonzero(total > len(ids) if truncated else total == len(ids)).tolist():
         row = rows[index]
         if np.array_equal(np.concatenate([row["prompt_ids"], row["completion_ids"]])[: len(ids)], ids):
-            found.append(index)
-    return found
+            matches.append(index)
+    return matches
 
 
 def out_of_memory_advice(trainer: Trainer, shape: tuple[int, int]) -> str:
-    """What was in memory when it ran out, and what takes less.
+    """Returns the size of the last batch before memory ran out, and the options that reduce memory.
 
     Args:
-        trainer ([`OfflineOPDTrainer`]): Whose options are named.
-        shape: `(batch, time)` of the last `input_ids`.
+        trainer ([`OfflineOPDTrainer`]): The trainer.
+        shape: `(batch, time)`, shape of the last `input_ids`.
     """
     args = trainer.args
     kind = "train" if trainer.model.training else "eval"
@@ -132,14 +133,14 @@ def out_of_memory_advice(trainer: Trainer, shape: tuple[int, int]) -> str:
 
 class SaveOnSigterm(TrainerCallback):
     """
-    Saves a checkpoint, and ends training, at the end of the step in which SIGTERM reached any process.
+    Callback that saves a checkpoint and ends training at the end of the step in which SIGTERM reached any process.
 
-    In the place of transformers' own callback for `enable_jit_checkpoint`, in which every process goes by its own
-    clock, so that they may stop at different steps, and which saves in the middle of a step, when DeepSpeed has taken
-    it already but the trainer has not counted it.
+    It replaces transformers' own callback for `enable_jit_checkpoint`. There, each process decides by itself, so
+    processes may stop at different steps. It also saves in the middle of a step, when DeepSpeed may have taken the
+    step but the trainer has not counted it.
 
-    Handles the signal inside `with callback:`, however often training begins there. A signal that training did not
-    answer, because an error ended it first, goes to the handler that was there before.
+    The signal is handled inside `with callback:`, also if training starts several times there. If an error ends
+    training before the signal is acted on, the signal goes to the previous handler.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): The processes, which decide together.
@@ -154,7 +155,7 @@ class SaveOnSigterm(TrainerCallback):
         self._handler = signal.signal(signal.SIGTERM, self._receive)
 
     def __exit__(self, error: type[BaseException] | None, *args: object) -> None:
-        # `None` is a handler that was not installed from Python, which `signal` does not take.
+        # `None` stands for a handler that was not installed from Python, which `signal` does not accept.
         signal.signal(signal.SIGTERM, signal.SIG_DFL if self._handler is None else self._handler)
         if error is not None and self.received:
             signal.raise_signal(signal.SIGTERM)
@@ -166,5 +167,5 @@ class SaveOnSigterm(TrainerCallback):
         received = torch.tensor([self.received], device=self.accelerator.device)
         if self.accelerator.gather(received).any():
             self.stopped = control.should_training_stop = control.should_save = True
-            # It would be paid for out of the time that is left until SIGKILL.
+            # An evaluation would use up the time that is left until SIGKILL.
             control.should_evaluate = False

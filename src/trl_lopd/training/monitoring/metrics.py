@@ -1,4 +1,4 @@
-"""Totals of batches, windows and processes, and the metrics that they come to."""
+"""Totals of batches, windows and processes, and the metrics computed from them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Totals = dict[str, Tensor]
 
 class Window:
     """
-    Totals of the training batches since the last log. They stay on the device until they are wanted: one gather a log,
-    none a step.
+    Totals of the training batches since the last log. They stay on the device until then, so that there is one gather
+    per log and none per step.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): The processes.
@@ -31,7 +31,7 @@ class Window:
         self._paused = False
 
     def add(self, totals: Totals) -> None:
-        """Adds a batch's totals, a value a sequence or one for all of them; see [`~objective.sequence_totals`]."""
+        """Adds a batch's totals, one value per sequence or one for all; see [`~objective.sequence_totals`]."""
         if self._paused:
             return
         for name, values in totals.items():
@@ -41,15 +41,15 @@ class Window:
             self.totals[name] = total
 
     def add_padding(self, batch: Totals) -> None:
-        """Adds how many tokens a batch has the model read, and how many of them are padding."""
-        read = batch["input_ids"].new_tensor([batch["input_ids"].numel()])
-        padding = read - batch["attention_mask"].sum() if "attention_mask" in batch else torch.zeros_like(read)
+        """Adds the number of tokens in a batch, and how many of them are padding."""
+        tokens = batch["input_ids"].new_tensor([batch["input_ids"].numel()])
+        padding = tokens - batch["attention_mask"].sum() if "attention_mask" in batch else torch.zeros_like(tokens)
         device = self.accelerator.device
-        self.add({"tokens_read": read.to(device), "tokens_padding": padding.to(device)})
+        self.add({"tokens_read": tokens.to(device), "tokens_padding": padding.to(device)})
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Adds nothing, for a batch that does not count."""
+        """Ignores totals inside a `with` block, for a batch that does not count."""
         self._paused = True
         try:
             yield
@@ -57,11 +57,12 @@ class Window:
             self._paused = False
 
     def reset(self) -> None:
-        """Forgets what was not logged."""
+        """Discards the totals that were not logged."""
         self.totals = {}
 
     def close(self) -> dict[str, float]:
-        """Metrics of all processes since the last call, which all of them make; see [`~objective.summarize`]."""
+        """Returns the metrics of all processes since the last call; see [`~objective.summarize`]. All processes must
+        call this."""
         if not self.totals:
             return {}
         names = sorted(self.totals)
@@ -85,8 +86,8 @@ class EvaluationTotals:
         self.batches: list[Totals] = []
 
     def add(self, totals: Totals) -> None:
-        """Adds a batch's totals, a value a sequence. All processes call this."""
-        # Gathered a sequence at a time, so that rows repeated to fill the last batch are dropped.
+        """Adds a batch's totals, one value per sequence. All processes must call this."""
+        # `gather_for_metrics` drops the rows that were repeated to fill the last batch, so totals are per sequence.
         names, num_sequences = sorted(totals), len(totals["truncated"])
         columns = [totals[name].float().reshape(num_sequences, -1) for name in names]
         gathered = self.accelerator.gather_for_metrics(torch.cat(columns, dim=-1))
@@ -98,11 +99,11 @@ class EvaluationTotals:
         self.batches.append(totals)
 
     def of_sequences(self, name: str) -> np.ndarray:
-        """One of the totals, `(sequences,)` float64, in the order of the rows."""
+        """Returns one of the totals for each sequence, `(sequences,)` float64, in the order of the rows."""
         return torch.cat([batch[name] for batch in self.batches]).double().cpu().numpy()
 
     def metrics(self, aggregation: str) -> dict[str, float]:
-        """The objective over all sequences, and the other metrics; empty if there were none."""
+        """Returns the loss over all sequences and the other metrics; empty if there were no sequences."""
         names = self.batches[0] if self.batches else ()
         columns = {name: torch.cat([batch[name] for batch in self.batches]).double().cpu() for name in names}
         if not columns:

@@ -1,4 +1,4 @@
-"""What a wandb run gets beside the scalars that transformers sends to every reporter."""
+"""Logging to wandb, in addition to the scalars that transformers sends to every reporter."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ WORST_ROWS = 16
 
 class WandbCallback(transformers.integrations.WandbCallback):
     """
-    The callback of transformers, which [`OfflineOPDTrainer`] puts in its place. It adds to the run's config what the
-    model card says of the round; logs EffOPD's searches as `effopd/...` instead of `train/effopd/...`; and, when
-    training ends, the held-out rows with the largest reverse KL divergence as a table.
+    Callback that replaces the wandb callback of transformers in an [`OfflineOPDTrainer`]. It also adds the record of
+    the training, as in the model card, to the run's config; logs EffOPD's searches as `effopd/...` instead of
+    `train/effopd/...`; and, when training ends, logs the held-out rows with the largest reverse KL divergence as a
+    table.
 
     Args:
-        trainer ([`OfflineOPDTrainer`]): Whose run it is.
+        trainer ([`OfflineOPDTrainer`]): The trainer.
     """
 
     def __init__(self, trainer: Trainer):
@@ -46,7 +47,7 @@ class WandbCallback(transformers.integrations.WandbCallback):
         held_out = self.trainer.eval_dataset
         for name, rows in (held_out if isinstance(held_out, Mapping) else {"": held_out}).items():
             if isinstance(rows, Dataset) and "teacher_topk_ids" in rows.column_names:
-                # On every process: sharded models evaluate together.
+                # All processes evaluate, because sharded models need all of them.
                 table = self._worst(rows)
                 if state.is_world_process_zero:
                     prefix = f"eval/{name}_" if name else "eval/"
@@ -64,11 +65,11 @@ class WandbCallback(transformers.integrations.WandbCallback):
 
 def log_report(path: str | Path, run: Mapping[str, str] | None) -> str:
     """
-    Logs a report as an artifact, to the wandb run of the training if that is known, else to one of its own.
+    Logs a report as an artifact to the wandb run of the training, or to a new run if that is not known.
 
     Args:
         path (`str` or `Path`): The HTML file.
-        run (`dict`, *optional*): `entity`, `project` and `id` of the run of the training.
+        run (`dict`, *optional*): `entity`, `project` and `id` of the training's wandb run.
 
     Returns:
         `str`: The artifact's name.
@@ -80,8 +81,8 @@ def log_report(path: str | Path, run: Mapping[str, str] | None) -> str:
         import wandb
     except ImportError:
         raise ImportError("`--report_to wandb` needs wandb: `pip install trl-lopd[wandb]`.") from None
-    where = {**run, "resume": "allow"} if run else {"project": os.getenv("WANDB_PROJECT", "huggingface")}
-    with wandb.init(**where) as active:
+    kwargs = {**run, "resume": "allow"} if run else {"project": os.getenv("WANDB_PROJECT", "huggingface")}
+    with wandb.init(**kwargs) as active:
         artifact = wandb.Artifact(f"report-{active.id}", type="report")
         artifact.add_file(str(path), name="report.html")
         active.log_artifact(artifact)
