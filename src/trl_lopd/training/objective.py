@@ -104,7 +104,7 @@ def teacher_support(
 def divergence_topk(
     support_logprobs: Tensor, tail_logprobs: Tensor, teacher_logprobs: Tensor, distinct: Tensor, beta: float = 1.0
 ) -> Tensor:
-    """Computes the generalised Jensen-Shannon divergence per token between the coarsened distributions, `(n,)`, in nats.
+    """Computes the generalised Jensen-Shannon divergence per token between coarsened distributions, `(n,)`, in nats.
 
     With the mixture `M = beta * teacher + (1 - beta) * student`, it is `beta * KL(teacher || M) + (1 - beta) *
     KL(student || M)` for `0 < beta < 1`, `KL(teacher || student)` for 0 and `KL(student || teacher)` for 1: TRL's
