@@ -11,7 +11,6 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -184,8 +183,7 @@ def verify_served_teacher(
     stay unseen.
 
     Args:
-        client: A teacher behind HTTP, such as [`VLLMServer`], or anything with the method `get_sequence_logprobs` of
-            TRL's `VLLMClient`.
+        client ([`VLLMServer`] or [`SGLangServer`]): A teacher behind HTTP.
         card (`dict`): A card's record. Entries in `teachers` (dataset card) or `sft_teachers` (model card) that have
             `probes` (see [`probe_model`]) are compared; the closest is reported.
         tolerance (`float`, *optional*, defaults to `0.6`): Mean absolute difference allowed, nats.
@@ -195,8 +193,8 @@ def verify_served_teacher(
 
     Raises:
         `ValueError`: if the card has no probes, or probes of another version or malformed ones; if the server answers
-            with NaN, infinity, too few or other tokens, or without log-probabilities; if an option is out of range.
-        `ServerError`: from a [`VLLMServer`] or [`SGLangServer`] that does not answer, or with anything but scores.
+            with -inf; if an option is out of range.
+        `ServerError`: if the server does not answer, or with anything but scores of these tokens.
     """
     if not (tolerance > 0 and max_spread > 0 and repeats >= 2):
         raise ValueError(
@@ -278,35 +276,12 @@ def _probed_teachers(card: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]
 
 def _ask(client: Any, sequence: list[int], repeats: int) -> np.ndarray:
     """`(repeats, tokens)`: log-probabilities of every token but the first, from requests sent together."""
-    if hasattr(client, "score"):
-        scores = client.score([np.array(sequence)] * repeats, [len(sequence) - 1] * repeats, 0)
-        answers = np.array([answer.logprobs for answer in scores], np.float64)
-    else:
-        with ThreadPoolExecutor(repeats) as executor:
-            answers = np.array(list(executor.map(lambda ids: _ask_once(client, ids), [sequence] * repeats)))
+    scores = client.score([np.array(sequence)] * repeats, [len(sequence) - 1] * repeats, 0)
+    answers = np.array([answer.logprobs for answer in scores], np.float64)
     if not np.isfinite(answers).all():
         token = int(np.isfinite(answers).all(axis=0).argmin()) + 1
         raise ValueError(
-            f"The server answers a probe with NaN, -inf or null at token {token} of {sequence}. It must return "
-            "`prompt_logprobs`, and the model must not overflow: serve it in bfloat16."
+            f"The server answers a probe with -inf at token {token} of {sequence}: the model overflows there, or is "
+            "not the teacher. Serve it in bfloat16."
         )
     return answers
-
-
-def _ask_once(client: Any, sequence: list[int]) -> list[float]:
-    """One such row of a client with TRL's method."""
-    try:
-        # A server has no log-probability for the first token.
-        answer = client.get_sequence_logprobs([sequence], [1], top_logprobs=1, temperature=1.0)
-        logprobs = [value for (value,) in answer["actual_logprobs"][0]]
-        ids = [value for (value,) in answer["actual_token_ids"][0]]
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"The server's answer to a probe cannot be read; has it no prompt log-probs? {error!r}"
-        ) from error
-    if ids != sequence[1:] or len(logprobs) != len(ids):
-        raise ValueError(
-            f"The server was sent a probe of {len(sequence)} tokens and answers for other or fewer ones: sent "
-            f"{sequence[1:]}, answered {ids} with {len(logprobs)} log-probabilities."
-        )
-    return logprobs

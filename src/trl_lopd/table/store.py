@@ -282,6 +282,8 @@ class ShardStore:
         except FileNotFoundError:
             return False
         except (OSError, pa.ArrowException) as error:
+            if getattr(error, "errno", None) is not None:  # the system's, not of what is in the file
+                raise
             logger.warning("%s is truncated or altered (%s). Its rows are computed again.", path, error)
             path.unlink()
             return False
