@@ -11,6 +11,7 @@ import time
 import traceback
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -462,6 +463,19 @@ def test_rounding_is_no_temperature(model, temperature, scale):
         VLLMServer(server.url).sample(PROMPTS[:4], replace(PLAIN, temperature=temperature))
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.5])
+def test_a_vocabulary_with_tokens_that_cannot_be(model, temperature):
+    """Where most have no probability, as in a vocabulary padded with -inf, there is still a comparison."""
+
+    def padded(ids):
+        logits = model(ids).logits.clone()
+        logits[..., 8:] = -math.inf
+        return SimpleNamespace(logits=logits)
+
+    with stub_server("vllm", padded, faults=itertools.repeat(noise(0.02))) as server:
+        VLLMServer(server.url).sample(PROMPTS[:4], replace(PLAIN, temperature=temperature))
+
+
 def test_replicas_of_two_models_are_refused(model):
     replicas = itertools.cycle([model, make_model(seed=2)])
     with stub_server("vllm", *itertools.islice(replicas, 2)) as server:
@@ -531,13 +545,3 @@ def test_the_engine_s_answer_of_nan(vllm):
     vllm.edit = lambda output: setattr(output.logprobs[0][output.token_ids[0]], "logprob", math.nan)
     with pytest.raises(RuntimeError, match="null or NaN for the log-probability, at completion token 0 of"):
         VLLMEngine("served").sample(PROMPTS, GREEDY)
-
-
-def test_a_vocabulary_with_tokens_that_cannot_be():
-    """Where most have no probability, as in a vocabulary padded with -inf, there is still a comparison."""
-    top = np.full((8, 16), -np.inf, np.float16)
-    top[:, 0] = 0
-    scores = served.Scores(np.zeros(8, np.float32), np.zeros((8, 16), np.int32), top)
-    for temperature in (0.5, 1.5):
-        sampling = replace(PLAIN, temperature=temperature)
-        assert served._other_logprobs(np.full(8, -0.02), [scores], sampling) == ""
