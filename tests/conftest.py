@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +21,12 @@ from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer, score_rollouts, stamp_
 from trl_lopd.identity.fingerprint import fingerprint_teacher
 
 VOCAB = 32
+
+
+def pytest_collection_finish():
+    """Takes what was imported out of what is collected: accelerate collects garbage at the start of every training."""
+    gc.collect()
+    gc.freeze()
 
 
 def make_tokenizer(size: int = VOCAB) -> PreTrainedTokenizerFast:

@@ -1,7 +1,6 @@
 """Runs into a directory while somebody kills them again and again.
 
-As a script it is the somebody. Imports take seconds and a run takes one, so one process imports everything and forks
-the runs that are killed.
+As a script it is the somebody, and forks the runs that are killed.
 """
 
 from __future__ import annotations
@@ -9,13 +8,12 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import datasets
+import ranks
 from accelerate import PartialState
 
 from trl_lopd import collect_rollouts, load_table, score_rollouts
@@ -47,8 +45,7 @@ JOBS = {"score": score, "sample": sample}
 def check(job: str, processes: int, directory: Path, *args: str, kills: int = 20) -> None:
     """A run that was killed `kills` times ends in the table of one that was not, byte for byte."""
     JOBS[job](str(directory / "whole"), *args)
-    command = [sys.executable, __file__, job, str(processes), str(kills), str(directory / "killed"), *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = ranks.launch(__file__, job, processes, kills, directory / "killed", *args, processes=None, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     at = [int(line.split()[2]) for line in done.stdout.splitlines() if line.startswith("killed with")]
     shards = sorted((directory / "whole").glob("*.parquet"))
@@ -69,9 +66,7 @@ def run(rank: int, processes: int, port: int, job: str, *args: str) -> None:
 
 
 def start(processes: int, *args: str) -> list[int]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = ranks.free_port()
     children = []
     for rank in range(processes):
         if (pid := os.fork()) == 0:

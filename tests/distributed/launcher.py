@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
+import ranks
 import torch
 
 
@@ -18,7 +16,7 @@ class Launcher:
         script (`str`): what `run` of `effopd_script` runs.
         arguments: of the script; the last is the directory that cases write to.
         groups (`dict` of `dict`): by name, what one launch runs: the cases of each kind. `single` and `alone` are one
-            process, `alone` started by torchrun.
+            process, `alone` one that is a rank.
     """
 
     def __init__(self, script, *arguments, groups):
@@ -27,20 +25,15 @@ class Launcher:
         self.out = arguments[-1]
         self.launched = {}
 
-    def start(self, processes, cases, torchrun=False):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = command[: 6 if torchrun or processes > 1 else 1] + [self.script, *self.arguments, *cases]
-        env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    def start(self, processes, cases):
+        return ranks.launch(self.script, *self.arguments, *cases, processes=processes)
 
     def __call__(self, kind, case, rank=0):
         """What a case gave, of which all those of its launch were run."""
         group = next(name for name, group in self.groups.items() if case in group.get(kind, ()))
         if group not in self.launched:
             cases = [f"{kind}:{case}" for kind, cases in self.groups[group].items() for case in cases]
-            self.launched[group] = self.start(
-                1 if group in ("single", "alone") else 2, cases, torchrun=group == "alone"
-            )
+            self.launched[group] = self.start({"single": None, "alone": 1}.get(group, 2), cases)
         done = self.launched[group]
         assert done.returncode == 0, done.stderr[-5000:]
         return json.loads((self.out / kind / case / f"{rank}.json").read_text())

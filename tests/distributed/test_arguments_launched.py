@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import ranks
 from conftest import make_args
 
 from trl_lopd import OfflineOPDTrainer
@@ -18,11 +16,7 @@ SCRIPT = Path(__file__).parent / "arguments_script.py"
 
 def test_split_batches_are_those_of_one_process(tmp_path, student_dir, table):
     table.save_to_disk(tmp_path / "table")
-    arguments = [str(argument) for argument in (SCRIPT, student_dir, tmp_path / "table", tmp_path / "out")]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments],
-        capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = ranks.launch(SCRIPT, student_dir, tmp_path / "table", tmp_path / "out")
     assert done.returncode == 0, done.stderr[-4000:]
     one = OfflineOPDTrainer(
         str(student_dir), make_args(tmp_path, max_steps=3, adam_epsilon=1e-3, eval_strategy="steps", eval_steps=3),

@@ -16,20 +16,28 @@ from trl_lopd import score_rollouts
 
 SCRIPT = Path(__file__).parent / "engines_script.py"
 
+# Objectives, aggregations and rows without padding on one engine: what they change comes before the engines.
 ALL = ["whole", "sampled_token", "topk_token", "sampled_sequence", "padding_free", "lora", "bf16", "best"]
 ALL += ["other_logits"]
-TORCH = {"ddp": ALL, "fsdp2": ALL}
+SHARDED = ["whole", "sampled_token", "lora", "bf16", "best", "other_logits"]
+TORCH = {"ddp": ALL, "fsdp2": SHARDED}
 ZERO = {
-    "zero1": ["whole", "sampled_token", "bf16"],
-    "zero2": ["whole", "sampled_token", "padding_free", "lora", "bf16", "best", "other_logits"],
+    "zero1": ["whole"],
+    "zero2": ["whole", "bf16"],
     # Every parameter of a tiny model is below the size at which ZeRO-3 begins to shard by default.
-    "zero3": ALL,
-    "zero3-persistent": ["whole"],
-    "zero3-offload": ["whole", "sampled_token"],
+    "zero3": SHARDED,
+    "zero3-offload": ["whole"],
 }
+
+
+def only(cases, kinds):
+    return {kind: [case for case in those if case in cases] for kind, those in kinds.items()}
+
+
 GROUPS = {
-    "single": {"single": ALL},
-    "torch": TORCH,
+    "single": {"single": [case for case in ALL if case != "bf16"]},
+    "torch": only(set(ALL) - {"bf16"}, TORCH),
+    "torch bf16": only(["bf16"], TORCH),
     "zero": ZERO,
     "torch again": dict.fromkeys(TORCH, ["resumed"]),
     "zero again": dict.fromkeys(ZERO, ["resumed"]),

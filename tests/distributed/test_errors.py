@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import ranks
 from errors_script import CASES
 
-TESTS = Path(__file__).parent.parent
-SCRIPT = TESTS / "distributed" / "errors_script.py"
+SCRIPT = Path(__file__).parent / "errors_script.py"
 
 # The most special class that all processes can name, whether it is this library's, and how its message begins.
 EXPECTED = {
@@ -24,19 +21,6 @@ EXPECTED = {
 }
 
 
-def launch(script, *words):
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
-        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-        *("--num_cpu_threads_per_process", "1", "--main_process_port", "0"),
-        *(str(script), *map(str, words)),
-    ]
-    # For `conftest`.
-    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
-    env = os.environ | {"CI": "true", "PYTHONPATH": path}
-    return subprocess.run(command, capture_output=True, text=True, timeout=180, env=env)
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory, student_dir):
     path = tmp_path_factory.mktemp("errors")
@@ -47,7 +31,7 @@ def directory(tmp_path_factory, student_dir):
 
 @pytest.fixture(scope="module")
 def caught(directory):
-    done = launch(SCRIPT, directory, "catch", *CASES)
+    done = ranks.launch(SCRIPT, directory, "catch", *CASES)
     assert done.returncode == 0, done.stderr[-5000:]
     lines = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 4]
     return {(case, int(rank)): rest for case, rank, *rest in lines}
@@ -68,8 +52,8 @@ def test_a_class_that_only_the_main_process_knows_is_its_nearest_base_on_the_oth
 
 @pytest.mark.parametrize("case", ["no_server", "hub", "undecodable"])
 def test_uncaught_it_is_printed_once_and_every_process_ends_with_1(directory, case):
-    done = launch(SCRIPT, directory, "raise", case)
-    assert done.returncode != 0
+    done = ranks.launch(SCRIPT, directory, "raise", case)
+    assert done.returncode == 1
     kind, _, message = EXPECTED[case]
     assert done.stderr.count(f"{kind}: {message}") == 1, done.stderr[-5000:]
     assert "[rank0]: Traceback" in done.stderr and "[rank1]" not in done.stderr

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from conftest import make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
@@ -40,12 +38,7 @@ def adapter(tmp_path_factory, teacher):
 def test_sharded_over_two_processes(tmp_path, teacher, adapter, kind):
     if kind == "zero3":
         pytest.importorskip("deepspeed")
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-        *(str(SCRIPT), kind, str(teacher), str(adapter), str(tmp_path)),
-    ]
-    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    done = ranks.launch(SCRIPT, kind, teacher, adapter, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     expected = {"model": fingerprint_teacher(teacher), "adapter": fingerprint_teacher(adapter)}
     if kind == "zero3":

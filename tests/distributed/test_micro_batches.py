@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from conftest import make_rollouts
 
@@ -30,11 +28,8 @@ def launch(tmp_path_factory, teacher_dir, student_dir):
         """The folder of what a kind wrote; one launch for those that start up together."""
         name, kinds = next(item for item in LAUNCHES.items() if kind in item[1])
         if name not in done:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-            command = command[: 1 if name == "single" else 6]
-            command += [str(argument) for argument in (SCRIPT, student_dir, path / "rows", path / "out", *kinds)]
-            env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-            done[name] = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+            processes = None if name == "single" else 2
+            done[name] = ranks.launch(SCRIPT, student_dir, path / "rows", path / "out", *kinds, processes=processes)
         assert done[name].returncode == 0, done[name].stderr[-5000:]
         return path / "out" / kind
 

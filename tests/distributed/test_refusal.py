@@ -8,29 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import ranks
 from conftest import make_model, make_rollouts
 
 from trl_lopd import score_rollouts
 
 SCRIPT = Path(__file__).parent / "refusal_script.py"
 
-LAUNCHERS = {
-    "ddp": ["--multi_gpu"],
-    "zero3": ["--use_deepspeed", "--zero_stage", "3", "--gradient_accumulation_steps", "1"],
-}
-
-
-def launch(tmp_path, launcher, student, table, catch):
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", *LAUNCHERS[launcher], "--num_processes", "2"),
-        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-        *("--num_cpu_threads_per_process", "1", "--main_process_port", "0"),
-        *(str(SCRIPT), str(student), str(table), catch, "--output_dir", str(tmp_path / "out")),
-        *("--bf16", "False", "--report_to", "none", "--use_cpu", "True"),
-    ]
-    env = os.environ | {"CI": "true", "DS_ACCELERATOR": "cpu"}
-    # A hang is what the limit is for; nearly all of the time goes into imports.
-    return subprocess.run(command, capture_output=True, text=True, timeout=180, env=env)
+OPTIONS = ("--bf16", "False", "--report_to", "none", "--use_cpu", "True", "--output_dir")
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +25,32 @@ def other_table(tmp_path_factory, tokenizer):
     return path
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_mismatch_stops_all_processes_with_one_message(tmp_path, student_dir, other_table, launcher):
-    done = launch(tmp_path, launcher, student_dir, other_table, "raise")
+def test_a_mismatch_stops_all_processes_of_a_launch_with_one_message(tmp_path, student_dir, other_table):
+    pytest.importorskip("deepspeed")
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--zero_stage", "3"),
+        *("--gradient_accumulation_steps", "1", "--num_processes", "2", "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"),
+        *("--main_process_port", "0", str(SCRIPT), str(student_dir), str(other_table), "raise", *OPTIONS),
+    ]
+    env = os.environ | {"CI": "true", "DS_ACCELERATOR": "cpu"}
+    # A hang is what the limit is for; nearly all of the time goes into imports.
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=180, env=env)
+    assert_refused(done)
+
+
+def assert_refused(done):
     assert done.returncode != 0
     assert "A MODEL WAS LOADED" not in done.stdout
     assert done.stderr.count("Teacher mismatch") == 1, done.stderr[-3000:]
 
 
+def test_a_mismatch_stops_all_processes_with_one_message(tmp_path, student_dir, other_table):
+    assert_refused(ranks.launch(SCRIPT, student_dir, other_table, "raise", *OPTIONS, tmp_path))
+
+
 def test_every_process_can_catch_it(tmp_path, student_dir, other_table):
-    done = launch(tmp_path, "ddp", student_dir, other_table, "catch")
+    done = ranks.launch(SCRIPT, student_dir, other_table, "catch", *OPTIONS, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     for process in range(2):
         assert f"process {process} of 2 caught: Teacher mismatch" in done.stdout
@@ -57,6 +58,6 @@ def test_every_process_can_catch_it(tmp_path, student_dir, other_table):
 
 def test_the_right_table_is_trained_on(tmp_path, student_dir, table):
     table.save_to_disk(tmp_path / "table")
-    done = launch(tmp_path, "zero3", student_dir, tmp_path / "table", "raise")
+    done = ranks.launch(SCRIPT, student_dir, tmp_path / "table", "raise", *OPTIONS, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("A MODEL WAS LOADED") == 2

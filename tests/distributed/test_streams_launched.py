@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import ranks
 from conftest import make_model, make_rollouts
 from datasets import load_from_disk
 
@@ -24,10 +22,7 @@ def launched(tmp_path_factory, teacher_dir, student_dir, tokenizer):
     score_rollouts(make_rollouts(24, seed=5), make_model(seed=9), processing_class=tokenizer, top_k=4).save_to_disk(
         path / "foreign"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = [str(argument) for argument in (SCRIPT, student_dir, path / "table", path / "foreign", path / "out")]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300, env=env)
+    done = ranks.launch(SCRIPT, student_dir, path / "table", path / "foreign", path / "out")
     assert done.returncode == 0, done.stderr[-5000:]
     return path
 

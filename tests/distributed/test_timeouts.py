@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from test_errors import launch
+import ranks
 from torch.distributed.constants import default_pg_timeout
 
 SCRIPT = Path(__file__).parent / "timeouts_script.py"
 
 
 def test_sampling_waits_longer_than_the_launch_and_training_does_not(tmp_path, student_dir):
-    done = launch(SCRIPT, student_dir, tmp_path / "out", "short")
+    done = ranks.launch(SCRIPT, student_dir, tmp_path / "out", "short")
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(f"process {rank} has sampled" in done.stdout for rank in range(2))
     assert 2 <= int(re.search(r"gave up after (\d+) s", done.stdout)[1]) <= 6
@@ -21,7 +21,7 @@ def test_sampling_waits_longer_than_the_launch_and_training_does_not(tmp_path, s
 def test_sampling_leaves_the_default_time_limit(tmp_path, student_dir):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "w5"}\n{"prompt": "w6"}\n')
-    done = launch(SCRIPT, student_dir, tmp_path / "out", prompts)
+    done = ranks.launch(SCRIPT, student_dir, tmp_path / "out", prompts)
     assert done.returncode == 0, done.stderr[-3000:]
     limit = default_pg_timeout.total_seconds()
     assert all(f"process {rank} waits {limit:.0f} s" in done.stdout for rank in range(2))
@@ -30,5 +30,5 @@ def test_sampling_leaves_the_default_time_limit(tmp_path, student_dir):
 def test_processes_that_do_not_know_of_one_another_are_refused(tmp_path, student_dir):
     """Without an accelerator, accelerate takes each for the only one unless it is told to stay on the CPU."""
     words = ["--dataset_name", tmp_path, "--model_name_or_path", student_dir, "--output_dir", tmp_path / "out"]
-    done = launch("-m", "trl_lopd.cli", "rollout", *words)
+    done = ranks.launch("-m", "trl_lopd.cli", "rollout", *words)
     assert done.returncode != 0 and "2 processes were launched" in done.stderr and "--use_cpu" in done.stderr

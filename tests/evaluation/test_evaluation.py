@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
-import time
+import signal
 from pathlib import Path
 
 import pytest
+import ranks
 import wandb
 from conftest import make_model
 from servers import stub_server
@@ -28,6 +26,7 @@ from trl_lopd import (
 )
 from trl_lopd.evaluation.metrics import estimate_reverse_kl
 
+FAULTS = Path(__file__).parents[1] / "faults"
 # A small model talks in words of a letter and a number; its answer is the last.
 PROBLEMS = [{"question": f"w{i} w7", "answer": f"so 3 + 4\n#### w{6 + i % 3}"} for i in range(8, 20)]
 SMALL = {"metric": "exact_answer", "answer_after": " ", "max_completion_length": 12}
@@ -202,20 +201,14 @@ def whole(flags, tmp_path_factory) -> Path:
 
 
 def test_killed_and_continued_by_two_processes_it_ends_in_the_same_files(tmp_path, flags, whole):
-    job = ["-m", "trl_lopd.cli", *flags, "--output_dir", str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parent.parent)}
-    run = subprocess.Popen([sys.executable, *job], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
-    while len(list((tmp_path / "fresh").glob("*.parquet"))) < 3:
-        assert run.poll() is None, run.stderr.read()
-        time.sleep(0.001)
-    run.kill()
-    run.communicate()
+    job = ["trl_lopd.cli", *flags, "--output_dir", tmp_path]
+    died = ranks.launch(FAULTS / "dies.py", tmp_path / "fresh", 3, *job, processes=None)
+    assert died.returncode == -signal.SIGKILL, died.stderr[-3000:]
     # In the middle: the second part is begun, nothing is concluded.
     assert len(list((tmp_path / "fresh").glob("*.parquet"))) < len(PROBLEMS)
     assert not (tmp_path / "metrics.json").exists()
 
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    done = subprocess.run([*launch, *job], capture_output=True, text=True, timeout=300, env=environment)
+    done = ranks.launch("-m", *job)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count('"run": "evaluation"') == 1
     expected = files(whole)

@@ -11,6 +11,7 @@ from conftest import VOCAB, make_model, make_rollouts, make_tokenizer
 from datasets import Dataset, load_dataset
 from servers import stub_server
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaModel
 
 from trl_lopd import (
     SGLangServer,
@@ -24,7 +25,6 @@ from trl_lopd import (
     score_rollouts,
     validate_table,
 )
-from trl_lopd.generation import teachers
 from trl_lopd.identity.cards import record_of
 from trl_lopd.identity.fingerprint import same_teacher
 
@@ -230,22 +230,21 @@ def test_killed_twenty_times_it_ends_in_the_same_table(tmp_path, teacher_dir, st
 
 def test_when_memory_runs_out_fewer_rows_are_scored_at_a_time(teacher_dir, rollouts, monkeypatch, caplog):
     expected = score_rollouts(rollouts, str(teacher_dir), top_k=2)
-    real, sizes = teachers._score_batch, []
+    real, sizes, memory = LlamaModel.forward, [], 42
 
-    def small_memory(model, sequences, counts, top_k, *args):
-        size = len(sequences) * max(map(len, sequences))
-        sizes.append(size)
-        if size > 42:
+    def forward(self, input_ids=None, **kwargs):
+        sizes.append(input_ids.numel())
+        if sizes[-1] > memory:
             raise torch.OutOfMemoryError
-        return real(model, sequences, counts, top_k, *args)
+        return real(self, input_ids, **kwargs)
 
-    monkeypatch.setattr(teachers, "_score_batch", small_memory)
+    monkeypatch.setattr(LlamaModel, "forward", forward)
     table = score_rollouts(rollouts, str(teacher_dir), top_k=2, max_batch_tokens=160)
     assert max(sizes) > 42 and "Out of memory: from here on 40 tokens" in caplog.text
     for a, b in zip(table, expected, strict=True):
         np.testing.assert_allclose(a["teacher_logprobs"], b["teacher_logprobs"], atol=1e-5)
         assert a["teacher_topk_ids"] == b["teacher_topk_ids"]
-    monkeypatch.setattr(teachers, "_score_batch", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    memory = 0
     with pytest.raises(torch.OutOfMemoryError):
         score_rollouts(rollouts, str(teacher_dir), top_k=2)
 

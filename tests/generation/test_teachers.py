@@ -90,7 +90,8 @@ def tried(model, max_batch_tokens: int | None = None) -> LocalTeacher:
 
 
 def pack(monkeypatch):
-    monkeypatch.setattr(teachers, "_packs", lambda model: True)
+    """As with flash attention, whatever attention there is."""
+    monkeypatch.setattr(teachers, "is_flash_attention_requested", lambda config: True)
 
 
 def varlen_attention(
@@ -219,6 +220,7 @@ def test_sharing_that_saves_little_is_left():
 
 @pytest.mark.parametrize("architecture", ["Lfm2", "FalconH1"])
 def test_layers_that_read_across_rows_are_neither_packed_nor_given_prompts(architecture, monkeypatch):
+    pack(monkeypatch)
     model = make(architecture)
     sequences, counts = make_rows([5, 4])
     teacher = tried(model)
@@ -227,8 +229,6 @@ def test_layers_that_read_across_rows_are_neither_packed_nor_given_prompts(archi
     passes.handle.remove()
     assert len(passes) == 1 and passes[0] == ((9, max(map(len, sequences))), 0, True)
     assert_scores(model, sequences, counts, scores)
-    model.config._attn_implementation = "flash_attention_2"
-    assert not teachers._packs(model)
 
 
 @pytest.mark.parametrize(
@@ -291,19 +291,18 @@ def test_modules_are_left_in_their_modes():
     assert LocalTeacher(model).score([], [], 0) == []
 
 
-def test_tokens_that_fit():
-    assert teachers._fitting_tokens(used=2**20, tokens=2048, free=2**24) == 2**14  # 22,937 of 512 bytes each
-    assert teachers._fitting_tokens(used=2**30, tokens=2048, free=2**20) == 1
-    assert teachers._fitting_tokens(used=2**20, tokens=2048, free=2**40) == 65536
-    teacher = LocalTeacher(make("Llama"))
-    teacher.score(*make_rows([1]), 0)
-    assert teacher.max_batch_tokens == 16384
+def on_cuda(monkeypatch, used, free, tokens=2048):
+    """
+    A teacher on CUDA devices that are made up, and what it reads there.
 
-
-def test_the_tightest_device_sets_the_budget(monkeypatch):
-    """What CUDA answers is made up: a forward takes 2**21 bytes on the first device and 2**20 on the second."""
-    devices = [torch.device("cuda", i) for i in range(2)]
-    model = make("Llama", max_position_embeddings=1024)
+    Args:
+        used (`list[int]`): bytes that a forward takes, on each device.
+        free (`int`): bytes of each that nobody has; in this process's cache there are 2**20 more.
+        tokens (`int`): as many as the model has positions for.
+    """
+    devices = [torch.device("cuda", i) for i in range(len(used))]
+    model = make("Llama", max_position_embeddings=tokens)
+    reads, allocated = [], 2**30
     fake = SimpleNamespace(
         config=model.config,
         parameters=lambda: (SimpleNamespace(device=device) for device in devices),
@@ -313,22 +312,44 @@ def test_the_tightest_device_sets_the_budget(monkeypatch):
         _supports_attention_backend=True,
         _is_stateful=False,
     )
-    reads, allocated = [], 2**30
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: allocated + 2 ** (21 - device.index))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: allocated + used[device.index])
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: allocated + 2**20)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**22, 2**40))
-    assert teachers._measured_budget(fake) == 1024  # 0.7 * 5 MiB at 2 KiB a token
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**40))
+    return LocalTeacher(fake), reads
+
+
+@pytest.mark.parametrize(
+    ("used", "free", "fitting"),
+    [
+        (2**20, 2**24 - 2**20, 2**14),  # 22,937 of 512 bytes each
+        (2**30, 0, 1),
+        (2**20, 2**40, 65536),
+    ],
+)
+def test_tokens_that_fit(monkeypatch, used, free, fitting):
+    assert on_cuda(monkeypatch, [used], free)[0].find_budget() == fitting
+
+
+def test_without_cuda_there_is_a_default():
+    teacher = LocalTeacher(make("Llama"))
+    teacher.score(*make_rows([1]), 0)
+    assert teacher.max_batch_tokens == 16384
+
+
+def test_the_tightest_device_sets_the_budget(monkeypatch):
+    teacher, reads = on_cuda(monkeypatch, [2**21, 2**20], 2**22, tokens=1024)
+    assert teacher.find_budget() == 1024  # 0.7 * 5 MiB at 2 KiB a token
     assert reads == [((1, 1024), True)]
-    devices.pop(0)
-    assert teachers._measured_budget(fake) == 2048
+    assert on_cuda(monkeypatch, [2**20], 2**22, tokens=1024)[0].find_budget() == 2048
 
     def fails(**inputs):
         raise torch.OutOfMemoryError
 
-    fake.base_model = fails
-    assert teachers._measured_budget(fake) == 512
+    teacher, _ = on_cuda(monkeypatch, [2**21, 2**20], 2**22, tokens=1024)
+    teacher.model.base_model = fails
+    assert teacher.find_budget() == 512
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
@@ -345,7 +366,11 @@ def test_rows_that_stretch_the_rotary_embeddings_stretch_no_other_row_s(kind):
     scores = LocalTeacher(model, 4096).score(sequences, counts, 3)
     for row in zip(sequences, counts, scores, strict=True):
         assert_scores(make("Llama", **options), *([value] for value in row))
-    batch = teachers._score_batch(model, sequences, counts, 0)
+    # What a padded batch of them would give the shortest.
+    input_ids = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(sequence) for sequence in sequences], True)
+    mask = torch.arange(input_ids.shape[1]) < torch.from_numpy(lengths)[:, None]
     short = int(lengths.argmin())
-    alone = teachers._score_batch(model, [sequences[short]], [counts[short]], 0)[0]
-    assert not np.allclose(batch[short].logprobs, alone.logprobs, atol=1e-3)
+    with torch.no_grad():
+        batch = model(input_ids=input_ids, attention_mask=mask.long()).logits[short, : lengths[short]]
+        alone = make("Llama", **options)(input_ids=input_ids[[short], : lengths[short]]).logits[0]
+    assert not torch.allclose(batch.log_softmax(-1), alone.log_softmax(-1), atol=1e-3)

@@ -11,6 +11,7 @@ import time
 import traceback
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -458,6 +459,19 @@ def noise(scale, seed=0):
 def test_rounding_is_no_temperature(model):
     with stub_server("vllm", model, faults=itertools.repeat(noise(0.1))) as server:
         VLLMServer(server.url).sample(PROMPTS[:4], replace(PLAIN, temperature=0.99))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.5])
+def test_a_vocabulary_with_tokens_that_cannot_be(model, temperature):
+    """Where most have no probability, as in a vocabulary padded with -inf, there is still a comparison."""
+
+    def padded(ids):
+        logits = model(ids).logits.clone()
+        logits[..., 8:] = -math.inf
+        return SimpleNamespace(logits=logits)
+
+    with stub_server("vllm", padded, faults=itertools.repeat(noise(0.02))) as server:
+        VLLMServer(server.url).sample(PROMPTS[:4], replace(PLAIN, temperature=temperature))
 
 
 def test_replicas_of_two_models_are_refused(model):

@@ -1,4 +1,4 @@
-"""Every file of accelerate_configs, with the options that docs/launching.md gives for a CPU, really launched."""
+"""Every file of accelerate_configs, with the options that docs/launching.md gives for a CPU; three really launched."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed.run
 import yaml
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.commands import launch
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[2]
@@ -38,19 +41,68 @@ def test_configs_are_for_gpus_in_bf16(path):
     assert stage != 3 or config["deepspeed_config"]["zero3_save_16bit_model"] is True
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=name_of)
-def test_commands_of_the_page_run_on_a_cpu(tmp_path, command):
-    name = name_of(command)
-    if name not in ("single", "ddp", "fsdp2"):
-        pytest.importorskip("deepspeed")
-    if name == "zero3_offload":
-        pytest.skip("DeepSpeed compiles its Adam for the CPU first, which takes minutes.")
+def words_of(command, tmp_path):
+    """Of `accelerate launch`, with the file of the page beside it."""
     (tmp_path / "ds.json").write_text(re.search(r"```json\n(.*?)```", PAGE, re.S)[1])
     _, _, *words = shlex.split(command.replace("\\\n", " ").replace("ds.json", str(tmp_path / "ds.json")))
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    return ["--main_process_port", "0", *words]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=name_of)
+def test_a_command_of_the_page_is_what_its_config_says(tmp_path, monkeypatch, command):
+    """All that accelerate makes of it, up to where it would start processes."""
+    name = name_of(command)
+    if "zero" in name or "deepspeed" in name:
+        pytest.importorskip("deepspeed")
+    started = []
+
+    class Process:
+        returncode = 0
+
+        def __init__(self, command, env):
+            started.append(env)
+
+        def wait(self):
+            pass
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(torch.distributed.run, "run", lambda args: started.append(dict(os.environ)))
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    launch.launch_command(launch.launch_command_parser().parse_args(words_of(command, tmp_path)))
+    (env,) = started
+    config = {} if name == "deepspeed_json" else yaml.safe_load((ROOT / f"accelerate_configs/{name}.yaml").read_text())
+    assert env["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert (env.get("ACCELERATE_USE_DEEPSPEED") == "true") == ("zero" in name or "deepspeed" in name)
+    assert (env.get("ACCELERATE_USE_FSDP") == "true") == (name == "fsdp2")
+    for key, variable in (
+        ("zero_stage", "ZERO_STAGE"),
+        ("zero3_init_flag", "ZERO3_INIT"),
+        ("zero3_save_16bit_model", "ZERO3_SAVE_16BIT_MODEL"),
+        ("offload_param_device", "OFFLOAD_PARAM_DEVICE"),
+        ("offload_optimizer_device", "OFFLOAD_OPTIMIZER_DEVICE"),
+    ):
+        if key in config.get("deepspeed_config", {}):
+            assert env[f"ACCELERATE_DEEPSPEED_{variable}"] == str(config["deepspeed_config"][key]).lower()
+    if name == "fsdp2":
+        for variable in [variable for variable in env if "FSDP" in variable]:
+            monkeypatch.setenv(variable, env[variable])
+        plugin = FullyShardedDataParallelPlugin()
+        assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+        assert plugin.state_dict_type.name == "SHARDED_STATE_DICT"
+
+
+# On a CPU accelerate trains DDP where `fsdp2` asks for `fully_shard`; tests/distributed has that.
+@pytest.mark.parametrize("name", ["ddp", "zero3", "deepspeed_json"])
+def test_commands_of_the_page_run_on_a_cpu(tmp_path, name):
+    if name != "ddp":
+        pytest.importorskip("deepspeed")
+    (command,) = [command for command in COMMANDS if name_of(command) == name]
     env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    words += ["--output_dir", str(tmp_path / "out")]
-    done = subprocess.run([*launcher, *words], cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
+    words = [*words_of(command, tmp_path), "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *words],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, env=env,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     # DeepSpeed writes tied weights twice, so the files differ in keys.
     trained, start = (

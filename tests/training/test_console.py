@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import pty
 import re
-import struct
-import subprocess
-import sys
-import termios
 from pathlib import Path
 
 import pytest
+import ranks
 from conftest import make_trainer, without_topk
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -82,39 +76,14 @@ def test_a_printer_of_one_s_own_is_left_alone(tmp_path, student_dir, table, caps
     assert "'huber'" in capsys.readouterr().out
 
 
-def run_in_a_terminal(command, env):
-    """What a program writes to the terminal that it runs in."""
-    terminal, inside = pty.openpty()
-    fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 240, 0, 0))
-    process = subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside, env=env, close_fds=True)
-    os.close(inside)
-    written = b""
-    while True:
-        try:
-            chunk = os.read(terminal, 65536)
-        except OSError:  # how Linux says that nobody has it open any more
-            break
-        if not chunk:
-            break
-        written += chunk
-    assert process.wait(timeout=60) == 0, written.decode()[-3000:]
-    return written.decode()
-
-
 def test_in_a_terminal_a_bar_has_the_numbers(tmp_path, student_dir, table):
     table.save_to_disk(tmp_path / "table")
-    code = f"""
-from datasets import load_from_disk
-from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer
-table = load_from_disk({str(tmp_path / "table")!r})
-args = OfflineOPDConfig(
-    {str(tmp_path / "out")!r}, max_steps=4, logging_steps=2, eval_strategy="steps", eval_steps=4, use_cpu=True,
-    report_to="none", bf16=False, save_strategy="no", activation_checkpointing=False,
-)
-OfflineOPDTrainer({str(student_dir)!r}, args, table, eval_dataset=table).train()
-"""
-    env = os.environ | {"TERM": "xterm", "OMP_NUM_THREADS": "1"}
-    written = run_in_a_terminal([sys.executable, "-c", code], env)
+    script = Path(__file__).parent / "terminal_script.py"
+    done = ranks.launch(
+        script, student_dir, tmp_path / "table", tmp_path / "out", processes=None, env={"TERM": "xterm"}
+    )
+    written = done.stdout
+    assert done.returncode == 0, written[-3000:]
     shown = re.split(r"[\r\n]+", written)
     bar = next(line for line in reversed(shown) if "4/4" in line)
     words = ("loss", "KL", "entropy", "ESS", "lr", "grad")
@@ -127,12 +96,8 @@ def lines_of(done):
 
 
 def train_example(tmp_path, *flags):
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"),
-        *("--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "examples" / "train.py")),
-        *("--max_steps", "2", "--output_dir", str(tmp_path / "run"), *flags),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    words = (ROOT / "examples" / "train.py", "--max_steps", 2, "--output_dir", tmp_path / "run", *flags)
+    done = ranks.launch(*words, processes=None, cwd=tmp_path, timeout=600, env={"ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 

@@ -126,9 +126,11 @@ def stream_of(*tables):
     return IterableDataset.from_generator(rows)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("where", ["first", "later"])
-@pytest.mark.parametrize("column", ["ref_logprobs", "teacher_topk_ids"])
+@pytest.mark.parametrize(
+    ("column", "where", "workers"),
+    [("ref_logprobs", "first", 0), ("ref_logprobs", "later", 1), ("teacher_topk_ids", "first", 1),
+     ("teacher_topk_ids", "later", 0)],
+)  # fmt: skip
 def test_a_column_is_in_every_row_of_a_stream_or_in_none(tmp_path, student_dir, table, column, where, workers):
     """In the same batch, or in another one."""
     columns = [name for name in table.column_names if name.startswith("teacher_topk")]

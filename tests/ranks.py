@@ -1,0 +1,180 @@
+"""Starts the processes of a launch from one that has imported everything: imports take seconds, most cases less.
+
+As a script it is that process. It runs nothing itself: it forks, and each fork is a rank that runs a script as
+`python SCRIPT ARGUMENTS` would, with the environment that torchrun would give it. What is read when libraries are
+imported, such as `HF_ENDPOINT`, is that of the first launch.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import gc
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+# From the end of the first rank that fails until the others are told to end.
+GRACE = 10
+
+
+@functools.cache
+def warm() -> subprocess.Popen:
+    """The process that has imported everything."""
+    # Against no accelerator, and one thread a process.
+    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+    # It ends when its standard input does.
+    atexit.register(server.communicate)
+    return server
+
+
+def launch(script, *arguments, processes: int | None = 2, timeout: float = 200, env=None, cwd=None):
+    """
+    Runs a script, or `-m` and a module, on so many processes; `None` is one that was not launched as a rank.
+
+    Returns:
+        `subprocess.CompletedProcess`: with the output of all ranks, and 0 or what the first that failed ended with.
+    """
+    server = warm()
+    argv = [str(word) for word in (script, *arguments)]
+    with tempfile.TemporaryDirectory() as out:
+        request = {"argv": argv, "processes": processes, "timeout": timeout, "out": out, "cwd": str(cwd or Path.cwd())}
+        request["env"] = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | (env or {})
+        server.stdin.write(json.dumps(request).encode() + b"\n")
+        server.stdin.flush()
+        reply = json.loads(server.stdout.readline())
+        stdout, stderr = (Path(out, name).read_text(errors="replace") for name in ("stdout", "stderr"))
+    assert not reply["timed_out"], f"{argv} ran for more than {timeout} s:\n{stdout[-2000:]}\n{stderr[-5000:]}"
+    return subprocess.CompletedProcess(argv, reply["code"], stdout, stderr)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def run_rank(request: dict, environment: dict[str, str]) -> None:
+    """Becomes a process of its own, and ends with what its script ends with."""
+    import runpy
+
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        for number, name in enumerate(("stdin", "stdout", "stderr")):
+            flags = os.O_RDONLY if name == "stdin" else os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            descriptor = os.open(os.devnull if name == "stdin" else f"{request['out']}/{name}", flags)
+            os.dup2(descriptor, number)
+        os.environ.clear()
+        os.environ |= request["env"] | environment
+        os.chdir(request["cwd"])
+        module = request["argv"][0] == "-m"
+        sys.argv = request["argv"][module:]
+        # Of the script, and of what imports `conftest`.
+        sys.path[:1] = [os.getcwd() if module else str(Path(sys.argv[0]).parent), str(TESTS)]
+        if module:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if code and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def start(request: dict) -> list[int]:
+    processes, port = request["processes"], free_port()
+    pids = []
+    for rank in range(processes or 1):
+        environment = {}
+        if processes:
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        if (pid := os.fork()) == 0:
+            run_rank(request, {name: str(value) for name, value in environment.items()})
+        pids.append(pid)
+    return pids
+
+
+def serve(request: dict) -> dict:
+    """Waits for all ranks; ends those that do not end soon after one of them failed."""
+    for name in ("stdout", "stderr"):
+        Path(request["out"], name).touch()
+    left, code, timed_out = start(request), 0, False
+    deadline, end_with = time.monotonic() + request["timeout"], signal.SIGTERM
+    while left:
+        for pid in left[:]:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                left.remove(pid)
+                failed = os.waitstatus_to_exitcode(status)
+                if failed and not code:
+                    code, deadline = failed, min(deadline, time.monotonic() + GRACE)
+        if left and time.monotonic() > deadline:
+            timed_out = timed_out or code == 0
+            for pid in left:
+                os.killpg(pid, end_with)
+            deadline, end_with = time.monotonic() + 5, signal.SIGKILL
+        time.sleep(0.01)
+    return {"code": code, "timed_out": timed_out}
+
+
+def main() -> None:
+    # What the ranks print is not for the one who asks.
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    os.set_inheritable(replies.fileno(), False)
+
+    import torch  # noqa: F401, I001
+    import datasets
+    import transformers  # noqa: F401
+    import trl  # noqa: F401
+    import wandb  # noqa: F401
+    from transformers import (  # noqa: F401
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+        Trainer,
+    )
+    from trl import SFTTrainer, TrlParser  # noqa: F401
+    import trl_lopd
+    import trl_lopd.cli  # noqa: F401
+
+    try:
+        import deepspeed  # noqa: F401
+    except ImportError:
+        pass
+    import peft  # noqa: F401
+
+    for name in trl_lopd.__all__:
+        getattr(trl_lopd, name)
+    datasets.disable_progress_bars()
+    # That of jemalloc, which Arrow brings along, begins anew in a fork.
+    threads = {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")} - {"jemalloc_bg_thd"}
+    assert len(threads) == 1, f"Only one thread is forked, not {threads}."
+    # Of what was imported nothing is garbage, and nothing is copied because it was looked at.
+    gc.collect()
+    gc.freeze()
+    for line in sys.stdin:
+        replies.write(json.dumps(serve(json.loads(line))) + "\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    main()
