@@ -253,7 +253,7 @@ def _inspect(args: argparse.Namespace) -> Answer:
         args.table,
         revision=args.revision,
         look_inside=not args.no_content,
-        mode=args.teacher_consistency,
+        teacher_consistency=args.teacher_consistency,
         worst=args.rows,
         tokenizer=args.tokenizer,
     )

@@ -271,7 +271,7 @@ def test_a_served_teacher_scores_as_the_local_one_and_counts_as_probed(
         assert a["teacher_topk_ids"] == b["teacher_topk_ids"]
     card = read_model_card(student_dir)
     assert check_teacher_consistency(card, table).evidence == "probed"
-    assert check_teacher_consistency(card, declared, mode="declared_ok").evidence == "declared"
+    assert check_teacher_consistency(card, declared, teacher_consistency="declared_ok").evidence == "declared"
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])

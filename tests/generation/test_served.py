@@ -402,7 +402,7 @@ def test_the_key_is_sent_and_told_nobody(monkeypatch, caplog, model, tokenizer, 
     echo = changed(lambda body: (body.clear(), body.update(headers=f"Bearer {KEY}")))
     faults = [status(500, f"try later, {KEY}"), echo, honest, status(401, f"Incorrect API key provided: {KEY}")]
     with stub_server(kind, model, faults=faults) as server:
-        teacher = TEACHERS[kind](server.url, tokenizer=tokenizer)
+        teacher = TEACHERS[kind](server.url, processing_class=tokenizer)
         teacher.score([np.arange(3, 12)], [4], 1)
         with pytest.raises(ServerError) as caught:
             teacher.score([np.arange(3, 12)], [4], 1)
@@ -439,9 +439,9 @@ def test_a_key_in_the_address(url):
 @both
 def test_self_test_passes(model, tokenizer, card, kind):
     with stub_server(kind, model) as server:
-        assert TEACHERS[kind](server.url, tokenizer=tokenizer).self_test(card) == f"{TEACHER_ID}#probed"
+        assert TEACHERS[kind](server.url, processing_class=tokenizer).self_test(card) == f"{TEACHER_ID}#probed"
         before = len(server.requests)
-        assert TEACHERS[kind](server.url, tokenizer=tokenizer).self_test() is None
+        assert TEACHERS[kind](server.url, processing_class=tokenizer).self_test() is None
         assert TEACHERS[kind](server.url).self_test({"teachers": [{"id": TEACHER_ID}]}, list(range(3, 20))) is None
         assert len(server.requests) - before == 11
 
@@ -450,7 +450,7 @@ def test_self_test_passes(model, tokenizer, card, kind):
 def test_self_test_refuses_a_replica_that_is_off(model, tokenizer, card, kind, with_card):
     faults = itertools.cycle([honest, changed(servers.off_by_half_a_nat)])
     with stub_server(kind, model, faults=faults) as server:
-        teacher = TEACHERS[kind](server.url, tokenizer=tokenizer)
+        teacher = TEACHERS[kind](server.url, processing_class=tokenizer)
         with pytest.raises(ServerError, match="self-test of http.*disagrees with itself.*0.500 nats a token"):
             teacher.self_test(card if with_card else None)
 
@@ -459,27 +459,27 @@ def test_self_test_refuses_a_replica_that_is_off(model, tokenizer, card, kind, w
 def test_self_test_refuses_another_tokenizer(model, tokenizer, kind):
     texts = [f"w{(token * 7) % VOCAB}" for token in range(VOCAB)]
     with stub_server(kind, model, texts=texts) as server:
-        teacher = TEACHERS[kind](server.url, tokenizer=tokenizer)
+        teacher = TEACHERS[kind](server.url, processing_class=tokenizer)
         with pytest.raises(ServerError, match="another tokenizer: token id .* is 'w.*' there and 'w.*' here"):
             teacher.self_test()
         assert len(server.requests) == 1
     # One with fewer tokens.
     with stub_server(kind, model, texts=["", *(f"w{token}" for token in range(1, 20))]) as server:
         with pytest.raises(ServerError, match="self-test.*status 400, 'Token id .* is out of vocabulary'"):
-            TEACHERS[kind](server.url, tokenizer=tokenizer).self_test()
+            TEACHERS[kind](server.url, processing_class=tokenizer).self_test()
 
 
 @both
 def test_self_test_takes_no_offence_at_spaces(model, tokenizer, kind):
     texts = [f" {tokenizer.decode([token])}" if token % 3 else "\ufffd" for token in range(VOCAB)]
     with stub_server(kind, model, texts=texts) as server:
-        assert TEACHERS[kind](server.url, tokenizer=tokenizer).self_test() is None
+        assert TEACHERS[kind](server.url, processing_class=tokenizer).self_test() is None
 
 
 def test_self_test_refuses_another_model(tokenizer, card):
     with stub_server("sglang", make_model(seed=2)) as server:
         with pytest.raises(ServerError, match="self-test.*does not answer the probes"):
-            SGLangServer(server.url, tokenizer=tokenizer).self_test(card)
+            SGLangServer(server.url, processing_class=tokenizer).self_test(card)
 
 
 def test_self_test_with_limits_of_ones_own(model, card):
@@ -500,15 +500,15 @@ def test_self_test_refuses_a_start_that_is_off(model, tokenizer):
 
     with stub_server("sglang", model, faults=itertools.repeat(changed(change))) as server:
         with pytest.raises(ServerError, match="disagrees with itself"):
-            SGLangServer(server.url, tokenizer=tokenizer).self_test()
+            SGLangServer(server.url, processing_class=tokenizer).self_test()
 
 
 def test_self_test_on_a_server_in_trouble(model, tokenizer):
     with stub_server("vllm", model, faults=[status(500), servers.truncated]) as server:
-        assert VLLMServer(server.url, tokenizer=tokenizer).self_test() is None
+        assert VLLMServer(server.url, processing_class=tokenizer).self_test() is None
     with stub_server("vllm", model, faults=itertools.repeat(status(500))) as server:
         with pytest.raises(ServerError, match="self-test.*status 500"):
-            VLLMServer(server.url, tokenizer=tokenizer, max_retries=1).self_test()
+            VLLMServer(server.url, processing_class=tokenizer, max_retries=1).self_test()
 
 
 def test_self_test_with_nothing_to_test_with():

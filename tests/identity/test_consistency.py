@@ -26,7 +26,9 @@ def card(*ids, evidence="verified", **more):
 
 
 def judge(record, teachers, own=None):
-    return check_teacher_consistency(record, teachers, student_fingerprint=own, mode="off", student="org/student")
+    return check_teacher_consistency(
+        record, teachers, student_fingerprint=own, teacher_consistency="off", student="org/student"
+    )
 
 
 @pytest.mark.parametrize(
@@ -174,7 +176,7 @@ def test_an_earlier_round_without_its_check_is_warned_of(word, warned):
 
 def test_ids_of_the_students_stand_in_for_the_table():
     own = fid("student", weights=7)
-    kwargs = {"student_fingerprint": own, "mode": "off"}
+    kwargs = {"student_fingerprint": own, "teacher_consistency": "off"}
     assert not check_teacher_consistency(card(A), [A], sampled_by=[None, own, "mine"], **kwargs).warnings
     assert check_teacher_consistency(card(A), [A], sampled_by=[fid("s", weights=8)], **kwargs).off_policy
     assert not check_teacher_consistency(
@@ -190,7 +192,7 @@ def test_a_record_whose_digests_do_not_give_its_id_is_refused():
 
 def test_strict_raises_the_reason():
     expected = judge({}, [A]).reason
-    for kwargs in ({}, {"mode": "strict"}, {"mode": "declared_ok"}):
+    for kwargs in ({}, {"teacher_consistency": "strict"}, {"teacher_consistency": "declared_ok"}):
         with pytest.raises(TeacherConsistencyError) as raised:
             check_teacher_consistency({}, [A], student="org/student", **kwargs)
         assert str(raised.value) == expected
@@ -201,14 +203,14 @@ def test_strict_refuses_what_is_only_declared_and_declared_ok_takes_it():
     declared = card(A, evidence="declared")
     with pytest.raises(TeacherConsistencyError, match="declared_ok"):
         check_teacher_consistency(declared, [A])
-    assert check_teacher_consistency(declared, [A], mode="declared_ok").consistent
+    assert check_teacher_consistency(declared, [A], teacher_consistency="declared_ok").consistent
 
 
 @pytest.mark.parametrize("mode, records", [("warn", 1), ("off", 0)])
 @pytest.mark.parametrize("record", [{}, card(A, evidence="declared")])
 def test_warn_and_off(caplog, mode, records, record):
     with caplog.at_level(logging.DEBUG):
-        verdict = check_teacher_consistency(record, [A], mode=mode)
+        verdict = check_teacher_consistency(record, [A], teacher_consistency=mode)
     assert not verdict.accepted("strict") and len(caplog.records) == records
     assert all(
         (r.name, r.levelname, r.getMessage()) == ("trl_lopd.identity.consistency", "WARNING", verdict.reason)
@@ -218,13 +220,13 @@ def test_warn_and_off(caplog, mode, records, record):
 
 @pytest.mark.parametrize("mode", ["strict", "declared_ok", "warn", "off"])
 def test_agreement_is_silent_in_every_mode(caplog, mode):
-    assert check_teacher_consistency(card(A), [A], mode=mode).consistent
+    assert check_teacher_consistency(card(A), [A], teacher_consistency=mode).consistent
     assert not caplog.records
 
 
 def test_unknown_mode():
-    with pytest.raises(ValueError, match="'lax'.*strict, declared_ok, warn, off") as raised:
-        check_teacher_consistency(card(A), [A], mode="lax")
+    with pytest.raises(ValueError, match="is one of strict, declared_ok, warn, off, not 'lax'") as raised:
+        check_teacher_consistency(card(A), [A], teacher_consistency="lax")
     assert not isinstance(raised.value, TeacherConsistencyError)
 
 

@@ -514,7 +514,7 @@ def test_relative_directory_is_named_after_itself(tmp_path, monkeypatch):
 
 
 def test_module_that_does_not_know_its_tokenizer():
-    with pytest.raises(ValueError, match="Pass `tokenizer`"):
+    with pytest.raises(ValueError, match="Pass its `processing_class`"):
         fingerprint_teacher(make_model())
     assert fingerprint_teacher(make_model(), make_tokenizer()).name == "LlamaForCausalLM"
 

@@ -412,7 +412,7 @@ REFUSED = None
 def test_verdict(case, happened, evidence, rows, words):
     student, table = happened(case)
     verdict = check_teacher_consistency(
-        read_model_card(student), table, student_fingerprint=fingerprint_teacher(student), mode="off"
+        read_model_card(student), table, student_fingerprint=fingerprint_teacher(student), teacher_consistency="off"
     )
     assert verdict.consistent is (evidence is not REFUSED) and verdict.evidence == evidence
     assert verdict.accepted("strict") is (evidence == "verified")

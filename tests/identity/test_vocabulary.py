@@ -103,18 +103,23 @@ def test_what_nothing_tells_is_declared(pair, difference, caplog, monkeypatch, t
     about = {"student_fingerprint": fingerprint_teacher(student)}
     with pytest.raises(TeacherConsistencyError, match="nothing tells whether both mean the same by the ids"):
         check_teacher_consistency(read_model_card(student), table, **about)
-    assert check_teacher_consistency(read_model_card(student), table, mode="declared_ok", **about).consistent
-    assert check_teacher_consistency(read_model_card(student), table, mode="warn", **about).evidence == "declared"
+    assert check_teacher_consistency(
+        read_model_card(student), table, teacher_consistency="declared_ok", **about
+    ).consistent
+    assert (
+        check_teacher_consistency(read_model_card(student), table, teacher_consistency="warn", **about).evidence
+        == "declared"
+    )
 
     # With the teacher's tokenizer at hand, the rows settle it.
     monkeypatch.chdir(tmp_path)
-    about["tokenizer"] = make_tokenizer()
-    verdict = check_teacher_consistency(read_model_card(student), table, mode="off", **about)
+    about["processing_class"] = make_tokenizer()
+    verdict = check_teacher_consistency(read_model_card(student), table, teacher_consistency="off", **about)
     assert verdict.consistent == (difference is not UNLIKE)
     if difference is UNLIKE:
         for mode in ("strict", "declared_ok"):
             with pytest.raises(TeacherConsistencyError, match="id 7 is 'w7' to the student and 'w8' to the teacher"):
-                check_teacher_consistency(read_model_card(student), table, mode=mode, **about)
+                check_teacher_consistency(read_model_card(student), table, teacher_consistency=mode, **about)
     else:
         assert verdict.evidence == "verified"
 

@@ -43,7 +43,7 @@ def inspect(
     *,
     revision: str | None = None,
     look_inside: bool = True,
-    mode: str = "strict",
+    teacher_consistency: str = "strict",
     worst: int = 3,
     tokenizer: str | None = None,
 ) -> dict[str, Any]:
@@ -55,7 +55,8 @@ def inspect(
         table (`str`, *optional*): The table, where `name` is a model.
         revision (`str`, *optional*): Hub revision of `name`.
         look_inside (`bool`, *optional*, defaults to `True`): Fingerprint the model instead of believing its card.
-        mode (`str`, *optional*, defaults to `"strict"`): What the pair must meet, see [`Verdict.accepted`].
+        teacher_consistency (`str`, *optional*, defaults to `"strict"`): What the pair must meet, see
+            [`Verdict.accepted`].
         worst (`int`, *optional*, defaults to `3`): Rows to decode that the teacher disagrees with most.
         tokenizer (`str`, *optional*): Directory or Hub id of the tokenizer to decode them with. By default looked for,
             see [`find_tokenizer`].
@@ -110,7 +111,7 @@ def inspect(
             for split, summary in result["table"]["splits"].items()
             if not summary["scored"]
         ]
-        result["verdict"] = _verdict(result, splits, mode, revision)
+        result["verdict"] = _verdict(result, splits, teacher_consistency, revision)
     return result
 
 
@@ -191,10 +192,10 @@ def _verdict(result: dict[str, Any], splits: dict[str, Dataset], mode: str, revi
             result["model"]["card"],
             rows,
             student_fingerprint=own["id"] if own else None,
-            mode="off",
+            teacher_consistency="off",
             student=result["model"]["name"],
             table_name=f"the table ({split})",
-            tokenizer=find_tokenizer(None, result["model"]["name"], revision, {}, "")[0],
+            processing_class=find_tokenizer(None, result["model"]["name"], revision, {}, "")[0],
         )
         for split, rows in splits.items()
     }

@@ -209,7 +209,7 @@ class _Model:
         fingerprint = fingerprint or on_main_process(state, lambda: fingerprint_teacher(source, tokenizer, **kwargs))
         tokenizer = tokenizer or load_tokenizer(source, **kwargs)
         if engine not in ENGINES and hasattr(engine, "self_test"):
-            engine.tokenizer = engine.tokenizer or tokenizer
+            engine.processing_class = engine.processing_class or tokenizer
             on_main_process(state, engine.self_test)
         return cls(source, role, engine, options, tokenizer, fingerprint)
 

@@ -126,7 +126,7 @@ def score_rollouts(
 
     is_served = hasattr(teacher, "score")
     if is_served:
-        tokenizer = processing_class or getattr(teacher, "tokenizer", None)
+        tokenizer = processing_class or getattr(teacher, "processing_class", None)
         record = on_main_process(state, lambda: _entry_of_served(teacher, dataset, fingerprint, teacher_card))
     else:
         kwargs = hub_kwargs(options.init_kwargs)

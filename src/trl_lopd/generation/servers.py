@@ -84,7 +84,7 @@ class _Server:
         self,
         base_url: str,
         *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
         max_concurrency: int = 32,
         timeout: float = 600.0,
         max_retries: int = 6,
@@ -105,7 +105,7 @@ class _Server:
             )
         # The paths of requests begin with it: /v1/completions.
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
-        self.tokenizer = tokenizer
+        self.processing_class = processing_class
         self.max_concurrency = max_concurrency
         self.timeout = timeout
         self.max_retries = max_retries
@@ -186,7 +186,7 @@ class _Server:
         """
         Whether this server may score a run; asked before the first row.
 
-        - Its own text for each token is that of `tokenizer`, if there is one and the server gives text.
+        - Its own text for each token is that of `processing_class`, if there is one and the server gives text.
         - Several copies of one sequence, sent together so that a balancer deals them to different replicas, get the
           same answers, whether most of the sequence is scored or its second half.
         - It answers the probes of a card as a teacher there does: see [`verify_served_teacher`].
@@ -207,12 +207,12 @@ class _Server:
         """
         probes = [entry["probes"]["sequences"] for entry in probed_entries(card or {})]
         if sequence is None:
-            if self.tokenizer is None and not probes:
+            if self.processing_class is None and not probes:
                 raise ValueError(
-                    "There is nothing to test the server with: give `tokenizer`, a card with probes, or `sequence`, "
-                    "the token ids of a row."
+                    "There is nothing to test the server with: give `processing_class`, a card with probes, or "
+                    "`sequence`, the token ids of a row."
                 )
-            halves = probe_sequences(self.tokenizer) if self.tokenizer is not None else probes[0]
+            halves = probe_sequences(self.processing_class) if self.processing_class is not None else probes[0]
             # The second half of a probe repeats its first.
             sequence = [id for probe in halves for id in probe[: len(probe) // 2]]
         if len(sequence) < 4 or repeats < 2:
@@ -221,7 +221,7 @@ class _Server:
                 f"{repeats}."
             )
         try:
-            if self.tokenizer is not None:
+            if self.processing_class is not None:
                 self._check_texts(sequence)
             # A server that starts in the middle of a sequence must say of it what it says from the beginning.
             lengths = [len(sequence) - 1] * repeats + [len(sequence) // 2]
@@ -347,7 +347,7 @@ class _Server:
             return await self._ask(client, payload, lambda body: self._texts(body, sequence))
 
         for id, text in zip(sequence[1:], self._run(texts), strict=True):
-            decoded, token = self.tokenizer.decode([id]), self.tokenizer.convert_ids_to_tokens(id)
+            decoded, token = self.processing_class.decode([id]), self.processing_class.convert_ids_to_tokens(id)
             # A part of a character has no text of its own, and servers differ in the spaces around a word.
             if text is None or "\ufffd" in text + decoded or text.strip() in (decoded.strip(), token):
                 continue
@@ -368,8 +368,8 @@ class VLLMServer(_Server):
     Args:
         base_url (`str`): The server's address, `http://localhost:8000`.
         model (`str`, *optional*): The name under which the model is served. Asked of the server if not given.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The model's, which the self-test compares
-            with the server's.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The model's tokenizer, which the
+            self-test compares with the server's.
         max_concurrency (`int`, *optional*, defaults to `32`): Requests at a time.
         timeout (`float`, *optional*, defaults to `600.0`): Seconds without a byte from the server before a request is
             given up; it may wait in the server's queue meanwhile. A sampled answer comes whole, so this must be more
@@ -534,7 +534,7 @@ class SGLangServer(_Server):
 
     Args:
         base_url (`str`): The server's address, `http://localhost:30000`.
-        tokenizer, max_concurrency, timeout, max_retries: As in [`VLLMServer`].
+        processing_class, max_concurrency, timeout, max_retries: As in [`VLLMServer`].
 
     Raises:
         `ValueError`: if an option is out of range, or if the address holds a user, a password or a query.

@@ -91,10 +91,10 @@ def check_teacher_consistency(
     *,
     sampled_by: Iterable[str | None] = (),
     student_fingerprint: TeacherFingerprint | str | None = None,
-    mode: str = "strict",
+    teacher_consistency: str = "strict",
     student: str = "the student",
     table_name: str = "the table",
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
 ) -> Verdict:
     """
     Decide whether the teachers that scored a table are the teachers behind a student's SFT data.
@@ -109,19 +109,21 @@ def check_teacher_consistency(
         student_fingerprint ([`TeacherFingerprint`] or `str`, *optional*): The student's own, or its id. Without it
             nothing is said of whether the card was written for this student, and whether it sampled the rollouts. An
             empty one says that the student has none, so that what its card says counts as declared.
-        mode (`str`): `"strict"` raises unless the pair is consistent and verified or probed; `"declared_ok"` also
-            accepts SFT teachers that a person declared; `"warn"` warns instead of raising; `"off"` is silent.
+        teacher_consistency (`str`): `"strict"` raises unless the pair is consistent and verified or probed;
+            `"declared_ok"` also accepts SFT teachers that a person declared; `"warn"` warns instead of raising;
+            `"off"` is silent.
         student (`str`): What messages call the student.
         table_name (`str`): What messages call the table.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The student's. Where the teacher's differs,
-            and the table's record does not say that both mean the same by the ids in the rows, the two are compared.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The student's tokenizer.
+            Where the teacher's differs, and the table's record does not say that both mean the same by the ids in the
+            rows, the two are compared.
 
     Raises:
-        `TeacherConsistencyError`: as `mode` says.
-        `ValueError`: if `mode` is none of the four.
+        `TeacherConsistencyError`: as `teacher_consistency` says.
+        `ValueError`: if `teacher_consistency` is none of the four.
     """
-    if mode not in MODES:
-        raise ValueError(f"Unknown mode {mode!r} for the teacher consistency check; it is one of {', '.join(MODES)}.")
+    if teacher_consistency not in MODES:
+        raise ValueError(f"`teacher_consistency` is one of {', '.join(MODES)}, not {teacher_consistency!r}.")
     own_id = student_fingerprint.id if isinstance(student_fingerprint, TeacherFingerprint) else student_fingerprint
     rows, altered, claimed, dataset = "unverified", (), [], None
     if hasattr(table, "column_names"):
@@ -140,14 +142,14 @@ def check_teacher_consistency(
     if verdict.consistent:
         entries = [*claimed, *(student_card.get("sft_teachers") or [])]
         readers = [own_id] if own_id else [id for id in sampled_by if id and is_id(id)]
-        verdict = _judge_tokens(verdict, teachers, readers, entries, tokenizer, dataset, student, table_name)
+        verdict = _judge_tokens(verdict, teachers, readers, entries, processing_class, dataset, student, table_name)
     if verdict.consistent:
         problem, warnings, off_policy = _judge_student(sampled_by, own_id, student, table_name)
         warnings = (*altered, *warnings, *_earlier_overrides(student_card, student))
         verdict = replace(verdict, warnings=warnings, rows=rows, off_policy=off_policy)
         if problem:
             verdict = Verdict(False, None, problem)
-    return verdict.enforce(mode)
+    return verdict.enforce(teacher_consistency)
 
 
 def inherited_teachers(card: dict[str, Any], own_id: str | None) -> list[dict[str, Any]]:

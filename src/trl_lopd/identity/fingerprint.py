@@ -224,7 +224,7 @@ def diff_ids(a: str, b: str) -> list[str]:
 
 def fingerprint_teacher(
     model: str | Path | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
     *,
     name: str | None = None,
     revision: str | None = None,
@@ -240,8 +240,8 @@ def fingerprint_teacher(
     Args:
         model (`str`, `Path`, `PreTrainedModel` or `PeftModel`): Local directory, Hub model id, or loaded model, which
             may be wrapped (DDP, DeepSpeed, `torch.compile`). May be a PEFT adapter over a base model: then both count.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): Defaults to the one in the directory (an adapter's own, else
-            its base's), or for a loaded model the one at `model.config._name_or_path`.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): The tokenizer. Defaults to the one in the directory
+            (an adapter's own, else its base's), or for a loaded model the one at `model.config._name_or_path`.
         name (`str`, *optional*): Replaces the model id, for people.
         revision (`str`, *optional*): Hub revision. Ignored for a local directory and for a loaded model.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Run the model and tokenizer code that comes with
@@ -272,16 +272,17 @@ def fingerprint_teacher(
         module, peft_model = _unwrap(model)
         origin = base = _origin_of_loaded(module)
         tokenizer_source = module.config._name_or_path
-        if tokenizer is None and not tokenizer_source:
+        if processing_class is None and not tokenizer_source:
             raise ValueError(
                 f"This {type(module).__name__} does not say where it was loaded from (config._name_or_path is empty), "
-                "so its tokenizer cannot be found. Pass `tokenizer`."
+                "so its tokenizer cannot be found. Pass its `processing_class`."
             )
         if peft_model is not None:
             active = _active_adapter(peft_model)
             adapter = _loaded_adapter_digest(peft_model, active)
             origin = _over(base, _Origin(None, active, None))
         weights = _loaded_weights(module, is_peft_base=peft_model is not None)
+    tokenizer = processing_class
     if tokenizer is None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             tokenizer_source, revision=base.revision, trust_remote_code=trust_remote_code
@@ -300,7 +301,9 @@ def fingerprint_teacher(
     )
 
 
-def fingerprint_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> TeacherFingerprint:
+def fingerprint_loaded(
+    model: PreTrainedModel, processing_class: PreTrainedTokenizerBase | None = None
+) -> TeacherFingerprint:
     """
     Fingerprint of a loaded model as the checkpoint that it was loaded from, where it still holds what is in there,
     cast to another dtype or not; otherwise as [`fingerprint_teacher`] gives it, by what is in memory.
@@ -309,7 +312,7 @@ def fingerprint_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): The loaded model.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): As in [`fingerprint_teacher`].
+        processing_class (`PreTrainedTokenizerBase`, *optional*): As in [`fingerprint_teacher`].
 
     Raises:
         `FileNotFoundError`, `ValueError`, `TypeError`: as [`fingerprint_teacher`].
@@ -319,8 +322,8 @@ def fingerprint_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     if peft_model is None or _has_learnt_nothing(peft_model):
         for directory in _checkpoints_of(module):
             if _holds(module, tensors, directory):
-                return fingerprint_teacher(directory, tokenizer)
-    return fingerprint_teacher(model, tokenizer)
+                return fingerprint_teacher(directory, processing_class)
+    return fingerprint_teacher(model, processing_class)
 
 
 class _Origin(NamedTuple):

@@ -215,6 +215,6 @@ def fingerprint_or_none(
     fingerprint = fingerprint_teacher if isinstance(model, str | Path) else fingerprint_loaded
     try:
         return fingerprint(model, **kwargs)
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         logger.log(level, f"{consequence}: {error}")
         return None

@@ -55,7 +55,9 @@ def describe_round(trainer: Trainer) -> dict[str, Any]:
         samplers = column_counts(trainer.train_dataset, "student_fingerprint")
     else:
         teachers, samplers = check.of_all
-        verdict = check.judge(teachers, "the stream", samplers, mode="off") if teachers else check.verdict
+        verdict = (
+            check.judge(teachers, "the stream", samplers, teacher_consistency="off") if teachers else check.verdict
+        )
     record = {
         "student": student.fingerprint or Path(get_config_model_id(trainer.model.config)).name,
         "objective": trainer.loss_type,

@@ -176,7 +176,7 @@ class TeacherCheck:
     """
 
     def __init__(self, student: Student, args: OfflineOPDConfig):
-        self.student, self.mode = student, args.teacher_consistency
+        self.student, self.teacher_consistency = student, args.teacher_consistency
         self.verdict: Verdict | None = None
         self.first: str | None = None
         self.teachers: Counter[str] = Counter()
@@ -184,7 +184,11 @@ class TeacherCheck:
         self._of_all: tuple[Counter[str], Counter[str | None]] | None = None
 
     def judge(
-        self, table: Dataset | Iterable[str], name: str, sampled_by: Iterable[str] = (), mode: str | None = None
+        self,
+        table: Dataset | Iterable[str],
+        name: str,
+        sampled_by: Iterable[str] = (),
+        teacher_consistency: str | None = None,
     ) -> Verdict:
         """Applies the consistency check to a table, or to the teachers and students of some rows."""
         return check_teacher_consistency(
@@ -192,10 +196,10 @@ class TeacherCheck:
             table,
             sampled_by=sampled_by,
             student_fingerprint=self.student.fingerprint,
-            mode=mode or self.mode,
+            teacher_consistency=teacher_consistency or self.teacher_consistency,
             student=self.student.name,
             table_name=name,
-            tokenizer=self.student.tokenizer,
+            processing_class=self.student.tokenizer,
         )
 
     def meet(self, batch: dict[str, Any]) -> None:

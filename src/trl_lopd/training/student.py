@@ -192,7 +192,7 @@ def _fingerprint(
     kwargs = hub_kwargs if isinstance(model, str) else {}
 
     def compute() -> TeacherFingerprint | None:
-        return fingerprint_or_none(model, consequence, tokenizer=tokenizer, **kwargs)
+        return fingerprint_or_none(model, consequence, processing_class=tokenizer, **kwargs)
 
     if not isinstance(model, str) and is_sharded(model):
         return compute()  # a collective operation, which all processes must take part in
