@@ -3,7 +3,8 @@ Trains within a budget of tokens on however many processes started it.
 
     micro_batches_script.py STUDENT ROWS OUT KIND ...
 
-Of the KINDS of `effopd_script`. Writes to OUT, by kind and way, the weights, and by rank what was read and logged.
+Of the KINDS of `effopd_script`. Writes to OUT, by kind and way, the weights, and by rank what was read, exchanged and
+logged.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def train(kind, student, rows, out, **options):
         kind, student, rows, out, max_steps=4, per_device_train_batch_size=8 // WORLD, gradient_accumulation_steps=2,
         **options,
     )  # fmt: skip
-    made, read = [], []
+    made, read, exchanged = [], [], 0
     training_step = trainer.training_step
 
     def watched(model, inputs, num_items_in_batch=None):
@@ -38,8 +39,10 @@ def train(kind, student, rows, out, **options):
         return training_step(model, inputs, num_items_in_batch)
 
     def count(model, args, inputs):
+        nonlocal exchanged
         # One that reads but does not train tries the boundaries.
         read[-1] += model.training
+        exchanged += model.training and getattr(trainer.model_wrapped, "require_backward_grad_sync", False)
 
     trainer.training_step = watched
     trainer.model.register_forward_pre_hook(count, with_kwargs=True)
@@ -49,7 +52,7 @@ def train(kind, student, rows, out, **options):
     assert all(hasattr(p, "ds_id") and p.numel() == 0 for p in parameters) == (kind == "zero3")
     save_weights(trainer, out)
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    (out / f"{RANK}.json").write_text(json.dumps({"made": made, "read": read, "logs": logs}))
+    (out / f"{RANK}.json").write_text(json.dumps({"made": made, "read": read, "exchanged": exchanged, "logs": logs}))
 
 
 def main():

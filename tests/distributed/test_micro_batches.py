@@ -49,11 +49,14 @@ def test_a_budget_changes_nothing_but_what_is_read_at_once(launch, kind, way):
     if kind.startswith("zero"):
         pytest.importorskip("deepspeed")
     out = launch(kind)
-    ranks = [json.loads((out / way / f"{rank}.json").read_text()) for rank in range(2)]
-    made = [rank["made"] for rank in ranks]
+    said = [json.loads((out / way / f"{rank}.json").read_text()) for rank in range(2)]
+    made = [rank["made"] for rank in said]
     assert len(made[0]) == 8 and made[0] != made[1] and max(made[0]) > 1
     # As many on both, at every step.
-    assert ranks[0]["read"] == ranks[1]["read"] == [max(both) for both in zip(*made, strict=True)]
+    assert said[0]["read"] == said[1]["read"] == [max(both) for both in zip(*made, strict=True)]
+    if kind == "ddp":
+        # In the last backward of each of the four steps.
+        assert [rank["exchanged"] for rank in said] == [4, 4]
 
     one = launch("single") / "whole"
     expected, found = torch.load(one / "weights.pt"), torch.load(out / way / "weights.pt")
@@ -61,7 +64,7 @@ def test_a_budget_changes_nothing_but_what_is_read_at_once(launch, kind, way):
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=2e-6, rtol=0, msg=lambda m, n=name: f"{n} {m}")
     logs = json.loads((one / "0.json").read_text())["logs"]
-    for a, b in zip(logs, ranks[0]["logs"], strict=True):
+    for a, b in zip(logs, said[0]["logs"], strict=True):
         for name in ("loss", "grad_norm", "huber", "reverse_kl_topk", "entropy", "importance_weight/max"):
             assert b[name] == pytest.approx(a[name], rel=1e-4), (a["step"], name)
         assert (b["padding"] == 0) == (way == "budget_padding_free")
