@@ -21,28 +21,66 @@ from .evaluation.inspect import print_line as _line
 from .identity.cards import read_model_card, stamp_model_card
 from .identity.fingerprint import TeacherFingerprint, fingerprint_teacher, is_id
 
+# The options of these commands are dataclasses, which TRL's parser reads from flags and YAML.
+_JOBS = {
+    "rollout": "let a student answer prompts, or a teacher write SFT data, into a directory",
+    "score": "let the teacher score rollouts, into a directory",
+    "evaluate": "let a model answer a benchmark, and measure how well",
+}
+
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="trl-lopd", description="Offline on-policy distillation: its data.")
+    """
+    Runs a command.
+
+    Args:
+        argv (`list[str]`, *optional*): Its words. By default those of the process.
+
+    Returns:
+        `int`: The exit status: 0, 1 for a negative answer of `inspect`, or 2 for what cannot be done.
+    """
+    parser = argparse.ArgumentParser(prog="trl-lopd", description="Offline on-policy distillation.")
     parser.add_argument("--version", action="version", version=f"trl-lopd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-
-    # The options of these commands are dataclasses, which TRL's parser reads from flags and YAML.
-    jobs = {
-        "rollout": "let a student answer prompts, or a teacher write SFT data, into a directory",
-        "score": "let the teacher score rollouts, into a directory",
-        "evaluate": "let a model answer a benchmark, and measure how well",
-    }
-    for job, job_help in jobs.items():
+    for job, job_help in _JOBS.items():
         commands.add_parser(job, help=job_help, add_help=False)
     commands.add_parser("train", help="train a student on a scored table, by `accelerate launch`", add_help=False)
+    for add in (_add_fingerprint, _add_stamp, _add_inspect, _add_report):
+        add(commands).add_argument("--json", action="store_true", help="print JSON")
+    args, options = parser.parse_known_args(argv)
+    if args.command == "train":
+        return _train(options)
+    if args.command in _JOBS:
+        return _run(args.command, _JOBS[args.command], options)
+    if options:
+        parser.error(f"unrecognized arguments: {' '.join(options)}")
+    from datasets.exceptions import DatasetsError
 
+    try:
+        # Standard output is for the answer, and some libraries print greetings to it.
+        with contextlib.redirect_stdout(sys.stderr):
+            code, answer, show = args.answer(args)
+    except (OSError, ValueError, HfHubHTTPError, DatasetsError) as error:
+        print(f"trl-lopd: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(answer))
+    else:
+        show(answer)
+    return code
+
+
+def _add_fingerprint(commands: Any) -> argparse.ArgumentParser:
     command = commands.add_parser("fingerprint", help="print what a model is, by content")
     command.add_argument("model", help="directory or Hub id, of a model or an adapter")
     command.add_argument("--revision", help="Hub revision")
     command.add_argument("--trust_remote_code", action="store_true", help="allow a model that ships Python code")
     command.add_argument("--probes", action="store_true", help="load the model and add its answers to the probes")
+    command.set_defaults(answer=_fingerprint)
+    return command
 
+
+def _add_stamp(commands: Any) -> argparse.ArgumentParser:
     command = commands.add_parser("stamp", help="declare in a model's card which teacher wrote its SFT data")
     command.add_argument("model", help="directory, or Hub id whose card is to be changed on the Hub")
     command.add_argument(
@@ -52,7 +90,11 @@ def main(argv: list[str] | None = None) -> int:
         help="id (name@...) of the teacher, or its directory or Hub id, which is then fingerprinted; may be repeated",
     )
     command.add_argument("--replace", action="store_true", help="replace the teachers that the card names already")
+    command.set_defaults(answer=_stamp)
+    return command
 
+
+def _add_inspect(commands: Any) -> argparse.ArgumentParser:
     command = commands.add_parser(
         "inspect",
         help="print what a model claims, what a table holds, and the verdict on a pair",
@@ -75,7 +117,11 @@ def main(argv: list[str] | None = None) -> int:
         "--rows", type=int, default=3, metavar="N", help="rows to decode that the teacher disagrees with most"
     )
     command.add_argument("--tokenizer", help="directory or Hub id of the tokenizer to decode them with")
+    command.set_defaults(answer=_inspect)
+    return command
 
+
+def _add_report(commands: Any) -> argparse.ArgumentParser:
     command = commands.add_parser("report", help="write a training run, its rollouts token by token, as one HTML file")
     command.add_argument("run", help="directory that the training wrote")
     command.add_argument(
@@ -97,32 +143,8 @@ def main(argv: list[str] | None = None) -> int:
         choices=["none", "wandb"],
         help="log the file as an artifact, to the wandb run of the training",
     )
-
-    for name, command in commands.choices.items():
-        if name not in (*jobs, "train"):
-            command.add_argument("--json", action="store_true", help="print JSON")
-    args, options = parser.parse_known_args(argv)
-    if args.command == "train":
-        return _train(options)
-    if args.command in jobs:
-        return _run(args.command, jobs[args.command], options)
-    if options:
-        parser.error(f"unrecognized arguments: {' '.join(options)}")
-    from datasets.exceptions import DatasetsError
-
-    run = {"fingerprint": _fingerprint, "stamp": _stamp, "inspect": _inspect, "report": _report}[args.command]
-    try:
-        # Standard output is for the answer, and some libraries print greetings to it.
-        with contextlib.redirect_stdout(sys.stderr):
-            code, answer, show = run(args)
-    except (OSError, ValueError, HfHubHTTPError, DatasetsError) as error:
-        print(f"trl-lopd: {error}", file=sys.stderr)
-        return 2
-    if args.json:
-        print(json.dumps(answer))
-    else:
-        show(answer)
-    return code
+    command.set_defaults(answer=_report)
+    return command
 
 
 def _run(job: str, job_help: str, options: list[str]) -> int:

@@ -28,7 +28,7 @@ from ..identity.fingerprint import is_id, with_evidence
 from ..models import check_positions
 from ..processes import on_main_process
 from ..table.schema import REQUIRED_COLUMNS, TOKEN_COLUMNS, TableSummary, lengths, validate_rows, validate_table
-from .collator import FILLER, Row, padded_length, too_long
+from .collator import FILLER, OfflineOPDCollator, Row, padded_length, too_long
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -95,6 +95,19 @@ class TrainingRows:
                     "`score_rollouts(..., ref_model=...)` writes it."
                 )
         return columns
+
+    def collator(self) -> OfflineOPDCollator:
+        """Returns the collator that makes batches of the rows."""
+        args = self.args
+        return OfflineOPDCollator(
+            pad_token_id=self.student.pad_token_id,
+            max_completion_length=args.max_completion_length,
+            max_length=args.max_length,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+            teacher_logprob_floor=args.teacher_logprob_floor,
+            padding_free=args.padding_free,
+            positions=self.student.positions,
+        )
 
     def is_prepared(self, dataset: Any) -> bool:
         """Returns whether [`prepare`] was called with a dataset."""

@@ -25,7 +25,7 @@ from ..identity.cards import count_teachers, record_of
 from ..identity.stamp import checkpoint_fingerprint
 from ..table.schema import TableRows
 from .card import SavedCheckpoint, describe_round, write_arguments, write_card
-from .collator import FILLER, OfflineOPDCollator
+from .collator import FILLER
 from .config import OfflineOPDConfig, refuse_tensor_parallelism, refuse_unsupported
 from .criteria import choose_best_model_metric
 from .head import check_head
@@ -131,15 +131,6 @@ class OfflineOPDTrainer(Trainer):
 
         set_seed(args.seed)  # adapters are initialised at random
         model = self.student.load(args, quantization_config, peft_config)
-        collator = OfflineOPDCollator(
-            pad_token_id=self.student.pad_token_id,
-            max_completion_length=args.max_completion_length,
-            max_length=args.max_length,
-            pad_to_multiple_of=args.pad_to_multiple_of,
-            teacher_logprob_floor=args.teacher_logprob_floor,
-            padding_free=args.padding_free,
-            positions=self.student.positions,
-        )
         # Batches of different lengths cannot be concatenated and dispatched from one process.
         args.accelerator_config.dispatch_batches = False
         # `SaveOnSigterm` replaces the callback that `Trainer` would add.
@@ -147,7 +138,7 @@ class OfflineOPDTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=collator,
+            data_collator=self.rows.collator(),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=self.student.tokenizer,
