@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl.data_utils import is_conversational
 
-from ..generation.options import DecodingOptions, takes
+from ..generation.options import GREEDY_DEFAULTS, DecodingOptions, takes
 from ..generation.prompts import encode_prompts
 from ..generation.samplers import TransformersSampler
 from ..models import eos_token_ids
@@ -89,7 +89,7 @@ class RewardGate:
 
     greater_is_better = True
 
-    @takes(DecodingOptions, temperature=0.0, top_p=1.0, max_completion_length=1024)
+    @takes(DecodingOptions, **GREEDY_DEFAULTS, max_completion_length=1024)
     def __init__(
         self,
         trainer: Trainer,

@@ -12,12 +12,12 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
-from ..generation.options import DecodingOptions, takes
+from ..generation.options import GREEDY_DEFAULTS, DecodingOptions, takes
 from ..processes import processes, wait_for_everyone
 from .evaluate import evaluate_model
 
 
-@takes(DecodingOptions, temperature=0.0, top_p=1.0, batch_size=256)
+@takes(DecodingOptions, **GREEDY_DEFAULTS, batch_size=256)
 def compare_models(
     models: dict[str, str],
     benchmark: Dataset,

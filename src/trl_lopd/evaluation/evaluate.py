@@ -15,7 +15,7 @@ from rich.table import Table
 
 from .. import __version__
 from ..generation.addresses import is_address, served_model
-from ..generation.options import SamplingOptions, takes
+from ..generation.options import EVALUATION_DEFAULTS, SamplingOptions, takes
 from ..generation.rollouts import collect_rollouts
 from ..generation.scoring import score_rollouts
 from ..identity.cards import record_of
@@ -123,7 +123,7 @@ def _prompt(problem: Any, instruction: str | None, as_chat: bool) -> str | list[
     return [*before, {**last, "content": instructed(last["content"])}]
 
 
-@takes(SamplingOptions, temperature=0.6, top_p=0.95)
+@takes(SamplingOptions, **EVALUATION_DEFAULTS)
 def evaluate_model(
     model: str | Path | PreTrainedModel,
     benchmark: Dataset,

@@ -15,6 +15,12 @@ import yaml
 
 ENGINES = ("transformers", "continuous_batching", "vllm")
 
+# Defaults that depend on what is sampled. Those of rollouts are the paper's (Lightning OPD, stage 2).
+ROLLOUT_DEFAULTS = {"temperature": 0.8, "top_p": 1.0, "truncated": "keep"}
+SFT_DATA_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "truncated": "drop"}
+EVALUATION_DEFAULTS = {"temperature": 0.6, "top_p": 0.95}
+GREEDY_DEFAULTS = {"temperature": 0.0, "top_p": 1.0}
+
 
 def takes(options_class: type, **defaults: Any) -> Callable[[Callable], Callable]:
     """

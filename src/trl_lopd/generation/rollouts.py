@@ -30,7 +30,7 @@ from ..names import as_name
 from ..processes import on_main_process, own_device, processes, wait_for_everyone
 from ..table.schema import describe, lengths
 from .addresses import is_address, served_model
-from .options import ENGINES, RolloutOptions, Sampling, takes
+from .options import ENGINES, ROLLOUT_DEFAULTS, SFT_DATA_DEFAULTS, RolloutOptions, Sampling, takes
 from .prompts import Prompt, as_dataset, continues_answers, encode_prompts, warn_of_texts
 from .runs import ShardedRun
 from .samplers import ContinuousBatchingSampler, Sample, Sampler, TransformersSampler
@@ -53,7 +53,7 @@ WRITTEN_COLUMNS = (
 SFT_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks", "messages", "text")
 
 
-@takes(RolloutOptions, temperature=0.8, top_p=1.0, truncated="keep")
+@takes(RolloutOptions, **ROLLOUT_DEFAULTS)
 def collect_rollouts(
     prompts: Dataset | Sequence[Prompt],
     student: str | Path | PreTrainedModel,
@@ -121,7 +121,7 @@ def collect_rollouts(
     return _collect(prompts, model, output_dir, record, ref_logprobs)
 
 
-@takes(RolloutOptions, temperature=1.0, top_p=1.0, truncated="drop")
+@takes(RolloutOptions, **SFT_DATA_DEFAULTS)
 def generate_sft_data(
     prompts: Dataset | Sequence[Prompt],
     teacher: str | Path | PreTrainedModel,
