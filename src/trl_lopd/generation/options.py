@@ -38,6 +38,8 @@ def takes(options_class: type, **defaults: Any) -> Callable[[Callable], Callable
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             values = {name: kwargs.pop(name) for name in names if name in kwargs}
+            # `None` is the default of an option that has one.
+            values = {name: value for name, value in values.items() if value is not None or name not in defaults}
             return function(*args, options=options_class(**{**defaults, **values}), **kwargs)
 
         def default_of(option: Any) -> Any:
