@@ -60,6 +60,8 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
+    if script_args.teacher and not script_args.eval_prompts:
+        raise SystemExit("`--teacher` is what models are compared with on `--eval_prompts`: give both, or neither.")
     train_table, eval_table = load_splits(script_args)
     if script_args.compare and "teacher_topk_ids" not in next(iter(train_table)):
         raise SystemExit("`--compare` needs a table with teacher top-k columns: score it with `top_k=8`.")
@@ -124,7 +126,10 @@ def load_splits(script_args: ScriptArguments):
             f"{name} has no split {script_args.dataset_train_split!r}, only {sorted(splits)}: set "
             "`--dataset_train_split`."
         )
-    return splits[script_args.dataset_train_split], splits.get(script_args.dataset_test_split)
+    held_out = script_args.dataset_test_split
+    if held_out not in splits and held_out != ScriptArguments.dataset_test_split:
+        raise SystemExit(f"{name} has no split {held_out!r}, only {sorted(splits)}: set `--dataset_test_split`.")
+    return splits[script_args.dataset_train_split], splits.get(held_out)
 
 
 def make_parser(prog: str | None = None) -> TrlParser:

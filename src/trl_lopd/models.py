@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -134,17 +135,64 @@ def check_positions(tokens: np.ndarray, positions: Positions, model: str, what: 
     )
 
 
+def stretches_from(config: PreTrainedConfig) -> float:
+    """Returns the length from which the longest row of a batch changes the rotary embeddings of all rows. Such rows
+    are read alone. It is infinite for most models."""
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {entry.get("rope_type"): entry for entry in [rope, *rope.values()] if isinstance(entry, dict)}
+    if "longrope" in kinds:
+        return kinds["longrope"].get("original_max_position_embeddings") or config.max_position_embeddings
+    return config.max_position_embeddings if "dynamic" in kinds else math.inf
+
+
 def hub_kwargs(init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
     """Returns the arguments for loading a model that also apply to its other files, such as config and tokenizer."""
     init_kwargs = init_kwargs or {}
     return {"revision": init_kwargs.get("revision"), "trust_remote_code": init_kwargs.get("trust_remote_code", False)}
 
 
+# What a model is loaded with that leaves its function as the checkpoint defines it: where and how it is computed.
+_PLACEMENT = (
+    "device_map",
+    "max_memory",
+    "tensor_parallel_size",
+    "gpu_memory_utilization",
+    "offload_folder",
+    "tp_plan",
+)
+_HARMLESS = {
+    *_PLACEMENT,
+    *("revision", "trust_remote_code", "token", "cache_dir", "local_files_only", "force_download", "proxies"),
+    *("dtype", "torch_dtype", "attn_implementation", "experts_implementation", "quantization_config", "use_kernels"),
+    *("low_cpu_mem_usage", "offload_state_dict", "offload_buffers", "use_cache", "key_mapping", "weights_only"),
+    # Of `vllm.LLM`.
+    *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_logprobs", "logprobs_mode", "enforce_eager"),
+    *("swap_space", "seed", "enable_prefix_caching", "quantization", "model_impl", "tokenizer_mode"),
+}
+
+
+def altering_kwargs(init_kwargs: dict[str, Any] | None) -> list[str]:
+    """Returns the names of the loading options that may make a model another than its checkpoint, such as
+    `num_hidden_layers`, `subfolder` or `variant`: a fingerprint of the checkpoint only declares what it is. Dropout is
+    not one of them, since it is off where a model scores or samples."""
+    return sorted(name for name in init_kwargs or {} if name not in _HARMLESS and "drop" not in name)
+
+
+def warn_of_altering_kwargs(init_kwargs: dict[str, Any] | None, model: str) -> bool:
+    """Warns of [`altering_kwargs`], and returns whether there are any."""
+    if names := altering_kwargs(init_kwargs):
+        logger.warning(
+            f"{model} is loaded with {', '.join(f'`{name}`' for name in names)}, which may make it another model than "
+            "its checkpoint. That it is the one that the fingerprint names counts as declared."
+        )
+    return bool(names)
+
+
 def pinned_kwargs(init_kwargs: dict[str, Any] | None) -> dict[str, str]:
     """Returns the loading arguments that must not change in a resumed run: all except those for device placement."""
     kwargs = {"dtype": "auto", **(init_kwargs or {})}
-    placement = ("device_map", "max_memory", "tensor_parallel_size", "gpu_memory_utilization")
-    return {name: str(value) for name, value in kwargs.items() if name not in placement}
+    return {name: str(value) for name, value in kwargs.items() if name not in _PLACEMENT}
 
 
 def load_tokenizer(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedTokenizerBase:

@@ -167,8 +167,13 @@ class EffOPDCallback(TrainerCallback):
         self.min_improvement, self.significance, self.base_device = min_improvement, significance, base_device
         self.parameters = parameters
         self.gate = resolve_gate(trainer, gate, gate_dataset, gate_rows, greater_is_better)
-        if greater_is_better is None:
-            greater_is_better = getattr(self.gate, "greater_is_better", None)
+        direction = getattr(self.gate, "greater_is_better", None)
+        if None not in (direction, greater_is_better) and direction is not greater_is_better:
+            raise ValueError(
+                f"`greater_is_better={greater_is_better}` contradicts the gate, {type(self.gate).__name__}, of which "
+                f"{'more' if direction else 'less'} is better. Leave it unset."
+            )
+        greater_is_better = direction if greater_is_better is None else greater_is_better
         if greater_is_better is None:
             raise ValueError("Say whether higher values of your gate are better: `greater_is_better`.")
         self.sign = -1.0 if greater_is_better else 1.0

@@ -20,7 +20,7 @@ from ..generation.rollouts import collect_rollouts
 from ..generation.scoring import score_rollouts
 from ..identity.cards import record_of
 from ..identity.fingerprint import fingerprint_teacher
-from ..models import hub_kwargs, pinned_kwargs
+from ..models import hub_kwargs, load_tokenizer, pinned_kwargs
 from ..names import as_name
 from ..processes import on_main_process, processes
 from ..table.schema import describe, lengths, refuse_no_dataset
@@ -185,13 +185,13 @@ def evaluate_model(
         name: value for name, value in (options.model_init_kwargs or {}).items() if name != "revision"
     }
     if teacher is not None:
-        # Fingerprint the teacher first, so that a missing one raises an error before answers are sampled.
+        # A missing teacher raises an error before answers are sampled.
         address = getattr(teacher, "base_url", teacher)
         kwargs = hub_kwargs({"trust_remote_code": options.trust_remote_code} | loading["model_init_kwargs"])
-        teacher_fingerprint = on_main_process(
-            state,
-            lambda: fingerprint_teacher(served_model(address) if is_address(address) else teacher, **kwargs),
-        )
+        if is_address(address):
+            teacher_fingerprint = on_main_process(state, lambda: fingerprint_teacher(served_model(address), **kwargs))
+        else:
+            load_tokenizer(teacher, **kwargs)
     sampling = {option.name: getattr(options, option.name) for option in fields(options)}
     sampling["processing_class"] = processing_class
 

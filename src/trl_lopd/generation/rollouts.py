@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,10 +26,12 @@ from ..models import (
     load_tokenizer,
     pinned_kwargs,
     positions_of,
+    stretches_from,
+    warn_of_altering_kwargs,
 )
 from ..names import as_name
 from ..processes import on_main_process, own_device, processes, wait_for_everyone
-from ..table.schema import describe, lengths
+from ..table.schema import TOKEN_COLUMNS, describe, lengths
 from .addresses import is_address, served_model
 from .options import ENGINES, ROLLOUT_DEFAULTS, SFT_DATA_DEFAULTS, RolloutOptions, Sampling, takes
 from .prompts import Prompt, as_dataset, continues_answers, encode_prompts, warn_of_texts
@@ -46,8 +49,8 @@ logger = logging.getLogger(__name__)
 
 # Columns that sampling writes. If the prompts have them, they are replaced.
 WRITTEN_COLUMNS = (
-    *("prompt_ids", "completion_ids", "completion", "finish_reason", "ref_logprobs"),
-    *("student_fingerprint", "teacher_fingerprint"),
+    *("prompt_ids", "completion_ids", "completion", "finish_reason", "student_fingerprint", "teacher_fingerprint"),
+    *TOKEN_COLUMNS,  # per-token columns of a table that is answered again are about its old answers
 )
 # Columns that TRL's `SFTTrainer` would read instead of `prompt` and `completion`.
 SFT_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks", "messages", "text")
@@ -94,7 +97,7 @@ def collect_rollouts(
             top-p 1; otherwise they are computed afterwards.
         fingerprint ([`TeacherFingerprint`], *optional*):
             The student's fingerprint. If not given, it is computed from the checkpoint of a path, or from the weights
-            of a loaded model.
+            of a loaded model. A given one counts as declared.
         **options:
             The fields of [`~generation.options.RolloutOptions`]: `temperature` (0.8), `top_p` (1), `engine`,
             `num_generations`, `max_completion_length`, `stop`, `truncated` (`"keep"`), `batch_size`, `rows_per_shard`,
@@ -176,6 +179,8 @@ class _Model:
         options ([`RolloutOptions`]): Options of the sampling.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         fingerprint ([`TeacherFingerprint`]): Its fingerprint.
+        is_declared (`bool`): Whether only the user says that the fingerprint is the model's: it was given, the model
+            is on a server, or it is loaded with options that may make it another than its checkpoint.
     """
 
     source: str | PreTrainedModel
@@ -184,6 +189,7 @@ class _Model:
     options: RolloutOptions
     tokenizer: PreTrainedTokenizerBase
     fingerprint: TeacherFingerprint
+    is_declared: bool
 
     @classmethod
     def resolve(
@@ -205,23 +211,25 @@ class _Model:
             engine = VLLMServer(engine)
         _check_engine(engine, source)
         kwargs = hub_kwargs(options.init_kwargs)
+        is_declared = engine not in ENGINES or fingerprint is not None
+        is_declared |= isinstance(source, str) and warn_of_altering_kwargs(options.init_kwargs, source)
         # Only one process reads the gigabytes of a checkpoint.
         fingerprint = fingerprint or on_main_process(state, lambda: fingerprint_teacher(source, tokenizer, **kwargs))
         tokenizer = tokenizer or load_tokenizer(source, **kwargs)
         if engine not in ENGINES and hasattr(engine, "self_test"):
             engine.processing_class = engine.processing_class or tokenizer
             on_main_process(state, engine.self_test)
-        return cls(source, role, engine, options, tokenizer, fingerprint)
+        return cls(source, role, engine, options, tokenizer, fingerprint, is_declared)
 
     @property
     def is_served(self) -> bool:
-        """Returns whether the model is on a server, so that its fingerprint counts as declared."""
+        """Returns whether the model is on a server."""
         return self.engine not in ENGINES
 
     @property
     def signature(self) -> str:
         """Returns the fingerprint with its evidence, which each answer is signed with."""
-        return with_evidence(self.fingerprint.id, "declared") if self.is_served else self.fingerprint.id
+        return with_evidence(self.fingerprint.id, "declared") if self.is_declared else self.fingerprint.id
 
     @property
     def is_probed(self) -> bool:
@@ -312,7 +320,7 @@ def _collect(
         check_positions(np.add(*lengths(answers)), model.positions, "the model")
     _report_cut(counts, len(answers), options)
     sampled = {**model.settings(), "truncated_answers": counts["truncated"]}
-    evidence = {"evidence": "declared"} if model.is_served else {}
+    evidence = {"evidence": "declared"} if model.is_declared else {}
     model_entry = entry(model.fingerprint, rows=len(answers), sampling=sampled, **evidence, **record)
     record = {
         "students" if model.role == "student" else "sft_teachers": [model_entry],
@@ -405,7 +413,15 @@ def _check_engine(engine: str | Sampler, model: str | PreTrainedModel) -> None:
 
 def _with_logprobs(samples: list[Sample], prompt_ids: list[list[int]], model: _Model) -> list[Sample]:
     """Adds log-probabilities to the answers for which the engine did not return any."""
-    missing = [i for i, sample in enumerate(samples) if sample.logprobs is None]
+    # While an answer grows past the length from which rotary embeddings stretch, they change.
+    limit = (
+        stretches_from(model.loaded.config) if model.engine in ("transformers", "continuous_batching") else math.inf
+    )
+    missing = [
+        i
+        for i, (sample, prompt) in enumerate(zip(samples, prompt_ids, strict=True))
+        if sample.logprobs is None or len(prompt) + len(sample.ids) >= limit
+    ]
     if not missing:
         return samples
     sequences = [np.array([*prompt_ids[i], *samples[i].ids]) for i in missing]

@@ -20,7 +20,15 @@ from ..identity.cards import attach_record, entry, read_dataset_card, record_of,
 from ..identity.fingerprint import fingerprint_teacher, is_id, tokenizer_digest, tokenizer_part, with_evidence
 from ..identity.probes import probes_of_run
 from ..identity.vocabulary import contradicting_text, different_tokens, distinct_ids, say, tokenizer_of
-from ..models import check_positions, hub_kwargs, load_model, load_tokenizer, pinned_kwargs, positions_of
+from ..models import (
+    check_positions,
+    hub_kwargs,
+    load_model,
+    load_tokenizer,
+    pinned_kwargs,
+    positions_of,
+    warn_of_altering_kwargs,
+)
 from ..names import as_name
 from ..processes import on_main_process, own_device, processes, wait_for_everyone
 from ..table.schema import (
@@ -91,8 +99,8 @@ def score_rollouts(
             in the same way, and is in memory together with a local teacher.
         fingerprint ([`TeacherFingerprint`], *optional*):
             The teacher's fingerprint. If not given, it is computed from the checkpoint of a path, independent of the
-            dtype and quantization it is loaded with, or from the weights of a loaded model. For a served teacher, it
-            declares which model the server serves.
+            dtype and quantization it is loaded with, or from the weights of a loaded model. A given one counts as
+            declared; for a served teacher, it declares which model the server serves.
         teacher_card (`dict`, *optional*):
             Card with the probes of a served teacher, see `verify_served_teacher`. A server that answers them correctly
             counts as that teacher.
@@ -131,10 +139,11 @@ def score_rollouts(
     else:
         kwargs = hub_kwargs(options.init_kwargs)
         tokenizer = processing_class or load_tokenizer(teacher, **kwargs)
+        is_declared = fingerprint is not None
+        is_declared |= isinstance(teacher, str) and warn_of_altering_kwargs(options.init_kwargs, teacher)
         # Only one process reads the gigabytes of a checkpoint.
-        record = entry(
-            fingerprint or on_main_process(state, lambda: fingerprint_teacher(teacher, tokenizer, **kwargs))
-        )
+        fingerprint = fingerprint or on_main_process(state, lambda: fingerprint_teacher(teacher, tokenizer, **kwargs))
+        record = entry(fingerprint, "declared" if is_declared else None)
     scorer = _Scorer(
         teacher, is_served, with_evidence(record["id"], record["evidence"]), tokenizer, ref_model, options
     )

@@ -16,6 +16,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from ..errors import OfflineOPDError
 from ..logits import LogitTransform, backbone, score_logits, score_tokens
+from ..models import stretches_from
 from ..own_logits import difference, not_causal, own_logprobs, reads_ahead, trial_rows
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ class LocalTeacher:
                 members = np.isin(group, sharing[batch])
                 shared |= members
                 plan.append((rows[members], True))
-        stretched = row_lengths >= _stretches_from(_unwrapped(self.model))
+        stretched = row_lengths >= stretches_from(self.model.config)
         others, budget = np.flatnonzero(~shared & ~stretched), self.max_batch_tokens
         if not self._reading.from_hidden:
             budget = min(budget, _MOST_LOGITS // self.model.config.get_text_config().vocab_size)
@@ -275,19 +276,8 @@ def only_attends(model: PreTrainedModel) -> bool:
         # The positions of a multimodal model are not those of its tokens.
         and config.get_text_config() is config
         # With rotations that depend on the length, those of a prompt and its completions would differ.
-        and _stretches_from(model) == math.inf
+        and stretches_from(model.config) == math.inf
     )
-
-
-def _stretches_from(model: PreTrainedModel) -> float:
-    """Returns the length from which the longest row of a batch changes the rotary embeddings of all rows. Such rows
-    are read alone. It is infinite for most models."""
-    config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {entry.get("rope_type"): entry for entry in [rope, *rope.values()] if isinstance(entry, dict)}
-    if "longrope" in kinds:
-        return kinds["longrope"].get("original_max_position_embeddings") or config.max_position_embeddings
-    return config.max_position_embeddings if "dynamic" in kinds else math.inf
 
 
 def _packs(model: PreTrainedModel) -> bool:

@@ -365,7 +365,7 @@ def contradictions(
 
 def check_rows(table: Dataset, table_name: str = "the table") -> tuple[str, tuple[str, ...]]:
     """`Verdict.rows` of a table, and a warning unless they are known to be those that were scored."""
-    from ..table.schema import add_digests, rows_digest
+    from ..table.schema import TOKEN_COLUMNS, add_digests, rows_digest
 
     record = record_of(table)
     digests, columns = record.get("digests") or [], record.get("columns") or []
@@ -375,6 +375,9 @@ def check_rows(table: Dataset, table_name: str = "the table") -> tuple[str, tupl
         )
     if lost := sorted(set(columns) - set(table.column_names)):
         return _unverified(table_name, f"has lost columns that the digest of its rows covers ({', '.join(lost)})")
+    scores = {name for name in TOKEN_COLUMNS if name in table.column_names} - {"completion_mask"}
+    if added := sorted(scores - set(columns)):
+        return _unverified(table_name, f"has columns that the digest of its rows does not cover ({', '.join(added)})")
     whole = {
         "rows": sum(item["rows"] for item in digests),
         "digest": add_digests(item["digest"] for item in digests),

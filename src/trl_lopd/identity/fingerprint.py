@@ -700,17 +700,30 @@ def _holds(model: PreTrainedModel, tensors: dict[str, torch.Tensor], directory: 
     }
     ignored = set(model._keys_to_ignore_on_save or ())
     saved = {name: tensor for name, tensor in tensors.items() if name not in ignored}
+    if not all(_is_tied(tensors, name, source) for name, source in model.all_tied_weights_keys.items()):
+        return False
+    not_loaded = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
         stored = {name: file for file in opened for name in file.keys()}
+        # What the checkpoint has and the model does not, such as the last layers of a model that was cut.
+        left_out = {name for name in stored if not any(pattern.search(name) for pattern in not_loaded)} - tied
         for group in _saved_groups(saved, lambda group: revert_weight_conversion(model, group)):
             for name, tensor in group.items():
+                left_out.discard(name)
                 if name not in stored:
                     if name not in tied:
                         return False
                 elif not torch.equal(stored[name].get_tensor(name).to(tensor.dtype), tensor.detach().cpu()):
                     return False
-    return True
+    return not left_out - ignored
+
+
+def _is_tied(tensors: dict[str, torch.Tensor], name: str, source: str) -> bool:
+    """Whether two tensors that a model's config ties are the same, so far as both are there."""
+    import torch
+
+    return name not in tensors or source not in tensors or torch.equal(tensors[name], tensors[source])
 
 
 def _base_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -787,10 +800,13 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _has_learnt_nothing(model: Any) -> bool:
-    """Whether all adapters of a `PeftModel` are LoRA as it is initialised: with second factors of 0."""
+    """Whether all adapters of a `PeftModel` are LoRA as it is initialised, with second factors of 0, and train nothing
+    beside it."""
     second = [parameter for name, parameter in model.named_parameters() if re.search(r"\blora_(embedding_)?B\b", name)]
     is_lora = all(
-        str(getattr(config.peft_type, "value", config.peft_type)) == "LORA" for config in model.peft_config.values()
+        str(getattr(config.peft_type, "value", config.peft_type)) == "LORA"
+        and not (config.modules_to_save or getattr(config, "trainable_token_indices", None))
+        for config in model.peft_config.values()
     )
     return is_lora and bool(second) and not any(_is_nonzero(parameter) for parameter in second)
 
@@ -810,6 +826,20 @@ def _active_adapter(model: Any) -> str:
     advice = "Fingerprint the adapter's directory or Hub id instead."
     if any(getattr(module, "merged", False) for module in model.modules()):
         raise ValueError(f"An adapter is merged into its base's tensors: `model.unmerge_adapter()` first. {advice}")
+    for module in model.modules():
+        if getattr(module, "disable_adapters", False) is True:
+            raise ValueError(
+                "The adapters of the PeftModel are disabled, so it computes what its base does. Give the base itself, "
+                "or leave `model.disable_adapter()`."
+            )
+        scale, alpha, rank = (getattr(module, name, None) for name in ("scaling", "lora_alpha", "r"))
+        if isinstance(scale, dict) and isinstance(alpha, dict) and isinstance(rank, dict) and active[0] in rank:
+            a, r = alpha[active[0]], rank[active[0]]
+            if not any(math.isclose(scale[active[0]], a / divisor) for divisor in (r, math.sqrt(r))):
+                raise ValueError(
+                    f"An adapter is scaled by {scale[active[0]]:.4g}, where its config says {a / r:.4g}. Undo "
+                    f"`set_scale`, or save the adapter with that scale. {advice}"
+                )
     if getattr(model.peft_config[active[0]], "bias", "none") != "none":
         raise ValueError(f"The adapter trains biases of its base in place, so the base's own are gone. {advice}")
     return active[0]

@@ -6,12 +6,14 @@ else: in added tokens that no row uses, in which of their tokens are special, in
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.compute as pc
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..models import load_tokenizer
 from .fingerprint import tokenizer_digest
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 # Ids that a message names.
 _SHOWN = 3
+# The byte that each character of a byte-level token stands for.
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def distinct_ids(dataset: Dataset) -> np.ndarray:
@@ -37,13 +41,35 @@ def distinct_ids(dataset: Dataset) -> np.ndarray:
 def different_tokens(
     first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, ids: Iterable[int]
 ) -> dict[int, tuple[str, str]]:
-    """The ids that are not the same token to both, and what each makes of them."""
+    """
+    The ids that are not the same token to both, and what each makes of them.
+
+    Kinds of tokenizers write a token in ways of their own, so tokens that are written differently are compared by the
+    bytes that they stand for, or by the text of the token after itself, in which a leading space shows.
+    """
     ids = [int(id) for id in ids]
     tokens = zip(first.convert_ids_to_tokens(ids), second.convert_ids_to_tokens(ids), strict=True)
-    # Kinds of tokenizers write a token in ways of their own, which only differ on the page.
-    unlike = [id for id, (a, b) in zip(ids, tokens, strict=True) if a != b]
-    decoded = {id: (first.decode([id]), second.decode([id])) for id in unlike}
-    return {id: (a, b) for id, (a, b) in decoded.items() if a != b}
+    different = {}
+    for id, (a, b) in zip(ids, tokens, strict=True):
+        if a == b or (_bytes_of(a) is not None and _bytes_of(a) == _bytes_of(b)):
+            continue
+        # Some kinds drop the space before the first word.
+        texts = [tokenizer.decode([id, id]).lstrip() for tokenizer in (first, second)]
+        # A part of a character decodes to the sign for what cannot be decoded, whichever part it is.
+        if texts[0] != texts[1] or "\ufffd" in texts[0]:
+            alone = first.decode([id]), second.decode([id])
+            different[id] = alone if alone[0] != alone[1] else (str(a), str(b))
+    return different
+
+
+def _bytes_of(token: str | None) -> bytes | None:
+    """The bytes of a token as byte-level and byte-fallback tokenizers write them; `None` for other tokens."""
+    if token is None:
+        return None
+    if match := re.fullmatch("<0x([0-9A-F]{2})>", token):
+        return bytes.fromhex(match[1])
+    values = [_BYTES.get(character) for character in token]
+    return bytes(values) if values and None not in values else None
 
 
 def say(differences: Mapping[int, tuple[str, str]], first: str, second: str) -> str:

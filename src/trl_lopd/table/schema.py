@@ -203,8 +203,14 @@ def refuse_no_dataset(value: object, name: str) -> None:
     """
     Raises:
         TypeError: If a value is anything else than a `Dataset`.
+        ValueError: If it has a transform, which would be ignored.
     """
     if isinstance(value, Dataset):
+        if value.format["type"] == "custom":
+            raise ValueError(
+                f"`{name}` has a transform (`with_transform`), which would be ignored: columns are read as they are "
+                f"stored. Apply it with `map`, or take it off: `{name}.with_format(None)`."
+            )
         return
     if isinstance(value, dict):
         splits = list(value)

@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import Trainer
 from trl.trainer.utils import generate_model_card, get_config_model_id
 
-from ..identity.cards import count_teachers, stamp_model_card
+from ..identity.cards import count_teachers, read_model_card, stamp_model_card
 from ..identity.fingerprint import TeacherFingerprint
 from ..table.schema import TRAINED_ROWS, column_counts, row_hashes
 
@@ -69,6 +69,35 @@ def describe_round(trainer: Trainer) -> dict[str, Any]:
     if sampled_by := count_teachers(samplers):
         record["sampled_by"] = sampled_by
     return record
+
+
+def check_resumed(trainer: Trainer, checkpoint: str) -> None:
+    """
+    Holds the round of a checkpoint's card against the round that is trained now: the card of the result is about both.
+
+    Raises:
+        ValueError: If the checkpoint was trained on the scores of other teachers, or with another objective.
+    """
+    earlier = len(trainer.student.card.get("opd_rounds") or [])
+    rounds = read_model_card(checkpoint).get("opd_rounds") or []
+    if len(rounds) <= earlier:
+        return
+    before, now = rounds[earlier], describe_round(trainer)
+    names = ["objective", "beta"]
+    changed = [
+        f"`{name}` was {before.get(name)} and is {now.get(name)}"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+    if isinstance(trainer.train_dataset, Dataset):
+        teachers = [sorted(str(entry["id"]) for entry in record.get("teachers") or []) for record in (before, now)]
+        if teachers[0] != teachers[1]:
+            changed.append(f"its rows were scored by {', '.join(teachers[0])}, and these by {', '.join(teachers[1])}")
+    if changed:
+        raise ValueError(
+            f"{checkpoint} was trained otherwise: {'; '.join(changed)}. Resume it as it was begun, or train on from "
+            "it in a new round: give it as `model`, with another `output_dir`."
+        )
 
 
 def write_card(

@@ -25,9 +25,17 @@ from ..errors import TableError
 from ..identity.cards import read_model_card
 from ..identity.consistency import Verdict, check_teacher_consistency
 from ..identity.fingerprint import is_id, with_evidence
-from ..models import check_positions
+from ..models import check_positions, stretches_from
 from ..processes import on_main_process
-from ..table.schema import REQUIRED_COLUMNS, TOKEN_COLUMNS, TableSummary, lengths, validate_rows, validate_table
+from ..table.schema import (
+    REQUIRED_COLUMNS,
+    TOKEN_COLUMNS,
+    TableSummary,
+    lengths,
+    refuse_no_dataset,
+    validate_rows,
+    validate_table,
+)
 from .collator import FILLER, OfflineOPDCollator, Row, padded_length, too_long
 
 if TYPE_CHECKING:
@@ -60,6 +68,8 @@ class TrainingRows:
         self.trained, self.evaluated = TeacherCheck(student, args), TeacherCheck(student, args)
         self.loss_type: str | None = None
         self.measures_off_policy = False
+        self.has_trained = False
+        self._training_rows: Dataset | IterableDataset | None = None
         # Prepared datasets; for streams, with the check of their rows.
         self._prepared: WeakKeyDictionary[Dataset | IterableDataset, RowCheck | None] = WeakKeyDictionary()
 
@@ -81,6 +91,8 @@ class TrainingRows:
             TypeError: If `dataset` is neither a `Dataset` nor an `IterableDataset`.
         """
         check = self.trained if training else self.evaluated
+        if training:
+            self._training_rows = dataset
         if isinstance(dataset, IterableDataset):
             columns = self._prepare_stream(dataset, name, check)
         elif isinstance(dataset, Dataset):
@@ -95,6 +107,22 @@ class TrainingRows:
                     "`score_rollouts(..., ref_model=...)` writes it."
                 )
         return columns
+
+    def use_for_training(self, dataset: Dataset | IterableDataset) -> None:
+        """
+        Prepares training rows that replace others.
+
+        Raises:
+            ValueError: If the others have trained the model, whose card can only tell of one table.
+        """
+        if dataset is self._training_rows:
+            return
+        if self.has_trained:
+            raise ValueError(
+                "`train_dataset` was replaced after training, and the card of the model can only tell of one table. Save "
+                "the model, and make a trainer of it for the next round."
+            )
+        self.prepare(dataset, "train_dataset", training=True)
 
     def collator(self) -> OfflineOPDCollator:
         """Returns the collator that makes batches of the rows."""
@@ -136,12 +164,15 @@ class TrainingRows:
 
     def _prepare_table(self, table: Dataset, name: str, check: TeacherCheck) -> set[str]:
         args, student = self.args, self.student
+        refuse_no_dataset(table, name)
         try:
             summary = validate_table(
                 table, student.tokenizer, student.config, teacher_logprob_floor=args.teacher_logprob_floor
             )
         except TableError as error:
             raise TableError(f"`{name}`: {error}") from None
+        if check is self.trained:
+            check.teachers.clear()  # of a table that was replaced before it trained anything
         check.teachers.update(summary.teacher_fingerprints)
         if args.teacher_consistency != "off":
             check.verdict = on_main_process(args.distributed_state, lambda: check.judge(table, name))
@@ -151,6 +182,7 @@ class TrainingRows:
         _report_truncation(table, args, name)
         row_lengths = fitting_lengths(table, args)
         model = "the student (`max_length` truncates completions)"
+        _report_stretched(row_lengths, stretches_from(student.config), name)
         check_positions(row_lengths, student.positions, model, f"`{name}`: row")
         if check is self.trained and args.max_tokens_per_device is not None:
             row = int(row_lengths.argmax())
@@ -313,6 +345,15 @@ def fitting_lengths(dataset: Dataset, args: OfflineOPDConfig) -> np.ndarray:
     """Computes the number of tokens of each row after truncation: `(rows,)`."""
     prompts, completions = lengths(dataset)
     return prompts + np.minimum(completions, _rooms(prompts, args))
+
+
+def _report_stretched(row_lengths: np.ndarray, limit: float, name: str) -> None:
+    if (row_lengths >= limit).any():
+        logger.warning(
+            f"`{name}`: {int((row_lengths >= limit).sum())} rows have {limit} tokens or more. From there on, the "
+            "longest row of a batch changes the rotary embeddings of all its rows, so that log-probabilities depend on "
+            f"which rows are read together. Set the batch size to 1, or `max_length` to less than {limit}."
+        )
 
 
 def _report_truncation(dataset: Dataset, args: OfflineOPDConfig, name: str) -> None:

@@ -15,7 +15,7 @@ from ..identity.cards import read_model_card
 from ..identity.consistency import inherited_teachers, written_for
 from ..identity.fingerprint import TeacherFingerprint, is_sharded
 from ..identity.stamp import fingerprint_or_none
-from ..models import Positions, load_tokenizer, positions_of
+from ..models import Positions, load_tokenizer, positions_of, warn_of_altering_kwargs
 from ..names import as_name
 from ..processes import on_main_process
 from ..table.schema import vocab_limits
@@ -93,7 +93,8 @@ class Student:
         card = read_model_card(model_id, hub_kwargs["revision"]) if model_id else {}
         fingerprint = None
         if args.teacher_consistency != "off":
-            computed = _fingerprint(model, tokenizer, args, hub_kwargs)
+            altered = isinstance(model, str) and warn_of_altering_kwargs(args.model_init_kwargs, model)
+            computed = None if altered else _fingerprint(model, tokenizer, args, hub_kwargs)
             fingerprint = computed.id if computed else ""
             loaded_revision = computed.revision if computed and not isinstance(model, str) else None
             if loaded_revision and not written_for(card, fingerprint):

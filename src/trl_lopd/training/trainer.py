@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from ..identity.cards import count_teachers, record_of
 from ..identity.stamp import checkpoint_fingerprint
 from ..table.schema import TableRows
-from .card import SavedCheckpoint, describe_round, write_arguments, write_card
+from .card import SavedCheckpoint, check_resumed, describe_round, write_arguments, write_card
 from .collator import FILLER
 from .config import OfflineOPDConfig, refuse_tensor_parallelism, refuse_unsupported
 from .criteria import choose_best_model_metric
@@ -206,6 +206,7 @@ class OfflineOPDTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Trains on a batch, or with `max_tokens_per_device` on its micro-batches one after another."""
         parts = micro_batches(inputs)
+        self.rows.has_trained = True
         for part in parts:
             self.rows.trained.meet(part)
         if isinstance(inputs, list):
@@ -374,9 +375,10 @@ class OfflineOPDTrainer(Trainer):
 
     def _get_dataloader(self, dataset, description, *args, **kwargs):
         training, collator = description == "Training", self.data_collator
-        if not self.rows.is_prepared(dataset):  # passed after the initialization
-            name = {"Training": "train_dataset", "Evaluation": "eval_dataset"}.get(description, "test_dataset")
-            self.rows.prepare(dataset, name, training)
+        if training:
+            self.rows.use_for_training(dataset)
+        elif not self.rows.is_prepared(dataset):  # passed after the initialization
+            self.rows.prepare(dataset, "eval_dataset" if description == "Evaluation" else "test_dataset")
         # Only training uses micro-batches, because evaluation has its own batch size.
         self.data_collator = replace(collator, max_tokens=self.args.max_tokens_per_device if training else None)
         if isinstance(dataset, IterableDataset):
@@ -431,8 +433,10 @@ class OfflineOPDTrainer(Trainer):
         self.window.reset()
         self._check_loss.reset()
         checkpoint = kwargs.get("resume_from_checkpoint")
-        if checkpoint is not None and isinstance(self.train_dataset, IterableDataset):
-            self.rows.trained.resume(checkpoint)
+        if checkpoint is not None:
+            check_resumed(self, checkpoint)
+            if isinstance(self.train_dataset, IterableDataset):
+                self.rows.trained.resume(checkpoint)
         return super()._inner_training_loop(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
