@@ -61,6 +61,7 @@ class TrainingRows:
             because the card only names the teachers that trained the model.
         measures_off_policy (`bool`): Whether other weights than the student's sampled the training rows, and
             `ref_logprobs` allow measuring how far the student is from them.
+        has_trained (`bool`): Whether rows have trained the model.
     """
 
     def __init__(self, student: Student, args: OfflineOPDConfig):
@@ -119,8 +120,8 @@ class TrainingRows:
             return
         if self.has_trained:
             raise ValueError(
-                "`train_dataset` was replaced after training, and the card of the model can only tell of one table. Save "
-                "the model, and make a trainer of it for the next round."
+                "`train_dataset` was replaced after training, and the card of the model can only tell of one table. "
+                "Save the model, and make a trainer of it for the next round."
             )
         self.prepare(dataset, "train_dataset", training=True)
 
@@ -351,8 +352,8 @@ def _report_stretched(row_lengths: np.ndarray, limit: float, name: str) -> None:
     if (row_lengths >= limit).any():
         logger.warning(
             f"`{name}`: {int((row_lengths >= limit).sum())} rows have {limit} tokens or more. From there on, the "
-            "longest row of a batch changes the rotary embeddings of all its rows, so that log-probabilities depend on "
-            f"which rows are read together. Set the batch size to 1, or `max_length` to less than {limit}."
+            "longest row of a batch changes the rotary embeddings of all its rows, so that log-probabilities depend "
+            f"on which rows are read together. Set the batch size to 1, or `max_length` to less than {limit}."
         )
 
 
