@@ -30,7 +30,10 @@ def warm() -> subprocess.Popen:
     """The process that has imported everything."""
     # Against no accelerator, and one thread a process.
     env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+    # Not where the test that comes first has gone: `PYTHONPATH` may be relative.
+    server = subprocess.Popen(
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd=TESTS.parent
+    )
     # It ends when its standard input does.
     atexit.register(server.communicate)
     return server

@@ -214,3 +214,4 @@ def test_wandb_gets_speed_and_totals(tmp_path, chat_models, monkeypatch):
     assert logged[0]["sampling/tokens_per_second"] > 0 and logged[-1]["sampling/answers"] == 6
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert wandb.run is None
+    wandb.teardown()  # it would write the runs of other tests into this one's directory
