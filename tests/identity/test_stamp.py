@@ -27,8 +27,8 @@ def make_rows(teacher, count=16, start=3):
 
 def make_trainer(tmp_path, tokenizer, rows, formatting_func=None, **options):
     args = SFTConfig(
-        str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, max_steps=1,
-        per_device_train_batch_size=2, save_strategy="no", **{"max_length": 64} | options,
+        str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
+        per_device_train_batch_size=2, **{"max_length": 64, "max_steps": 1, "save_strategy": "no"} | options,
     )  # fmt: skip
     return SFTTrainer(
         make_model(seed=6), args, train_dataset=rows, eval_dataset=rows.select(range(2)), processing_class=tokenizer,
@@ -131,3 +131,17 @@ def test_a_stream_cannot_be_compared(tmp_path, tokenizer, caplog):
     with caplog.at_level(logging.WARNING, logger="trl_lopd"):
         TeacherStampCallback(trainer, rows)
     assert "cannot be compared" in caplog.text
+
+
+def test_a_stamp_is_about_all_that_was_trained_on(tmp_path, tokenizer):
+    """Neither a checkpoint that is resumed on other data nor a second training names the second teacher alone."""
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(tmp_path, tokenizer, make_rows(B), **options)
+    stamped(tmp_path, trainer)
+    trainer.train_dataset = make_trainer(tmp_path, tokenizer, make_rows(A), **options).train_dataset
+    with pytest.raises(ValueError, match="was replaced after training"):
+        trainer.train()
+    again = make_trainer(tmp_path, tokenizer, make_rows(A), **options)
+    again.add_callback(TeacherStampCallback(again))
+    with pytest.raises(ValueError, match=f"trained on data of {B}, and this run's is of {A}"):
+        again.train(resume_from_checkpoint=True)

@@ -56,7 +56,8 @@ class TeacherStampCallback(TrainerCallback):
     Raises:
         `TypeError`: if the data is a stream: its rows cannot be counted beforehand.
         `ValueError`: if it has no `teacher_fingerprint` column, if a value in it is no fingerprint, if no row names a
-            teacher, or if the trainer trains on another number of rows, here or when training begins.
+            teacher, or if the trainer trains on another number of rows, here or when training begins; when training
+            begins, if it resumes a checkpoint that was trained on data of other teachers.
     """
 
     def __init__(self, trainer: Trainer, dataset: Dataset | None = None, parent: str | Path | None = None):
@@ -71,6 +72,7 @@ class TeacherStampCallback(TrainerCallback):
             earlier = inherited_teachers(before, own and own.id)
         self._earlier, self._earlier_rows = earlier, before.get("sft_rows", 0)
         self.opd_rounds = before.get("opd_rounds") or []
+        self._has_trained = False
         self._count()
 
         self._fingerprints: dict[str, tuple[int, TeacherFingerprint | None]] = {}
@@ -97,7 +99,26 @@ class TeacherStampCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if self._trainer.train_dataset is not self._trained:
+            if self._has_trained:
+                raise ValueError(
+                    "`train_dataset` was replaced after training, and the stamp can only tell of one. Save the model, "
+                    "and make a trainer of it."
+                )
             self._count()
+        checkpoint = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        if state.global_step and os.path.isdir(checkpoint):  # resumed
+            ids = [
+                {t["id"] for t in teachers}
+                for teachers in (read_model_card(checkpoint).get("sft_teachers") or [], self.sft_teachers)
+            ]
+            if missing := sorted(ids[0] - ids[1]):
+                raise ValueError(
+                    f"{checkpoint} was trained on data of {', '.join(missing)}, and this run's is of "
+                    f"{', '.join(sorted(ids[1]))}. Resume it with its own data, or train on from it as a model."
+                )
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self._has_trained = True
 
     def _stamping_save(self, trainer: Trainer, save_model):
         @functools.wraps(save_model)
