@@ -12,7 +12,8 @@ is the update:
   `A = clip(log pi_T(a|s) - log pi(a|s), -tau, tau)`. That is gradient descent on the Huber loss of the log-ratio.
 - *topk*: a generalised Jensen-Shannon divergence from the teacher, `beta` as in TRL (0 is the forward KL divergence, 1
   the reverse). Both distributions are coarsened to the teacher's stored top-k tokens, the sampled token, and a bucket
-  for all other tokens. It is a lower bound of the full divergence, exact where the support is the vocabulary.
+  for all other tokens. It is a lower bound of the full divergence, exact where the support is the vocabulary. Top-k
+  log-probabilities are stored in float16: where the teacher's tail is below their rounding, it may exceed the bound.
 """
 
 from __future__ import annotations
