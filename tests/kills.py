@@ -42,7 +42,7 @@ def sample(out: str, prompts: str, student: str) -> datasets.Dataset:
 JOBS = {"score": score, "sample": sample}
 
 
-def check(job: str, processes: int, directory: Path, *args: str, kills: int = 20) -> None:
+def check(job: str, processes: int, directory: Path, *args: str, kills: int = 10) -> None:
     """A run that was killed `kills` times ends in the table of one that was not, byte for byte."""
     JOBS[job](str(directory / "whole"), *args)
     done = ranks.launch(__file__, job, processes, kills, directory / "killed", *args, processes=None, timeout=300)
@@ -50,7 +50,7 @@ def check(job: str, processes: int, directory: Path, *args: str, kills: int = 20
     at = [int(line.split()[2]) for line in done.stdout.splitlines() if line.startswith("killed with")]
     shards = sorted((directory / "whole").glob("*.parquet"))
     # Killed in the middle, not before or after.
-    assert len(at) == kills and len(set(at)) >= 5 and at[0] < len(shards)
+    assert len(at) == kills and len(set(at)) >= 4 and at[0] < len(shards)
     whole, killed = (load_table(directory / name, split="train") for name in ("whole", "killed"))
     assert killed.to_dict() == whole.to_dict() and record_of(killed) == record_of(whole)
     for file in shards:

@@ -57,7 +57,7 @@ def test_scoring(model, rollouts, saved, caplog):
 
 
 def test_sampling(model, caplog):
-    prompts, options = ["w3 w4 w5", "w6"], {"tokenizer": make_tokenizer(), "temperature": 3.0}
+    prompts, options = ["w3 w4 w5", "w6"], {"processing_class": make_tokenizer(), "temperature": 3.0}
     if model.kind == "absolute":
         with pytest.raises(TableError, match="`max_completion_length`, prompt 0 has 66 tokens, more than the 64"):
             collect_rollouts(prompts, model, max_completion_length=63, **options)

@@ -79,7 +79,7 @@ def test_tools_may_differ_from_row_to_row(model, tokenizer):
 
 def test_arguments_of_a_call_come_before_those_of_a_row(model, tokenizer):
     prompts = Dataset.from_list([{"prompt": USER, "chat_template_kwargs": {"thinking": True}}])
-    options = {"tokenizer": tokenizer, "max_completion_length": 3}
+    options = {"processing_class": tokenizer, "max_completion_length": 3}
     rollouts = collect_rollouts(prompts, model, chat_template_kwargs={"thinking": False}, **options)
     assert 8 not in rollouts["prompt_ids"][0]
 

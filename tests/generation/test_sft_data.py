@@ -69,7 +69,7 @@ def test_where_they_are_kept_no_end_is_taught_that_the_teacher_did_not_write(
 
 @pytest.mark.parametrize("truncated", ["keep", "drop"])
 def test_an_answer_ended_by_a_stop_text_ends_in_either_case(tmp_path, teacher, tokenizer, truncated):
-    options = {"tokenizer": tokenizer, "truncated": truncated, "max_completion_length": 40, "seed": 1}
+    options = {"processing_class": tokenizer, "truncated": truncated, "max_completion_length": 40, "seed": 1}
     data = generate_sft_data(TEXTS, teacher, stop=[f"w{i}" for i in range(3, 20)], **options)
     by_text = [i for i, row in enumerate(data) if row["finish_reason"] == "stop" and row["completion_ids"][-1] != EOS]
     rows = fine_tuned_on(tmp_path, data, tokenizer)

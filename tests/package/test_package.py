@@ -71,10 +71,14 @@ def test_the_quickstart_s_workings_are_right():
 
 
 def test_the_main_job_runs(tmp_path):
-    """`accelerate launch examples/train.py`, two steps of each objective, on the bundled data."""
+    """`accelerate launch examples/train.py`, two steps of each objective, on the bundled data and a third of the
+    prompts."""
+    prompts = (QUICKSTART / "prompts.jsonl").read_text().splitlines(keepends=True)[:130]
+    (tmp_path / "prompts.jsonl").write_text("".join(prompts))
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", str(ROOT / "examples" / "train.py")),
         *("--compare", "--max_steps", "2", "--output_dir", str(tmp_path / "run")),
+        *("--eval_prompts", str(tmp_path / "prompts.jsonl")),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -475,8 +475,8 @@ def test_data_that_is_exchanged_is_checked_too(tmp_path, student_dir, table, str
     rows = table.to_list()
     rows[2]["teacher_logprobs"].pop()
     bad = Dataset.from_list(rows, features=table.features)
-    trainer = make_trainer(tmp_path, student_dir, table, eval_dataset=table, eval_strategy="steps", eval_steps=1)
     for name in ("eval_dataset", "train_dataset"):
+        trainer = make_trainer(tmp_path, student_dir, table, eval_dataset=table, eval_strategy="steps", eval_steps=1)
         kept = getattr(trainer, name)
         setattr(trainer, name, bad.to_iterable_dataset() if stream else bad)
         with pytest.raises(TableError, match="Row 2"):

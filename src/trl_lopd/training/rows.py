@@ -92,14 +92,14 @@ class TrainingRows:
             TypeError: If `dataset` is neither a `Dataset` nor an `IterableDataset`.
         """
         check = self.trained if training else self.evaluated
-        if training:
-            self._training_rows = dataset
         if isinstance(dataset, IterableDataset):
             columns = self._prepare_stream(dataset, name, check)
         elif isinstance(dataset, Dataset):
             columns = self._prepare_table(dataset, name, check)
         else:
             raise TypeError(f"`{name}` must be a `Dataset` or an `IterableDataset`, got `{type(dataset).__name__}`.")
+        if training:
+            self._training_rows = dataset
         if training and check.verdict is not None and check.verdict.off_policy:
             self.measures_off_policy = "ref_logprobs" in columns
             if not self.measures_off_policy:
