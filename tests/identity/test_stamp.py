@@ -117,9 +117,11 @@ def test_data_that_is_exchanged_before_training_is_looked_at_again(tmp_path, tok
     trainer.train()
     trainer.save_model(str(tmp_path / "final"))
     assert [t["id"] for t in read_model_card(tmp_path / "final")["sft_teachers"]] == [B]
-    trainer.train_dataset = other.remove_columns("teacher_fingerprint").select(range(4))
+    again = make_trainer(tmp_path, tokenizer, make_rows(A))
+    again.add_callback(TeacherStampCallback(again, make_rows(A)))
+    again.train_dataset = other.remove_columns("teacher_fingerprint").select(range(4))
     with pytest.raises(ValueError, match="trains on 4 rows"):
-        trainer.train()
+        again.train()
 
 
 def test_a_stream_cannot_be_compared(tmp_path, tokenizer, caplog):
