@@ -28,7 +28,7 @@ from trl_lopd import (
     stamp_model_card,
 )
 from trl_lopd.cli import main
-from trl_lopd.evaluation.report.report import _pieces, write_report
+from trl_lopd.evaluation.report.report import text_pieces, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian package `chromium`)")
@@ -154,7 +154,7 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
 def test_pieces_join_to_the_text_and_no_character_is_split(text):
     tokenizer = bytes_tokenizer()
     ids = tokenizer(text)["input_ids"]
-    pieces = _pieces(tokenizer, ids)
+    pieces = text_pieces(tokenizer, ids)
     assert len(pieces) == len(ids) and "".join(pieces) == text
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in pieces)
@@ -166,7 +166,7 @@ def test_bytes_that_are_no_text_hold_nothing_back():
     tokenizer = bytes_tokenizer()
     emoji = tokenizer("😀")["input_ids"]
     broken = [emoji[0]] * 9 + tokenizer("the end")["input_ids"] + emoji[:2]
-    pieces = _pieces(tokenizer, broken)
+    pieces = text_pieces(tokenizer, broken)
     assert len(pieces) == len(broken) and "the end" in "".join(pieces) and "\ufffd" in pieces[-1]
 
 

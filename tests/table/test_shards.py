@@ -321,7 +321,7 @@ def test_an_error_while_writing_leaves_nothing(tmp_path, monkeypatch):
             with pytest.raises(ShardError, match=r"is full \(No space.*\); 1 of 3 shards are safe .* same command"):
                 fill(store)
         with monkeypatch.context() as patch:
-            patch.setattr(shards, "_write_parquet", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(shards, "write_parquet", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 fill(store)
         assert store.pending == [1, 2] and not list(tmp_path.rglob("*.tmp"))

@@ -21,7 +21,7 @@ from datasets import (
 )
 from hub import Hub
 
-from trl_lopd.generation.scoring import _with_scores
+from trl_lopd.generation.scoring import with_scores
 from trl_lopd.generation.teachers import Scores
 from trl_lopd.table.schema import (
     OPTIONAL_COLUMNS,
@@ -806,7 +806,7 @@ def scored(top_k: int, tokens: int, rows: int = 20, ref: bool = False) -> Datase
         {name: [rng.integers(0, 150_000, size).astype(np.int32) for size in of] for name, of in ids.items()},
         features=Features({name: FEATURES[name] for name in ids}),
     )
-    return _with_scores(
+    return with_scores(
         rollouts, f"teacher@1-{'0' * 12}-{'0' * 8}-{'0' * 8}", top_k, scores(top_k), scores(0) if ref else None
     )
 

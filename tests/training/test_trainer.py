@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_args, make_model, make_rollouts, make_tokenizer, make_trainer, without_topk
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_lopd import (
@@ -246,6 +246,25 @@ def test_without_topk_columns_the_choice_is_warned_about(tmp_path, student_dir, 
 
 
 # ---- Adapters ----
+
+
+def test_held_out_rows_that_are_trained_on_are_counted(tmp_path, student_dir, table, caplog):
+    """By their prompts: another answer to a prompt that is trained on is no held-out row either."""
+    prompts = [tuple(row) for row in table["prompt_ids"]]
+    train = table.select(range(6))
+    own = [i for i in range(6, len(table)) if prompts[i] not in prompts[:6]]
+    with caplog.at_level(logging.WARNING):
+        make_trainer(tmp_path, student_dir, train, eval_dataset=table.select(own))
+    assert "prompts that are trained on" not in caplog.text
+    backwards = [
+        name for name in table.column_names if name not in ("prompt_ids", "teacher_fingerprint", "student_fingerprint")
+    ]
+    other_answers = train.map(lambda row: {name: row[name][::-1] for name in backwards})
+    assert list(other_answers["completion_ids"]) != list(train["completion_ids"])
+    held_out = concatenate_datasets([table.select(own), other_answers])
+    with caplog.at_level(logging.WARNING):
+        make_trainer(tmp_path, student_dir, train, eval_dataset=held_out)
+    assert f"`eval_dataset`: 6 of {len(own) + 6} rows answer prompts that are trained on" in caplog.text
 
 
 def test_lora_trains_and_saves_the_adapter_alone(tmp_path, student_dir, table):

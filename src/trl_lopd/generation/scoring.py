@@ -240,7 +240,7 @@ class _Scorer:
             ref = _score(self.reference, rows, first_row, 0)
         teacher = self.teacher if self.is_served else self.local_teacher
         scores = _score(teacher, rows, first_row, self.options.top_k, advance)
-        return _with_scores(rows, self.teacher_id, self.options.top_k, scores, ref)
+        return with_scores(rows, self.teacher_id, self.options.top_k, scores, ref)
 
 
 def _pins(dataset: Dataset, scorer: _Scorer) -> dict[str, Any]:
@@ -305,7 +305,7 @@ def _score(
         raise type(error)(f"Row {first_row + row} of the table: {error}", first_row + row) from error
 
 
-def _with_scores(
+def with_scores(
     rows: Dataset, teacher_id: str, top_k: int, teacher: list[Scores], ref: list[Scores] | None
 ) -> Dataset:
     """Adds the columns of the scores to the rows."""

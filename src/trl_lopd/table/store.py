@@ -170,7 +170,7 @@ class ShardStore:
             )
         self._check_schema(shard, table.schema)
         with self._explain_full_disk(), replacing(self._path(shard), self._hidden) as file:
-            _write_parquet(table, file, {name: int(count) for name, count in counts.items()})
+            write_parquet(table, file, {name: int(count) for name, count in counts.items()})
         # A new list: the caller may be iterating over the old one.
         self.pending = self.pending.copy()
         self.pending.remove(shard)
@@ -408,7 +408,7 @@ def _shard_name(shard: int, shards: int) -> str:
     return f"data-{shard:0{width}}-of-{shards:0{width}}.parquet"
 
 
-def _write_parquet(table: pa.Table, file: BinaryIO, counts: dict[str, int]) -> None:
+def write_parquet(table: pa.Table, file: BinaryIO, counts: dict[str, int]) -> None:
     # Pages end where chunks do.
     table = table.combine_chunks()
     empty = pa.BufferOutputStream()

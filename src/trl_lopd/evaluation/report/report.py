@@ -526,7 +526,7 @@ def _packed(
     clip: float,
 ) -> dict[str, str]:
     """The columns that the script unpacks, as text."""
-    texts = [_pieces(tokenizer, [*row["prompt_ids"].tolist(), *row["completion_ids"].tolist()]) for row in values]
+    texts = [text_pieces(tokenizer, [*row["prompt_ids"].tolist(), *row["completion_ids"].tolist()]) for row in values]
     known: dict[tuple[int, str], int] = {}
     tokens = [
         known.setdefault((token, text), len(known))
@@ -542,7 +542,7 @@ def _packed(
         unique, places = np.unique(ids, return_inverse=True)
         before = int(values[0]["prompt_ids"][0])
         indices = [
-            known.setdefault((int(id), _pieces(tokenizer, [before, int(id)])[1].replace("\ufffd", "")), len(known))
+            known.setdefault((int(id), text_pieces(tokenizer, [before, int(id)])[1].replace("\ufffd", "")), len(known))
             for id in unique
         ]
         columns["topk"] = np.array(indices, np.uint32)[places.ravel()]
@@ -641,7 +641,7 @@ def _thousandths(logprobs: np.ndarray) -> np.ndarray:
     return np.where(np.isneginf(values), _MINUS_INF, values.clip(_LOWEST, -_LOWEST)).astype(np.int16)
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase | None, ids: list[int]) -> list[str]:
+def text_pieces(tokenizer: PreTrainedTokenizerBase | None, ids: list[int]) -> list[str]:
     """
     The text that each token adds to that of the tokens before it.
 
