@@ -33,6 +33,7 @@ from ..table.schema import (
     TableSummary,
     lengths,
     refuse_no_dataset,
+    rows_in_common,
     validate_rows,
     validate_table,
 )
@@ -100,6 +101,13 @@ class TrainingRows:
             raise TypeError(f"`{name}` must be a `Dataset` or an `IterableDataset`, got `{type(dataset).__name__}`.")
         if training:
             self._training_rows = dataset
+        elif isinstance(dataset, Dataset) and isinstance(self._training_rows, Dataset):
+            shared = rows_in_common(dataset, self._training_rows, ["prompt_ids"])
+            if shared:
+                logger.warning(
+                    f"`{name}`: {shared} of {len(dataset)} rows answer prompts that are trained on, so their metrics "
+                    "look better than those of new prompts. Hold out whole prompts."
+                )
         if training and check.verdict is not None and check.verdict.off_policy:
             self.measures_off_policy = "ref_logprobs" in columns
             if not self.measures_off_policy:
@@ -311,7 +319,7 @@ def resolve_loss_type(args: OfflineOPDConfig, columns: Iterable[str], required: 
             "`loss_type='topk'` needs the columns `teacher_topk_ids` and `teacher_topk_logprobs` in the training and "
             "the evaluation rows. Score them with `score_rollouts(..., top_k=8)`, or set `loss_type='sampled'`."
         )
-    if args.beta != 1.0 and loss_type == "sampled":
+    if args.beta != type(args).beta and loss_type == "sampled":
         raise ValueError(
             f"`beta={args.beta}` chooses the divergence of `loss_type='topk'`, but the table has no top-k columns. "
             "Score it with `score_rollouts(..., top_k=8)`, or leave `beta` unset."
