@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib.metadata
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,6 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer, score_rollouts, stamp_model_card
 from trl_lopd.identity.fingerprint import fingerprint_teacher
+
+# accelerate and datasets read the metadata of installed packages again and again, which takes a tenth of all tests.
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 
 VOCAB = 32
 

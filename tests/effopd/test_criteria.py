@@ -9,7 +9,7 @@ from test_effopd import make_quadratic
 from trl_lopd import EffOPDCallback, OfflineOPDTrainer
 from trl_lopd.effopd.gates import MetricGate
 
-SELECT = {"loss": False, "reverse_kl_topk": False, "reverse_kl_weighted": False, "top1_agreement": True}
+SELECT = {"loss": False, "reverse_kl_topk": False, "top1_agreement": True}
 
 
 def test_every_metric_selects_in_its_direction_or_is_refused(tmp_path, student_dir, table):

@@ -9,11 +9,14 @@ import torch
 from conftest import make_args, make_model, make_rollouts, make_tokenizer, make_trainer, save_student
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
 
 from trl_lopd import (
     EffOPDCallback,
     OfflineOPDTrainer,
+    TableError,
     TeacherConsistencyError,
+    TeacherStampCallback,
     check_teacher_consistency,
     collect_rollouts,
     fingerprint_teacher,
@@ -145,6 +148,16 @@ def test_top_k_that_was_added_after_scoring_is_not_intact(teacher_dir, student_d
     assert verdict.rows == "unverified" and "does not cover" in verdict.warnings[0]
 
 
+def test_the_reference_is_the_model_that_sampled(tmp_path, tokenizer, teacher_dir, student_dir):
+    """Else training would measure how far it is from rollouts that it never sampled."""
+    rollouts = collect_rollouts(["w5 w6", "w7"], student_dir, max_completion_length=4, ref_logprobs=False)
+    twin = save_student(tmp_path / "twin", make_model(seed=9), tokenizer, teacher_dir)
+    with pytest.raises(TableError, match="Rows were sampled by student@.* and `ref_model` is twin@"):
+        score_rollouts(rollouts, teacher_dir, top_k=2, ref_model=twin)
+    for model in (student_dir, AutoModelForCausalLM.from_pretrained(student_dir)):
+        assert "ref_logprobs" in score_rollouts(rollouts, teacher_dir, top_k=2, ref_model=model).column_names
+
+
 def test_a_transform_is_refused_where_it_would_be_ignored(tmp_path, teacher_dir, student_dir, table):
     def cut(batch):
         return {name: [ids[:1] for ids in values] for name, values in batch.items()}
@@ -174,13 +187,62 @@ def test_a_checkpoint_is_not_resumed_on_another_teacher_s_scores(tmp_path, stude
     good, other = table["teacher_fingerprint"][0], other_table["teacher_fingerprint"][0]
     with pytest.raises(ValueError, match=f"scored by {re.escape(other)}, and these by {re.escape(good)}"):
         make_trainer(tmp_path, student_dir, table, **options).train(resume_from_checkpoint=checkpoint)
-    with pytest.raises(ValueError, match="`beta` was None and is 0.5"):
-        make_trainer(tmp_path, student_dir, other_table, teacher_consistency="warn", beta=0.5, **options).train(
+    with pytest.raises(ValueError, match="`beta` was 0.5 and is 1.0"):
+        make_trainer(tmp_path, student_dir, other_table, teacher_consistency="warn", beta=1.0, **options).train(
             resume_from_checkpoint=checkpoint
         )
     again = make_trainer(tmp_path, student_dir, other_table, teacher_consistency="warn", **options)
     again.train(resume_from_checkpoint=checkpoint)
     assert again.state.global_step == 2
+
+
+def test_a_checkpoint_is_resumed_by_its_own_run_alone(tmp_path, tokenizer, teacher_dir, student_dir, table):
+    """Not with another student, another table, another round or another objective, as a script does that always
+    passes `resume_from_checkpoint=True`."""
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path, student_dir, table, **options).train()
+    twin = save_student(tmp_path / "twin", make_model(seed=9), tokenizer, teacher_dir)
+    first = str(tmp_path / "out" / "checkpoint-2")
+    for student, rows, changes, message in (
+        (twin, table, {}, "`student` was student@.* and is twin@"),
+        (student_dir, table.select(range(20)), {}, "other rows than the 20"),
+        (student_dir, table, {"loss_aggregation": "token_mean"}, "`loss_aggregation` was sequence_mean"),
+        (student_dir, table, {"max_completion_length": 5}, "`max_completion_length` was 4096 and is 5"),
+        (tmp_path / "out" / "checkpoint-4", table, {}, "1 rounds .*, and that of .* of 1 before"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, student, rows, **options, **changes).train(resume_from_checkpoint=first)
+    resumed = make_trainer(tmp_path, student_dir, table, **options)
+    resumed.train(resume_from_checkpoint=first)
+    assert resumed.state.global_step == 4
+
+
+def test_sft_is_not_resumed_from_another_start(tmp_path, tokenizer, teacher_dir, other_dir):
+    """The card would name the teacher of a model that the weights never were."""
+    data = generate_sft_data(["w5 w6", "w7 w8", "w9"] * 4, teacher_dir, max_completion_length=6, truncated="keep")
+    plain = tmp_path / "plain"
+    make_model(seed=5).save_pretrained(plain)
+    tokenizer.save_pretrained(plain)
+    taught = save_student(tmp_path / "taught", make_model(seed=6), tokenizer, other_dir)
+
+    def sft(start):
+        args = SFTConfig(
+            str(tmp_path / "sft"), max_steps=2, save_strategy="steps", save_steps=1, use_cpu=True, bf16=False,
+            report_to="none", disable_tqdm=True, per_device_train_batch_size=2,
+        )  # fmt: skip
+        trainer = SFTTrainer(str(start), args, train_dataset=data, processing_class=tokenizer)
+        trainer.add_callback(TeacherStampCallback(trainer, data))
+        return trainer
+
+    sft(plain).train()
+    with pytest.raises(ValueError, match="what its start had learnt from"):
+        sft(taught).train(resume_from_checkpoint=str(tmp_path / "sft" / "checkpoint-1"))
+
+
+def test_a_model_that_is_saved_untrained_has_no_round(tmp_path, student_dir, table):
+    trainer = make_trainer(tmp_path, student_dir, table)
+    trainer.save_model()
+    assert not read_model_card(tmp_path / "out").get("opd_rounds")
 
 
 def test_a_table_is_replaced_before_training_and_not_after(tmp_path, student_dir, table, other_table):

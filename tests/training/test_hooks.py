@@ -11,7 +11,7 @@ from trl_lopd import OfflineOPDTrainer
 
 PRIVATE = {
     *("_get_dataloader", "_remove_unused_columns", "_get_collator_with_removed_columns", "_get_train_sampler"),
-    *("_get_eval_sampler", "_inner_training_loop", "_load_optimizer_and_scheduler", "_prepare_input"),
+    *("_get_eval_sampler", "_inner_training_loop", "_run_epoch", "_load_optimizer_and_scheduler", "_prepare_input"),
     *("_get_num_items_in_batch", "_track_num_input_tokens", "_push_from_checkpoint"),
 }
 

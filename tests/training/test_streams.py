@@ -175,3 +175,38 @@ def test_several_streams_may_have_different_columns(tmp_path, student_dir, table
 def test_a_table_that_is_streamed_as_it_is_stays_valid(tmp_path, student_dir, table):
     rows = Dataset.from_list(table.to_list(), features=table.features)
     assert OfflineOPDTrainer(str(student_dir), make_args(tmp_path), rows.to_iterable_dataset()).train()
+
+
+# ---- Ends of a pass ----
+
+
+def test_a_pass_that_ends_inside_a_step_adds_nothing_to_the_next(tmp_path, student_dir, table, caplog):
+    """5 rows in steps of 3: the table's second step has 2 rows, the stream's begins again at its first."""
+    rows = table.select(range(5))
+    options = dict(
+        per_device_train_batch_size=1, gradient_accumulation_steps=3, train_sampling_strategy="sequential",
+        max_steps=2, logging_steps=1, learning_rate=1e-2,
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        _, stream = train_on(rows.to_iterable_dataset(), tmp_path / "stream", student_dir, **options)
+    assert caplog.text.count("The stream ended 2 of 3 batches into a step") == 1
+    _, table_of_three = train_on(rows.select(range(3)), tmp_path / "table", student_dir, **options)
+    losses, expected = (
+        [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log]
+        for trainer in (stream, table_of_three)
+    )
+    assert losses == expected and len(losses) == 2
+
+
+def test_a_later_pass_over_a_stream_is_not_resumed(tmp_path, student_dir, table):
+    """`Trainer` would skip all of the stream, and go on with other rows than an uninterrupted run."""
+    stream = table.select(range(12)).to_iterable_dataset()
+    options = dict(max_steps=6, save_strategy="steps", save_steps=1)  # a pass is three steps
+    whole, _ = train_on(stream, tmp_path, student_dir, **options)
+    for step in (1, 3):
+        checkpoint = str(tmp_path / "out" / f"checkpoint-{step}")
+        resumed, _ = train_on(stream, tmp_path / "again", student_dir, resume=checkpoint, **options)
+        assert resumed == whole
+    checkpoint = str(tmp_path / "out" / "checkpoint-4")
+    with pytest.raises(ValueError, match="pass 2 over a stream"):
+        train_on(stream, tmp_path / "again", student_dir, resume=checkpoint, **options)

@@ -17,8 +17,17 @@ from datasets import Dataset, concatenate_datasets
 
 from ..errors import TableError
 from ..identity.cards import attach_record, entry, read_dataset_card, record_of, write_record
-from ..identity.fingerprint import fingerprint_teacher, is_id, tokenizer_digest, tokenizer_part, with_evidence
+from ..identity.fingerprint import (
+    evidence_of,
+    fingerprint_teacher,
+    is_id,
+    tokenizer_digest,
+    tokenizer_part,
+    weights_part,
+    with_evidence,
+)
 from ..identity.probes import probes_of_run
+from ..identity.stamp import fingerprint_or_none
 from ..identity.vocabulary import contradicting_text, different_tokens, distinct_ids, say, tokenizer_of
 from ..models import (
     check_positions,
@@ -115,8 +124,9 @@ def score_rollouts(
         see `cards` and `probes`. The card in `output_dir` holds the same.
 
     Raises:
-        TableError: Rows cannot be scored: columns are missing or present already, a prompt or completion is empty, ids
-            are outside the teacher's vocabulary or stand for other tokens there, or the teacher answers with NaN.
+        TableError: Another model than `ref_model` sampled the rows, or they cannot be scored: columns are missing or
+            present already, a prompt or completion is empty, ids are outside the teacher's vocabulary or stand for
+            other tokens there, or the teacher answers with NaN.
         ShardError: `output_dir` has other content or another run's table, or another process writes to it.
         ServerError: A served teacher cannot be used.
         ValueError: An option out of range, several processes without `output_dir`, or a served teacher without a
@@ -147,6 +157,7 @@ def score_rollouts(
     scorer = _Scorer(
         teacher, is_served, with_evidence(record["id"], record["evidence"]), tokenizer, ref_model, options
     )
+    on_main_process(state, lambda: _check_reference(dataset, scorer))
     if same := on_main_process(state, lambda: _same_tokens_as(dataset, scorer)):
         record["same_tokens_as"] = same
     scorer.check_lengths(np.add(*lengths(dataset)))
@@ -345,6 +356,31 @@ def _entry_of_served(
             "`fingerprint`."
         )
     return entry(fingerprint, "declared")
+
+
+def _check_reference(dataset: Dataset, scorer: _Scorer) -> None:
+    """
+    Holds the reference model against the models that the rows say they were sampled from.
+
+    Raises:
+        TableError: If it is another one: its `ref_logprobs` would not be those of the policy that sampled.
+    """
+    samplers = [value for value in column_counts(dataset, "student_fingerprint") if value and is_id(value)]
+    if scorer.ref_model is None or not samplers:
+        return
+    consequence = "Whether `ref_model` sampled the rollouts is not checked"
+    kwargs = hub_kwargs(scorer.ref_kwargs) if isinstance(scorer.ref_model, str) else {}
+    reference = fingerprint_or_none(scorer.ref_model, consequence, **kwargs)
+    others = [value for value in samplers if reference and weights_part(value) != weights_part(reference.id)]
+    message = (
+        f"Rows were sampled by {', '.join(sorted(others))}, and `ref_model` is {reference and reference.id}: its "
+        "log-probabilities would not be those of the policy that sampled. Give the model that sampled the rows, or "
+        "score without `ref_model`."
+    )
+    if any(evidence_of(value) != "declared" for value in others):
+        raise TableError(message)
+    if others:
+        logger.warning(f"{message} The rows only declare their model, so this may be it, in another dtype.")
 
 
 def _same_tokens_as(dataset: Dataset, scorer: _Scorer) -> list[str]:

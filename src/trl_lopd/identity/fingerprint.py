@@ -161,6 +161,11 @@ def content_id(fingerprint_id: str) -> str:
     return content.partition("#")[0] if at else ""
 
 
+def weights_part(fingerprint_id: str) -> str:
+    """The part of an id that names the weights; empty if it is no id."""
+    return content_id(fingerprint_id).split("-")[1] if is_id(fingerprint_id) else ""
+
+
 def tokenizer_part(fingerprint_id: str) -> str:
     """The part of an id that names the tokenizer; empty if it is no id."""
     return content_id(fingerprint_id).split("-")[2] if is_id(fingerprint_id) else ""

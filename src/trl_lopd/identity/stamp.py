@@ -111,10 +111,11 @@ class TeacherStampCallback(TrainerCallback):
                 {t["id"] for t in teachers}
                 for teachers in (read_model_card(checkpoint).get("sft_teachers") or [], self.sft_teachers)
             ]
-            if missing := sorted(ids[0] - ids[1]):
+            if ids[0] != ids[1]:
                 raise ValueError(
-                    f"{checkpoint} was trained on data of {', '.join(missing)}, and this run's is of "
-                    f"{', '.join(sorted(ids[1]))}. Resume it with its own data, or train on from it as a model."
+                    f"{checkpoint} was trained on data of {', '.join(sorted(ids[0])) or 'nobody that is named'}, with "
+                    f"what its start had learnt from, and this run's is of {', '.join(sorted(ids[1]))}. Resume it "
+                    "with its own data and the model that it began with, or train on from it as a model."
                 )
 
     def on_step_end(self, args, state, control, **kwargs) -> None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -167,16 +167,7 @@ def rows_digest(dataset: Dataset, columns: list[str] | None = None) -> str:
         `str`: 64 hexadecimal digits.
     """
     columns = digest_columns(dataset.column_names) if columns is None else columns
-    return f"{sum(_digests_of_rows(dataset, columns)) % 2**256:064x}"
-
-
-def rows_in_common(dataset: Dataset, other: Dataset, columns: list[str]) -> int:
-    """Number of rows of `dataset` whose `columns` are those of a row of `other`."""
-    others = set(_digests_of_rows(other, columns))
-    return sum(digest in others for digest in _digests_of_rows(dataset, columns))
-
-
-def _digests_of_rows(dataset: Dataset, columns: list[str]) -> Iterator[int]:
+    total = 0
     for batch in dataset.select_columns(columns).with_format("arrow").iter(256):
         values = [_row_bytes(name, batch[name]) for name in columns]
         for row in zip(*values, strict=True):
@@ -185,7 +176,8 @@ def _digests_of_rows(dataset: Dataset, columns: list[str]) -> Iterator[int]:
                 # With its length before it, no part can borrow from the next.
                 hasher.update(len(part).to_bytes(8, "little"))
                 hasher.update(part)
-            yield int.from_bytes(hasher.digest(), "little")
+            total += int.from_bytes(hasher.digest(), "little")
+    return f"{total % 2**256:064x}"
 
 
 def content_digest(dataset: Dataset) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
-from transformers import Trainer
+from datasets import Dataset, IterableDataset
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from trl.trainer.utils import generate_model_card, get_config_model_id
 
 from ..identity.cards import count_teachers, read_model_card, stamp_model_card
@@ -61,7 +63,7 @@ def describe_round(trainer: Trainer) -> dict[str, Any]:
     record = {
         "student": student.fingerprint or Path(get_config_model_id(trainer.model.config)).name,
         "objective": trainer.loss_type,
-        **({"beta": trainer.args.beta} if trainer.loss_type == "topk" and trainer.args.beta != 1.0 else {}),
+        **({"beta": trainer.args.beta} if trainer.loss_type == "topk" else {}),
         "teacher_consistency": "off" if mode == "off" else verdict.evidence or f"overridden ({mode})",
         "rows": sum(teachers.values()),
         "teachers": count_teachers(teachers),
@@ -71,28 +73,57 @@ def describe_round(trainer: Trainer) -> dict[str, Any]:
     return record
 
 
+# Arguments that decide what is minimised, beside those that the card names.
+_OF_THE_OBJECTIVE = (
+    *("advantage_clip", "ratio_clip", "loss_aggregation", "teacher_logprob_floor"),
+    *("max_completion_length", "max_length"),
+)
+
+
 def check_resumed(trainer: Trainer, checkpoint: str) -> None:
     """
-    Holds the round of a checkpoint's card against the round that is trained now: the card of the result is about both.
+    Holds a checkpoint against the run that goes on from it: the card of the result is about both.
 
     Raises:
-        ValueError: If the checkpoint was trained on the scores of other teachers, or with another objective.
+        ValueError: If the checkpoint is of another run: of another student, round, table or objective; or of a later
+            pass over a stream than the first.
     """
+    settings = Path(checkpoint, "training_args.json")
+    if not settings.is_file():
+        raise ValueError(f"{checkpoint} was not saved by `OfflineOPDTrainer`: it has no `training_args.json`.")
     earlier = len(trainer.student.card.get("opd_rounds") or [])
     rounds = read_model_card(checkpoint).get("opd_rounds") or []
-    if len(rounds) <= earlier:
-        return
-    before, now = rounds[earlier], describe_round(trainer)
-    names = ["objective", "beta"]
-    changed = [
-        f"`{name}` was {before.get(name)} and is {now.get(name)}"
-        for name in names
-        if before.get(name) != now.get(name)
-    ]
+    if rounds and len(rounds) != earlier + 1:
+        raise ValueError(
+            f"{checkpoint} is no checkpoint of this run: its card tells of {len(rounds)} rounds of offline OPD, and "
+            f"that of the student, {trainer.student.name}, of {earlier} before this one. Give another `output_dir` to "
+            "a new round, and resume a checkpoint with the student that its training began with."
+        )
+    state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+    is_skipped = isinstance(trainer.train_dataset, IterableDataset) and not trainer.args.ignore_data_skip
+    # `Trainer` counts a pass over a stream as one epoch, whatever its length.
+    passes = math.ceil(state.epoch or 0)
+    if is_skipped and passes > 1 and state.global_step < trainer.args.max_steps:
+        raise ValueError(
+            f"{checkpoint} was saved in pass {passes} over a stream, and a stream is only skipped within "
+            "its first pass: other rows would follow. Train on a `Dataset`, or accept that the stream starts from its "
+            "beginning: `ignore_data_skip=True`."
+        )
+    then, here = json.loads(settings.read_text()), json.loads(_settings(trainer))
+    pairs = {name: (then.get(name), here[name]) for name in _OF_THE_OBJECTIVE}
+    if rounds:
+        before, now = rounds[earlier], describe_round(trainer)
+        pairs |= {name: (before.get(name), now.get(name)) for name in ("student", "objective", "beta")}
+    changed = [f"`{name}` was {was} and is {is_now}" for name, (was, is_now) in pairs.items() if was != is_now]
     if isinstance(trainer.train_dataset, Dataset):
-        teachers = [sorted(str(entry["id"]) for entry in record.get("teachers") or []) for record in (before, now)]
+        teachers = [[], []]
+        if rounds:
+            teachers = [sorted(str(entry["id"]) for entry in record.get("teachers") or []) for record in (before, now)]
+        hashes = Path(checkpoint, TRAINED_ROWS)
         if teachers[0] != teachers[1]:
             changed.append(f"its rows were scored by {', '.join(teachers[0])}, and these by {', '.join(teachers[1])}")
+        elif hashes.is_file() and not np.array_equal(np.load(hashes), np.unique(row_hashes(trainer.train_dataset))):
+            changed.append(f"it was trained on other rows than the {len(trainer.train_dataset)} of `train_dataset`")
     if changed:
         raise ValueError(
             f"{checkpoint} was trained otherwise: {'; '.join(changed)}. Resume it as it was begun, or train on from "
@@ -130,10 +161,12 @@ def write_card(
         card.text = card.text.replace(f"[{base_model}](https://huggingface.co/{base_model})", f"`{base_model}`")
     card.save(os.path.join(output_dir, "README.md"))
 
-    record, student, saved = describe_round(trainer), trainer.student, trainer.saved
-    for callback in trainer.callback_handler.callbacks:
-        if hasattr(callback, "card_record"):
-            record |= callback.card_record()
+    student, saved, rounds = trainer.student, trainer.saved, []
+    if trainer.rows.has_trained or trainer.state.global_step:  # a model that is saved untrained has no round
+        rounds = [describe_round(trainer)]
+        for callback in trainer.callback_handler.callbacks:
+            if hasattr(callback, "card_record"):
+                rounds[0] |= callback.card_record()
     # The fingerprint is only valid for this card if the weights in the directory are those of the current step.
     is_current = saved is not None and (saved.directory, saved.step) == (output_dir, trainer.state.global_step)
     stamp_model_card(
@@ -141,7 +174,7 @@ def write_card(
         sft_teachers=student.sft_teachers,
         sft_rows=student.card.get("sft_rows"),
         checkpoint=saved.fingerprint if is_current else None,
-        opd_rounds=[*(student.card.get("opd_rounds") or []), record],
+        opd_rounds=[*(student.card.get("opd_rounds") or []), *rounds],
     )
 
 
@@ -153,10 +186,16 @@ def write_arguments(trainer: Trainer, output_dir: str) -> None:
     """
     if isinstance(trainer.train_dataset, Dataset):
         np.save(Path(output_dir, TRAINED_ROWS), np.unique(row_hashes(trainer.train_dataset)))
+    else:  # of another run
+        Path(output_dir, TRAINED_ROWS).unlink(missing_ok=True)
+    Path(output_dir, "training_args.json").write_text(_settings(trainer))
+
+
+def _settings(trainer: Trainer) -> str:
     settings = trainer.args.to_dict()
     if (run := _wandb_run()) is not None:
         settings["wandb_run"] = {"entity": run.entity, "project": run.project, "id": run.id}
-    Path(output_dir, "training_args.json").write_text(json.dumps(settings, indent=2, default=str))
+    return json.dumps(settings, indent=2, default=str)
 
 
 def _wandb_run() -> Any:

@@ -12,11 +12,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Metrics of `OfflineOPDTrainer.evaluate` on held-out rows, and whether higher is better; see `objective.summarize`.
-_CRITERIA = {"reverse_kl_topk": False, "reverse_kl_weighted": False, "loss": False, "top1_agreement": True}
+_CRITERIA = {"reverse_kl_topk": False, "loss": False, "top1_agreement": True}
 # Its other metrics. On frozen rollouts these can fall, rise or go to infinity while the student gets worse.
 _NOT_CRITERIA = (
     *("huber", "frozen_log_ratio", "k3", "entropy", "mean_token_accuracy", r"advantage/\w+", r"importance_weight/\w+"),
-    *("truncated_completions", "padding"),
+    # Its weights are those of the tokens that the rollouts have: mass that moves elsewhere is not seen.
+    *("reverse_kl_weighted", "truncated_completions", "padding"),
 )
 # Metrics that `Trainer` adds for any model.
 _NO_QUALITY = (

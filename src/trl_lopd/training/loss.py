@@ -39,6 +39,11 @@ class Objective:
         """Returns the number of items that the loss of a batch is the mean over: sequences or trained tokens."""
         return len(batch["truncated"] if self.args.loss_aggregation == "sequence_mean" else batch["labels"])
 
+    def divergence(self, logprobs: Tensor, tail: Tensor, teacher_logprobs: Tensor, distinct: Tensor) -> Tensor:
+        """Returns the loss per token of `"topk"`. Override it to try another divergence; see
+        [`~objective.divergence_topk`] for the shapes."""
+        return divergence_topk(logprobs, tail, teacher_logprobs, distinct, self.args.beta)
+
     def __call__(
         self, model: torch.nn.Module, batch: dict[str, Tensor], num_items: Tensor | int
     ) -> tuple[TokenOutput, dict[str, Tensor]]:
@@ -64,7 +69,7 @@ class Objective:
 
         def loss(logprobs: Tensor, tail: Tensor, tokens: slice) -> Tensor:
             if self.loss_type == "topk":
-                return divergence_topk(logprobs, tail, support[tokens], distinct[tokens], self.args.beta)
+                return self.divergence(logprobs, tail, support[tokens], distinct[tokens])
             return sampled_loss(
                 logprobs[:, -1],
                 teacher[tokens],

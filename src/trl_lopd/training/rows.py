@@ -32,8 +32,8 @@ from ..table.schema import (
     TOKEN_COLUMNS,
     TableSummary,
     lengths,
+    prompt_and_row_hashes,
     refuse_no_dataset,
-    rows_in_common,
     validate_rows,
     validate_table,
 )
@@ -71,6 +71,7 @@ class TrainingRows:
         self.loss_type: str | None = None
         self.measures_off_policy = False
         self.has_trained = False
+        self._has_cut_a_pass = False
         self._training_rows: Dataset | IterableDataset | None = None
         # Prepared datasets; for streams, with the check of their rows.
         self._prepared: WeakKeyDictionary[Dataset | IterableDataset, RowCheck | None] = WeakKeyDictionary()
@@ -102,8 +103,8 @@ class TrainingRows:
         if training:
             self._training_rows = dataset
         elif isinstance(dataset, Dataset) and isinstance(self._training_rows, Dataset):
-            shared = rows_in_common(dataset, self._training_rows, ["prompt_ids"])
-            if shared:
+            prompts, trained = (prompt_and_row_hashes(rows)[0] for rows in (dataset, self._training_rows))
+            if shared := int(np.isin(prompts, trained).sum()):
                 logger.warning(
                     f"`{name}`: {shared} of {len(dataset)} rows answer prompts that are trained on, so their metrics "
                     "look better than those of new prompts. Hold out whole prompts."
@@ -132,6 +133,15 @@ class TrainingRows:
                 "Save the model, and make a trainer of it for the next round."
             )
         self.prepare(dataset, "train_dataset", training=True)
+
+    def cut_pass(self, batches: int, per_step: int) -> None:
+        """Warns, once, that the batches at the end of a stream are too few for a step."""
+        if not self._has_cut_a_pass:
+            logger.warning(
+                f"The stream ended {batches} of {per_step} batches into a step of `gradient_accumulation_steps`: each "
+                "pass over it ends with its last whole step."
+            )
+        self._has_cut_a_pass = True
 
     def collator(self) -> OfflineOPDCollator:
         """Returns the collator that makes batches of the rows."""

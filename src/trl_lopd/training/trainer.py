@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..identity.cards import count_teachers, record_of
 from ..identity.stamp import checkpoint_fingerprint
+from ..processes import on_main_process
 from ..table.schema import TableRows
 from .card import SavedCheckpoint, check_resumed, describe_round, write_arguments, write_card
 from .collator import FILLER
@@ -202,6 +203,15 @@ class OfflineOPDTrainer(Trainer):
             # scheduler that training is not complete.
             sys.exit(128 + signal.SIGTERM)
         return output
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # Only the end of a stream gives fewer batches than were asked for. `Trainer` would take no step with them, and
+        # add their gradient to that of the next.
+        if len(batches) < num_batches and batches:
+            self.rows.cut_pass(len(batches), num_batches)
+            return [], None
+        return batches, num_items
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Trains on a batch, or with `max_tokens_per_device` on its micro-batches one after another."""
@@ -434,16 +444,29 @@ class OfflineOPDTrainer(Trainer):
         self._check_loss.reset()
         checkpoint = kwargs.get("resume_from_checkpoint")
         if checkpoint is not None:
-            check_resumed(self, checkpoint)
+            on_main_process(self.accelerator.state, lambda: check_resumed(self, checkpoint))
             if isinstance(self.train_dataset, IterableDataset):
                 self.rows.trained.resume(checkpoint)
         return super()._inner_training_loop(*args, **kwargs)
+
+    def _run_epoch(self, *args, **kwargs):
+        # `Trainer` would take another step from the checkpoint of a run that had reached its end.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            logger.warning(f"Training had reached its end, step {self.state.global_step}: there is nothing to resume.")
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not self.is_deepspeed_enabled and any(Path(checkpoint).glob("global_step*")):
             raise ValueError(
                 f"{checkpoint} was saved by DeepSpeed, and only DeepSpeed reads its optimizer state: resume with the "
                 "same engine and the same number of processes."
+            )
+        if checkpoint is not None and not any(Path(checkpoint).glob("optimizer*")) and not self.is_deepspeed_enabled:
+            raise ValueError(
+                f"{checkpoint} has no state of the optimizer (`save_only_model=True`), so a resumed run would not be "
+                "the same. Train on from it in a new round: give it as `model`, with another `output_dir`."
             )
         super()._load_optimizer_and_scheduler(checkpoint)
 
