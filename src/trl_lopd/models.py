@@ -165,7 +165,7 @@ _HARMLESS = {
     *_PLACEMENT,
     *("revision", "trust_remote_code", "token", "cache_dir", "local_files_only", "force_download", "proxies"),
     *("dtype", "torch_dtype", "attn_implementation", "experts_implementation", "quantization_config", "use_kernels"),
-    *("low_cpu_mem_usage", "offload_state_dict", "offload_buffers", "use_cache", "key_mapping", "weights_only"),
+    *("low_cpu_mem_usage", "offload_state_dict", "offload_buffers", "use_cache", "weights_only"),
     # Of `vllm.LLM`.
     *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_logprobs", "logprobs_mode", "enforce_eager"),
     *("swap_space", "seed", "enable_prefix_caching", "quantization", "model_impl", "tokenizer_mode"),

@@ -21,6 +21,7 @@ from trl_lopd import (
     collect_rollouts,
     fingerprint_teacher,
     generate_sft_data,
+    load_table,
     read_model_card,
     score_rollouts,
 )
@@ -156,6 +157,12 @@ def test_the_reference_is_the_model_that_sampled(tmp_path, tokenizer, teacher_di
         score_rollouts(rollouts, teacher_dir, top_k=2, ref_model=twin)
     for model in (student_dir, AutoModelForCausalLM.from_pretrained(student_dir)):
         assert "ref_logprobs" in score_rollouts(rollouts, teacher_dir, top_k=2, ref_model=model).column_names
+
+
+def test_a_store_is_its_own_shards_alone(tmp_path, teacher_dir):
+    score_rollouts(make_rollouts(10), teacher_dir, top_k=2, output_dir=tmp_path / "a")
+    score_rollouts(make_rollouts(7, seed=4), teacher_dir, top_k=2, output_dir=tmp_path / "a" / "more")
+    assert len(load_table(tmp_path / "a")) == 10 and len(load_table(tmp_path / "a" / "more", split="train")) == 7
 
 
 def test_a_transform_is_refused_where_it_would_be_ignored(tmp_path, teacher_dir, student_dir, table):

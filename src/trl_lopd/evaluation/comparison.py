@@ -81,16 +81,16 @@ def compare_models(
             row["fresh"], row["fresh_se"] = metrics["reverse_kl"].values()
         rows.append(row)
     if state.is_main_process:
-        _show(rows, len(benchmark))
+        _show(rows, len(benchmark), "greedy accuracy" if options.temperature == 0 else "accuracy")
         path = output_dir / "report.json"
         path.write_text(json.dumps(rows, indent=2))
         print(f"The table is also in {path}")
     return rows
 
 
-def _show(rows: list[dict[str, Any]], problems: int) -> None:
+def _show(rows: list[dict[str, Any]], problems: int, accuracy: str) -> None:
     table = Table(
-        *("model", "greedy accuracy", "reverse KL, fresh rollouts\n(nats a sequence)"),
+        *("model", accuracy, "reverse KL, fresh rollouts\n(nats a sequence)"),
         "reverse KL, held-out top-k\n(nats a token)",
         title=f"{problems} held-out prompts",
     )

@@ -322,7 +322,7 @@ def load_table(
     """
     from datasets import load_from_disk
 
-    from ..table.store import check_complete
+    from ..table.store import check_complete, shards_of
 
     path, name = Path(name), str(name)
     if path.is_file() and path.suffix != ".parquet":
@@ -345,8 +345,8 @@ def load_table(
             if split not in splits:
                 raise ValueError(f"{name} has no split {split!r}, only {', '.join(map(repr, splits))}.")
             table = splits[split]
-    elif path.suffix == ".parquet":
-        table = load_rows(name, "parquet", data_files={"train": name}, split=split or "train", streaming=streaming)
+    elif files := [name] if path.suffix == ".parquet" else shards_of(path):
+        table = load_rows(name, "parquet", data_files={"train": files}, split=split or "train", streaming=streaming)
     else:
         table = load_rows(name, name, config, split=split, revision=revision, streaming=streaming)
     if isinstance(table, dict) and len(table) == 1:

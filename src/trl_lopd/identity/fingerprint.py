@@ -580,7 +580,28 @@ def _saved_weights(directory: Path, trust_remote_code: bool) -> _Weights:
         if twice := entries.keys() & kept.keys():
             raise ValueError(f"{directory}: {min(twice)!r} is in more than one safetensors file.")
         entries |= kept
+    if missing := _missing(entries, model):
+        raise ValueError(
+            f"{directory} is not whole: {len(missing)} weights of {type(model).__name__} are not in its files, such "
+            f"as {missing[0]!r}. transformers would draw them at random, differently each time."
+        )
     return _summarize(entries, model, model.state_dict(), (config.architectures or [type(model).__name__])[0])
+
+
+def _missing(entries: dict[str, str], model: PreTrainedModel) -> list[str]:
+    """Names of the parameters that a checkpoint lacks, and that nothing is tied to."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if getattr(model.config, "quantization_config", None) is not None:
+        return []  # its tensors have names of their own
+    saved = {
+        name: next(iter(revert_weight_conversion(model, {name: p})), name) for name, p in model.named_parameters()
+    }
+    there = {name for name, in_file in saved.items() if in_file in entries}
+    for tied, kept in model.all_tied_weights_keys.items():
+        if entries.keys() & {saved.get(tied, tied), saved.get(kept, kept)}:
+            there |= {tied, kept}
+    return sorted(saved[name] for name in saved.keys() - there)
 
 
 def _saved_adapter_digest(directory: Path) -> str:

@@ -349,16 +349,11 @@ def check_complete(directory: str | Path) -> None:
     Raises:
         ShardError: If a directory is a store, and shards of it are missing or truncated.
     """
-    try:
-        manifest = json.loads((Path(directory) / HIDDEN / "manifest.json").read_bytes())
-    except FileNotFoundError:
-        return
-    shards = -(-manifest["rows"] // manifest["rows_per_shard"])
-    paths = [Path(directory) / _shard_name(shard, shards) for shard in range(shards)]
+    paths = [Path(path) for path in shards_of(directory)]
     again = "Run what writes it again with the same arguments; it continues."
     if missing := [path for path in paths if not path.exists()]:
         raise ShardError(
-            f"{directory} is not complete: {len(missing)} of {shards} shards are missing, the first is "
+            f"{directory} is not complete: {len(missing)} of {len(paths)} shards are missing, the first is "
             f"{missing[0].name}. {again}"
         )
     for path in paths:
@@ -366,6 +361,16 @@ def check_complete(directory: str | Path) -> None:
             pq.read_metadata(path)
         except (OSError, pa.ArrowException) as error:
             raise ShardError(f"{path} is truncated or altered ({error}). {again}") from error
+
+
+def shards_of(directory: str | Path) -> list[str]:
+    """The files of a store; empty if a directory is none. What else lies in or beneath it is not the store's."""
+    try:
+        manifest = json.loads((Path(directory) / HIDDEN / "manifest.json").read_bytes())
+    except FileNotFoundError:
+        return []
+    shards = -(-manifest["rows"] // manifest["rows_per_shard"])
+    return [str(Path(directory) / _shard_name(shard, shards)) for shard in range(shards)]
 
 
 def read_pins(directory: str | Path) -> dict[str, Any]:

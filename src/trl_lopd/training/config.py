@@ -83,7 +83,7 @@ class OfflineOPDConfig(TrainingArguments):
         loss_type (`str`, *optional*, defaults to `"auto"`):
             `"topk"`: a divergence (`beta`) on the teacher's stored top-k tokens, the sampled token and a tail bucket.
             `"sampled"`: the paper's update on the sampled token. `"auto"`: `"topk"` if the table has the columns.
-        beta (`float`, *optional*, defaults to `1.0`):
+        beta (`float`, *optional*, defaults to `0.5`):
             Interpolation coefficient of the generalised Jensen-Shannon divergence of the top-k objective, as in TRL's
             `DistillationConfig`: `0.0` is the forward KL divergence, `0.5` the JSD, `1.0` the reverse KL divergence.
             Held-out rows are measured by the reverse KL divergence whatever it is.
@@ -177,7 +177,7 @@ class OfflineOPDConfig(TrainingArguments):
         },
     )
     beta: float = field(
-        default=1.0,
+        default=0.5,
         metadata={
             "help": "Divergence of the top-k objective: 0.0 = forward KL, 0.5 = JSD, 1.0 = reverse KL, as in TRL's "
             "`DistillationConfig`."
@@ -224,7 +224,7 @@ class OfflineOPDConfig(TrainingArguments):
             raise ValueError("`pad_to_multiple_of` has no effect without padding: leave it or `padding_free` unset.")
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"`beta` must be in [0.0, 1.0], got {self.beta}.")
-        if self.beta != 1.0 and self.loss_type == "sampled":
+        if self.beta != type(self).beta and self.loss_type == "sampled":
             raise ValueError("`beta` chooses the divergence of `loss_type='topk'`; the sampled objective has none.")
         if self.ratio_clip is not None and self.loss_type == "topk":
             raise ValueError("`ratio_clip` is a trust region of `loss_type='sampled'`; the top-k objective has none.")

@@ -268,7 +268,7 @@ def _comparison(run: Path) -> Iterator[dict[str, Any]]:
     if rows is None:
         return
     titles = {
-        "accuracy": "greedy accuracy",
+        "accuracy": "accuracy",
         "fresh": "reverse KL, fresh rollouts (nats a sequence)",
         "held_out": "reverse KL on the stored top-k (nats a token)",
     }
