@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 import pytest
@@ -222,6 +223,35 @@ def test_a_checkpoint_is_resumed_by_its_own_run_alone(tmp_path, tokenizer, teach
     resumed = make_trainer(tmp_path, student_dir, table, **options)
     resumed.train(resume_from_checkpoint=first)
     assert resumed.state.global_step == 4
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'user' %}w28 {{ m.content }} w29 {% else %}"
+    "{{ m.content.split('w26')[-1] }} <eos>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["sampled", "reasoning dropped", "other texts"])
+def test_sft_that_does_not_learn_what_the_teacher_sampled_is_not_verified(tmp_path, kind, caplog):
+    """A template drops the reasoning of earlier turns, as DeepSeek-R1's does; or `map` writes other answers."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE if kind == "reasoning dropped" else TEMPLATE.replace(".split('w26')[-1]", "")
+    make_model(seed=1).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    prompts = [[{"role": "user", "content": f"w{i} w{i + 1}"}] for i in range(3, 25)]
+    # With `input_ids`, special tokens in the middle of an answer are learnt, too.
+    truncated = "keep" if kind == "sampled" else "drop"
+    data = generate_sft_data(prompts, tmp_path / "teacher", max_completion_length=60, truncated=truncated)
+    if kind == "other texts":
+        text = " ".join(f"w{i}" for i in range(20, 3, -1))
+        data = data.map(lambda row: {"completion": [{"role": "assistant", "content": text}]})
+    args = SFTConfig(str(tmp_path / "sft"), max_steps=1, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True)
+    trainer = SFTTrainer(make_model(seed=2), args, train_dataset=data, processing_class=tokenizer)
+    with caplog.at_level(logging.WARNING):
+        callback = TeacherStampCallback(trainer, data)
+    assert ("of what the teacher sampled is trained on" in caplog.text) == (kind != "sampled")
+    (teacher,) = callback.sft_teachers
+    assert teacher["evidence"] == ("declared" if kind == "other texts" else "verified")
 
 
 def test_sft_is_not_resumed_from_another_start(tmp_path, tokenizer, teacher_dir, other_dir):

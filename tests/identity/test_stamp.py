@@ -145,5 +145,5 @@ def test_a_stamp_is_about_all_that_was_trained_on(tmp_path, tokenizer):
         trainer.train()
     again = make_trainer(tmp_path, tokenizer, make_rows(A), **options)
     again.add_callback(TeacherStampCallback(again))
-    with pytest.raises(ValueError, match=f"trained on data of {B}, and this run's is of {A}"):
+    with pytest.raises(ValueError, match=f"trained on data of {B}, .* and this run's is of {A}"):
         again.train(resume_from_checkpoint=True)

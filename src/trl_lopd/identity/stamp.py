@@ -10,14 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
 from ..table.schema import column_counts
 from .cards import count_teachers, read_model_card, record_of, stamp_model_card
 from .consistency import inherited_teachers
-from .fingerprint import TeacherFingerprint, fingerprint_loaded, fingerprint_teacher, is_id, with_evidence
+from .fingerprint import (
+    TeacherFingerprint,
+    fingerprint_loaded,
+    fingerprint_teacher,
+    is_id,
+    tokenizer_digest,
+    tokenizer_part,
+    with_evidence,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -25,6 +33,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 COLUMN = "teacher_fingerprint"
+# Rows in which what is learnt is compared to what the teacher sampled.
+_COMPARED_ROWS = 500
 
 
 class TeacherStampCallback(TrainerCallback):
@@ -86,6 +96,8 @@ class TeacherStampCallback(TrainerCallback):
         counts = _teachers_of(given)
         if given is not trained:
             counts = _of_those_trained_on(counts, trained, self._trainer.args)
+        if not _learns_what_was_sampled(given, trained, self._trainer.processing_class):
+            counts = Counter({id and with_evidence(id, "declared"): rows for id, rows in counts.items()})
         for entry in self._earlier:
             counts[with_evidence(entry["id"], entry["evidence"])] += entry.get("rows", 0)
         counts[None] += max(self._earlier_rows - sum(entry.get("rows", 0) for entry in self._earlier), 0)
@@ -159,6 +171,54 @@ class TeacherStampCallback(TrainerCallback):
             checkpoint=fingerprint,
             opd_rounds=self.opd_rounds or None,
         )
+
+
+def _learns_what_was_sampled(given: Dataset, trained: Any, tokenizer: Any) -> bool:
+    """
+    Compares the tokens that are trained on to those that the teacher sampled, in the first rows.
+
+    A chat template may drop a part of an answer, and texts may have been changed since. Pairs of neighbouring tokens
+    are counted, so that what a template adds to an answer, or where it is cut, makes little difference.
+
+    Args:
+        given (`Dataset`): What [`generate_sft_data`] made.
+        trained (`Dataset`): What the trainer made of it, a row for each of its rows.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The trainer's.
+
+    Returns:
+        `bool`: False if most of what is learnt was not sampled.
+    """
+    columns = trained.column_names if isinstance(trained, Dataset) else ()
+    sampled = {"completion_ids", COLUMN} <= {*given.column_names}
+    if not sampled or "input_ids" not in columns or "seq_lengths" in columns or len(trained) != len(given):
+        return True
+    rows = range(min(len(given), _COMPARED_ROWS))
+    own = isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer_digest(tokenizer)[:8]
+    written, learnt, both = Counter(), Counter(), Counter()
+    for before, after in zip(given.select(rows), trained.select(rows), strict=True):
+        if tokenizer_part(before[COLUMN] or "") != own:
+            continue  # another tokenizer's ids
+        ids = after["input_ids"]
+        mask = after.get("completion_mask") or after.get("assistant_masks")
+        if mask is None and after.get("labels") is not None:
+            mask = [label != -100 for label in after["labels"]]
+        if mask is not None:
+            ids = [id for id, is_learnt in zip(ids, mask, strict=True) if is_learnt]
+        elif ids[: len(before["prompt_ids"])] == before["prompt_ids"]:
+            ids = ids[len(before["prompt_ids"]) :]
+        pairs = [Counter(zip(tokens, tokens[1:], strict=False)) for tokens in (before["completion_ids"], ids)]
+        for total, count in zip((written, learnt, both), (*pairs, pairs[0] & pairs[1]), strict=True):
+            total.update(count)
+    of_written = both.total() / max(written.total(), 1)
+    of_learnt = both.total() / max(learnt.total(), 1)
+    if written and of_written < 0.9:
+        logger.warning(
+            f"{of_written:.0%} of what the teacher sampled is trained on, in the first {len(rows)} rows: a chat "
+            "template drops a part of the answers (such as their reasoning), `max_length` cuts them, or their texts "
+            "were changed. `generate_sft_data(..., truncated='keep')` also writes `input_ids`, which `SFTTrainer` "
+            "takes as they are; filter by `finish_reason` to leave out those that were cut."
+        )
+    return not learnt or of_learnt >= 0.5
 
 
 def _teachers_of(dataset: Dataset) -> Counter[str | None]:
