@@ -352,6 +352,8 @@ def test_there_must_be_something_to_gate_with(tmp_path, table, student_dir):
     no_eval = OfflineOPDTrainer(str(student_dir), args, table)
     with pytest.raises(ValueError, match="held-out rows.*`gate_dataset`"):
         EffOPDCallback(no_eval)
+    with pytest.raises(ValueError, match="`gate_dataset` is for the default gate"):
+        EffOPDCallback(no_eval, lambda model: 1.0, gate_dataset=table)
     sampled = OfflineOPDTrainer(str(student_dir), args, without_topk(table), eval_dataset=without_topk(table))
     with pytest.raises(ValueError, match="`RewardGate`"):
         EffOPDCallback(sampled)
@@ -461,7 +463,10 @@ def test_answers_are_graded_with_the_same_seeds(tmp_path, table, student_dir):
         given.append((prompts, completions, wanted))
         return [float(w in ids) for ids, w in zip(completion_ids, wanted, strict=True)]
 
-    gate = RewardGate(trainer, prompts, [count, lambda completions, **_: [10.0] * len(completions)],
+    def nothing(completions, **_):
+        return [None] * len(completions)
+
+    gate = RewardGate(trainer, prompts, [count, nothing, lambda completions, **_: [10.0] * len(completions)],
                       max_completion_length=8, temperature=1.0)  # fmt: skip
     state = torch.get_rng_state()
     first, second = gate(trainer.model), gate(trainer.model)

@@ -99,6 +99,14 @@ def test_a_template_without_tools_is_told(model):
         collect_rollouts(prompts, model, processing_class=tokenizer, max_completion_length=3)
 
 
+def test_template_arguments_that_change_nothing_are_told(model, tokenizer):
+    options = {"processing_class": tokenizer, "max_completion_length": 3}
+    with pytest.raises(ValueError, match="'thinkng', which the chat template .* never reads"):
+        collect_rollouts([USER], model, chat_template_kwargs={"thinkng": True}, **options)
+    with pytest.raises(ValueError, match="thinking, are for prompts that are lists of messages"):
+        collect_rollouts(["w5 w6"], model, chat_template_kwargs={"thinking": True}, **options)
+
+
 def test_what_continues_an_answer_is_taught_as_its_continuation(tmp_path, model, tokenizer):
     """`SFTTrainer` would render prompt and completion as two turns of the assistant."""
     data = generate_sft_data(

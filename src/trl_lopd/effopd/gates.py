@@ -123,7 +123,9 @@ class RewardGate:
         if is_conversational({"prompt": prompts[0]}):
             completions = [[{"role": "assistant", "content": text}] for text in completions]
         kwargs = {"prompts": prompts, "completions": completions, "completion_ids": [s.ids for s in samples], **rows}
-        rewards = np.sum([np.asarray(grade(**kwargs), dtype=float) for grade in self.reward_funcs], axis=0)
+        # As in TRL, a function that does not apply to an answer gives `None`, which adds nothing.
+        graded = [[0.0 if r is None else r for r in grade(**kwargs)] for grade in self.reward_funcs]
+        rewards = np.sum(np.asarray(graded, dtype=float), axis=0)
         rewards = gather_object([rewards.tolist()]) if state.num_processes > 1 else [rewards.tolist()]
         return [reward for process_rewards in rewards for reward in process_rewards][: len(self.prompts)]
 
@@ -138,6 +140,10 @@ def resolve_gate(
         ValueError: If there are no rows for the default gate, or the metric is misleading.
     """
     if callable(gate):
+        if rows is not None:
+            raise ValueError(
+                "`gate_dataset` is for the default gate and for metrics: a gate of your own has its data."
+            )
         return gate
     if gate is not None:
         return MetricGate(trainer, gate, rows, greater_is_better)

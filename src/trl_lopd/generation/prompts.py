@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +82,7 @@ def as_dataset(
         if i == 0 or len(prompt) == 0 or (not messages and not prompt.strip()):
             if len(prompt) == 0 or not encode_prompt(prompt, tokenizer, **chat_template_kwargs):
                 raise ValueError(f"Prompt {i} is empty: the first answer token would have no context.")
+    _check_template_kwargs(tokenizer, chat_template_kwargs, messages)
     if not isinstance(prompts, Dataset):
         return Dataset.from_dict({"prompt": prompts})
     if messages and "tools" in prompts.column_names:
@@ -91,6 +94,24 @@ def continues_answers(prompts: Dataset) -> bool:
     """Returns whether some of the prompts end with a turn of the assistant, which the answer continues."""
     messages = (prompt for prompt in prompts.select_columns("prompt")["prompt"] if not isinstance(prompt, str))
     return any(prompt[-1]["role"] == "assistant" for prompt in messages)
+
+
+def _check_template_kwargs(
+    tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any], messages: bool
+) -> None:
+    if chat_template_kwargs and not messages:
+        raise ValueError(
+            f"`chat_template_kwargs`, {', '.join(chat_template_kwargs)}, are for prompts that are lists of messages; "
+            "these are texts, which no template renders."
+        )
+    options = inspect.signature(tokenizer.apply_chat_template).parameters
+    template = chat_template_kwargs.get("chat_template", tokenizer.chat_template)
+    for name in chat_template_kwargs:
+        if name not in options and isinstance(template, str) and not re.search(rf"\b{re.escape(name)}\b", template):
+            raise ValueError(
+                f"`chat_template_kwargs` has {name!r}, which the chat template of "
+                f"{tokenizer.name_or_path or 'the tokenizer'} never reads: it would change nothing."
+            )
 
 
 def _check_tools(prompts: Dataset, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]) -> None:
