@@ -24,6 +24,7 @@ from trl_lopd import (
     OfflineOPDTrainer,
     fingerprint_teacher,
     load_table,
+    read_model_card,
     score_rollouts,
     stamp_model_card,
 )
@@ -382,6 +383,39 @@ def test_a_card_of_other_weights_is_named(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     make_model(seed=7).save_pretrained(tmp_path / "run")
     assert "not written for these weights" in write_report(tmp_path / "run")["warnings"][0]
+
+
+def test_what_an_earlier_run_left_is_not_shown_as_this_run_s(run, tmp_path):
+    again = tmp_path / "run"
+    shutil.copytree(run, again)
+    card = read_model_card(again)
+    del card["opd_rounds"][-1]["effopd"]
+    stamp_model_card(
+        again,
+        sft_teachers=card["sft_teachers"],
+        opd_rounds=card["opd_rounds"],
+        checkpoint=fingerprint_teacher(again),
+    )
+    path = again / "evaluations" / "gsm8k" / "metrics.json"
+    found = json.loads(path.read_text()) | {"model": str(again), "fingerprint": "run@1-000000000001-00000000-00000000"}
+    path.write_text(json.dumps(found))
+    written = write_report(again)
+    assert [w for w in written["warnings"] if "an earlier run’s" in w]
+    assert [w for w in written["warnings"] if "gsm8k is of other weights" in w]
+    page = re.sub("<script.*?</script>", "", Path(written["output"]).read_text(), flags=re.DOTALL)
+    assert page.count("EffOPD") == 1  # in the warning
+
+
+def test_the_best_step_is_what_the_page_says_of_the_best_model(run, tmp_path):
+    again = tmp_path / "run"
+    shutil.copytree(run, again)
+    settings = json.loads((again / "training_args.json").read_text()) | {"load_best_model_at_end": True}
+    (again / "training_args.json").write_text(json.dumps(settings))
+    state = json.loads((again / "trainer_state.json").read_text()) | {"best_global_step": 4}
+    (again / "trainer_state.json").write_text(json.dumps(state))
+    page = Path(write_report(again)["output"]).read_text()
+    (value,) = [e["eval_reverse_kl_topk"] for e in state["log_history"] if e["step"] == 4 and "eval_loss" in e]
+    assert "the best of 8" in page and f"{value:.4f}" in page
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ import pytest
 import torch
 from conftest import make_args, make_model, make_rollouts, make_tokenizer, make_trainer, save_student
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from trl_lopd import (
     EffOPDCallback,
     OfflineOPDTrainer,
+    ShardError,
     TableError,
     TeacherConsistencyError,
     TeacherStampCallback,
@@ -183,6 +184,16 @@ def test_rows_that_are_answered_again_lose_what_was_about_their_old_answers(stud
     assert set(again.column_names) == {
         *("prompt", "prompt_ids", "completion_ids", "completion", "finish_reason", "student_fingerprint"),
     }
+
+
+def test_answers_that_end_elsewhere_are_not_those_of_a_run_before(tmp_path, tokenizer, teacher_dir):
+    student = save_student(tmp_path / "student", make_model(seed=9), tokenizer, teacher_dir)
+    collect_rollouts(["w5 w6", "w7"], student, max_completion_length=8, output_dir=tmp_path / "rollouts")
+    config = GenerationConfig.from_pretrained(student)
+    config.eos_token_id = [1, 7]
+    config.save_pretrained(student)
+    with pytest.raises(ShardError, match="eos_token_ids"):
+        collect_rollouts(["w5 w6", "w7"], student, max_completion_length=8, output_dir=tmp_path / "rollouts")
 
 
 # ---- Cards ----

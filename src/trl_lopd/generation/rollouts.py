@@ -306,6 +306,7 @@ def _collect(
         model.role: model.signature,
         "ref_logprobs": ref_logprobs,
         "model_init_kwargs": pinned_kwargs(options.init_kwargs),
+        "eos_token_ids": sorted(model.sampling.eos_token_ids),  # of the generation config, which is no part of `model`
         **model.settings(),
     }
     sizes = np.full(len(prompts), options.num_generations)

@@ -148,6 +148,14 @@ def write_report(
     own = model and fingerprint_or_none(model, "The card is not held against the weights")
     if own and card and not written_for(card, own.id):
         warnings.append("The model’s card was not written for these weights: what it says counts as declared.")
+    rounds = card.get("opd_rounds") or []
+    if searches and rounds and "effopd" not in rounds[-1]:
+        warnings.append("The searches of EffOPD in this directory are an earlier run’s, and are left out.")
+        searches = []
+    for path, found in _evaluated(run):
+        itself = Path(str(found.get("model"))).absolute() == run.absolute()
+        if own and itself and not same_teacher(own.id, str(found.get("fingerprint"))):
+            warnings.append(f"The evaluation {path.parent.name} is of other weights than those in this directory.")
     rollouts = None
     if table is not None:
         clip = settings.get("advantage_clip", ADVANTAGE_CLIP)
@@ -160,7 +168,7 @@ def write_report(
         "version": __version__,
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "warnings": warnings,
-        "facts": list(_facts(card, state, rollouts)),
+        "facts": list(_facts(card, state, settings, rollouts)),
         "evaluations": evaluations,
         "rollouts": rollouts,
         "has_weights": model is not None,
@@ -243,7 +251,9 @@ def _json_of(places: list[Path], name: str, kind: type = dict) -> Any:
 # ---- What the run came to ----
 
 
-def _facts(card: dict[str, Any], state: dict[str, Any] | None, rollouts: dict[str, Any] | None) -> Iterator[tuple]:
+def _facts(
+    card: dict[str, Any], state: dict[str, Any] | None, settings: dict[str, Any], rollouts: dict[str, Any] | None
+) -> Iterator[tuple]:
     """The few numbers at the top: a label, a value, and what it was before."""
     rounds = card.get("opd_rounds") or []
     if rounds:
@@ -252,8 +262,11 @@ def _facts(card: dict[str, Any], state: dict[str, Any] | None, rollouts: dict[st
         if rounds[-1].get("rows"):
             yield "rollouts trained on", f"{rounds[-1]['rows']:,}", None
     if state:
-        yield "steps", f"{state['global_step']:,}", None
-        values = [entry["eval_reverse_kl_topk"] for entry in state["log_history"] if "eval_reverse_kl_topk" in entry]
+        best = state.get("best_global_step") if settings.get("load_best_model_at_end") else None
+        last = state["global_step"] if best is None else best
+        yield "steps", f"{last:,}", None if best is None else f"the best of {state['global_step']:,}"
+        evaluated = [entry for entry in state["log_history"] if "eval_reverse_kl_topk" in entry]
+        values = [entry["eval_reverse_kl_topk"] for entry in evaluated if entry.get("step", 0) <= last]
         if values:
             before = f"first logged {values[0]:.4f}" if len(values) > 1 else None
             yield "reverse KL at evaluation", f"{values[-1]:.4f}", before
@@ -281,10 +294,14 @@ def _comparison(run: Path) -> Iterator[dict[str, Any]]:
     }
 
 
+def _evaluated(run: Path) -> list[tuple[Path, dict[str, Any]]]:
+    paths = sorted(run.glob("evaluations/*/metrics.json"))
+    return [(path, _json_of([path.parent], path.name)) for path in paths]
+
+
 def _metrics(run: Path) -> Iterator[dict[str, Any]]:
     """What `trl-lopd evaluate` measured."""
-    for path in sorted(run.glob("evaluations/*/metrics.json")):
-        found = _json_of([path.parent], path.name)
+    for path, found in _evaluated(run):
         try:
             rows = [[name, _measured(**metric)] for name, metric in found["metrics"].items()]
             title = f"{found['benchmark']}, {Path(found['model']).name}"
