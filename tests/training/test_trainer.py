@@ -351,6 +351,8 @@ def test_adapters_that_the_loss_would_not_see_are_refused(tmp_path, student_dir,
     with pytest.raises(ValueError, match="virtual tokens.*LoRA"):
         virtual = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
         make_trainer(tmp_path, student_dir, table, peft_config=virtual)
+    with pytest.raises(ValueError, match="drawn at random.*'pissa'"):
+        make_trainer(tmp_path, student_dir, table, peft_config=LoraConfig(r=2, init_lora_weights="pissa_niter_2"))
 
 
 def test_a_checkpoint_of_deepspeed_is_not_resumed_without_it(tmp_path, student_dir, table):

@@ -226,6 +226,11 @@ def _wrap_in_adapters(model: PreTrainedModel, peft_config: PeftConfig, args: Off
             "You passed a `PeftModel` together with a `peft_config`. Merge the adapter into the model first, or leave "
             "out `peft_config` to continue training it."
         )
+    if str(getattr(peft_config, "init_lora_weights", "")).startswith("pissa_niter_"):
+        raise ValueError(
+            f"`init_lora_weights={peft_config.init_lora_weights!r}` changes the base by a decomposition that is drawn "
+            "at random: the adapter that is saved would be loaded over another base. Use 'pissa'."
+        )
     quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
     if quantized:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
