@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import sys
 import time
@@ -56,34 +55,10 @@ def make_task(task: str, seed: int, directory: Path) -> Path:
             teacher = str(QUICKSTART / "teacher")
         elif seed:
             teacher = str(make_task(task, 0, directory) / "teacher")
-        sizes = {} if task == "addition" else {"teacher_steps": 600, "sft_answers": 800, "sft_steps": 400}
-        if task == "sums":
-            use_sums()
-        build.main(build.Arguments(output_dir=str(path), seed=seed, teacher=teacher, **sizes))
+        build.main(build.Arguments(output_dir=str(path), task=task, other_task="", seed=seed, teacher=teacher))
         if teacher and not (path / "teacher").exists():
             (path / "teacher").symlink_to(Path(teacher).resolve())
     return path
-
-
-def use_sums() -> None:
-    """`4+1+3=` becomes `1+4=5;5+3=8#8`: a running sum over the digits, in any order."""
-
-    def make_problem(rng: random.Random) -> str:
-        return "+".join(str(rng.randint(1, 9)) for _ in range(rng.randint(3, 7))) + "="
-
-    def solve(problem: str) -> str:
-        return str(sum(map(int, problem.rstrip("=").split("+"))))
-
-    def write_working(problem: str, rng: random.Random) -> str:
-        digits = [int(digit) for digit in problem.rstrip("=").split("+")]
-        rng.shuffle(digits)
-        total, working = digits[0], ""
-        for digit in digits[1:]:
-            working += (rng.choice(build.SEPARATORS) if working else "") + f"{total}+{digit}={total + digit}"
-            total += digit
-        return f"{working}#{total}"
-
-    build.make_problem, build.solve, build.write_working = make_problem, solve, write_working
 
 
 class Measure(TrainerCallback):
@@ -184,8 +159,7 @@ def main() -> None:
     a = parser.parse_args()
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
-    # Addition first: the module that builds makes one task after the other.
-    tasks = {(task, seed): make_task(task, seed, Path(a.directory)) for task in sorted(a.tasks) for seed in a.seeds}
+    tasks = {(task, seed): make_task(task, seed, Path(a.directory)) for task in a.tasks for seed in a.seeds}
 
     results = []
     for task in a.tasks:

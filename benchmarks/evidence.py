@@ -1,300 +1,604 @@
-"""What the quickstart's student gains from each way to distill, every cost counted, over several seeds.
+"""What the student of a small task gains from each way to distill, every cost counted, over several seeds.
 
-Every seed has its own SFT student, rollouts and order of rows; both teachers and the held-out problems are shared.
-Seconds are CPU seconds of the one thread that works, so that other work on the machine does not count: rollouts,
-scoring and training (with the searches of EffOPD), without imports and measurements. Each arm runs in a process of its
-own, whose peak memory is read before anything is measured. What is in `--directory` is not run again.
+Every seed has its own SFT student, rollouts and order of rows; the teachers and the held-out problems are shared.
+There are two sets of held-out problems: one to choose settings by, and one that is reported. Seconds are CPU seconds
+of the one thread that works, so that other work on the machine does not count: sampling, scoring and training, without
+imports and measurements. What is in `--directory` is not run again.
 
     python benchmarks/evidence.py
+    python benchmarks/evidence.py --tables divergences --tasks addition --seeds 0 1
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
-import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+import matplotlib
 import numpy as np
 import torch
-from effopd import QUICKSTART, build, make_task
+from matplotlib.figure import Figure
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
 from trl_lopd import (
-    EffOPDCallback,
     OfflineOPDConfig,
     OfflineOPDTrainer,
+    check_teacher_consistency,
     collect_rollouts,
     evaluate_model,
-    load_benchmark,
     load_table,
+    read_model_card,
     score_rollouts,
 )
-from trl_lopd.models import load_tokenizer
+from trl_lopd.training.loss import Objective
+from trl_lopd.training.objective import divergence_topk
 
-TEACHER = QUICKSTART / "teacher"
-HELD_OUT_ROWS = 200
-MORE_TEACHER_STEPS = 400
-# Arguments of the trainer, and whose scores it reads.
-OFFLINE = {
-    "topk": ({"loss_type": "topk"}, "teacher"),
-    "sampled": ({"loss_type": "sampled"}, "teacher"),
-    "sampled, ratio_clip=0.2": ({"loss_type": "sampled", "ratio_clip": 0.2}, "teacher"),
-    "topk, other teacher": ({"loss_type": "topk", "teacher_consistency": "off"}, "other"),
-    "sampled, other teacher": ({"loss_type": "sampled", "teacher_consistency": "off"}, "other"),
-    "topk, EffOPD": ({"loss_type": "topk"}, "teacher"),
-}
-ARMS = ["SFT student", *OFFLINE, "online, TRL"]
+QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart"
+sys.path.insert(0, str(QUICKSTART))
+import build  # noqa: E402
+from tasks import TASKS  # noqa: E402
+
+BATCH_SIZE, ROWS, HELD_OUT, TOP_K, LEARNING_RATE = 64, 3_000, 200, 4, 3e-4
+# What held-out rows say of a student, by the names of the trainer.
+SELECTORS = ("eval_reverse_kl_topk", "eval_loss", "eval_huber", "eval_top1_agreement", "eval_entropy")
+BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+BEST = 0.5
 
 
-class StopAtTokens(TrainerCallback):
-    """Ends online training once it has seen as many completion tokens as offline training."""
+@dataclass(frozen=True)
+class Arm:
+    """One way to train a student.
 
-    def __init__(self, most: float, batch_size: int):
-        self.most, self.batch_size, self.tokens = most, batch_size, 0.0
+    Attributes:
+        rows: whose answers its table holds, `"student"`, `"teacher"` or `"both"`. `"online"` and `"sft"` read none.
+        teacher: who scores them: `"teacher"` or another of `OTHERS`.
+        count: rows of the table, beside those that are held out; with `"sft"`, further answers of the teacher.
+        sft_answers: answers that the student was fine-tuned on; `None` is the task's number.
+        options: of the trainer's configuration.
+        mixed: half of the forward and half of the reverse divergence.
+        steps: where it is measured; training ends at the last.
+    """
 
-    def on_log(self, args, state, control, logs, **kwargs):
-        self.tokens += logs.get("completions/mean_length", 0) * self.batch_size
-        control.should_training_stop |= self.tokens >= self.most
+    rows: str = "student"
+    teacher: str = "teacher"
+    count: int = ROWS
+    sft_answers: int | None = None
+    options: tuple[tuple[str, object], ...] = ()
+    mixed: bool = False
+    steps: tuple[int, ...] = (150, 600)
+
+    def table(self) -> Arm:
+        """What of it decides the table that it reads, or whose costs it is compared with."""
+        rows = "student" if self.rows in ("online", "sft") else self.rows
+        return Arm(rows, self.teacher, self.count, self.sft_answers)
+
+    def key(self) -> str:
+        options = [f"{name}={value}" for name, value in self.options]
+        parts = [self.rows, self.teacher, self.count, f"sft-{self.sft_answers}", *options]
+        return ",".join(map(str, [*parts, *(["mixed"] if self.mixed else []), "-".join(map(str, self.steps))]))
 
 
-def peak_memory() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def topk(beta: float, **options) -> Arm:
+    return Arm(options=(("loss_type", "topk"), ("beta", beta)), **options)
 
 
-def measure(model, problems, **options) -> dict:
-    metrics = evaluate_model(model, problems, metric="exact_answer", teacher=str(TEACHER), temperature=0,
-                             max_completion_length=build.MAX_ANSWER_TOKENS, batch_size=400, **options)  # fmt: skip
-    metrics = metrics["metrics"]
-    return {
-        "accuracy": metrics["exact_answer"]["value"],
-        "reverse_kl": metrics["reverse_kl"]["value"],
-        "reverse_kl_se": metrics["reverse_kl"]["se"],
+def sampled(advantage_clip: float = 10.0, ratio_clip: float | None = None, **options) -> Arm:
+    settings = {"loss_type": "sampled", "advantage_clip": advantage_clip, "ratio_clip": ratio_clip}
+    return Arm(options=tuple(settings.items()), **{"steps": (150,), **options})
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a table: an arm after some steps. `step` 0 is its student before."""
+
+    name: str
+    arm: Arm
+    step: int
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A table: its lines, and the line that the others are compared with."""
+
+    title: str
+    lines: list[Line]
+    reference: str
+    tasks: tuple[str, ...] = ("addition", "sums")
+    arms: list[Arm] = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "arms", list(dict.fromkeys(line.arm for line in self.lines)))
+
+
+DECAYED = (("learning_rate", 2e-3), ("lr_scheduler_type", "cosine"))
+MIXED = Arm(options=(("loss_type", "topk"), ("beta", 0.0)), mixed=True)
+ONLINE = Arm(rows="online", steps=(150,))
+OTHERS = {"another way of writing": "addition, in order"}
+SFT = Line("SFT student", topk(BEST), 0)
+
+
+def divergences() -> Claim:
+    lines = [SFT]
+    for step in (150, 600):
+        for beta in reversed(BETAS):
+            name = {0.0: "0, forward KL", 1.0: "1, reverse KL"}.get(beta, f"{beta:g}")
+            lines.append(Line(f"{step} steps, beta {name}", topk(beta), step))
+        lines.append(Line(f"{step} steps, ½ reverse + ½ forward", MIXED, step))
+    return Claim("Which divergence on the stored top-k", lines, "600 steps, beta 1, reverse KL")
+
+
+def online() -> Claim:
+    lines = [SFT, Line("online, TRL", ONLINE, 150)]
+    lines += [Line(f"offline, beta {b:g}, {n} steps", topk(b), n) for b in (BEST, 1.0) for n in (150, 600)]
+    lines.insert(3, Line(f"offline, beta {BEST:g}, 400 steps", topk(BEST, steps=(400,)), 400))
+    return Claim("Offline and online", lines, "online, TRL")
+
+
+def schedule() -> Claim:
+    lines = [SFT, Line("online, TRL", ONLINE, 150)]
+    lines.append(Line("online, TRL, decayed", Arm(rows="online", options=DECAYED, steps=(150,)), 150))
+    for steps in (150, 600):
+        lines.append(Line(f"offline, {steps} steps", topk(BEST), steps))
+        arm = Arm(options=(*topk(BEST).options, *DECAYED), steps=(steps,))
+        lines.append(Line(f"offline, {steps} steps, decayed", arm, steps))
+    return Claim("The learning rate", lines, "online, TRL", tasks=("addition",))
+
+
+def teachers() -> Claim:
+    objectives = {f"beta {BEST:g}": topk(BEST), "beta 1": topk(1.0), "sampled": sampled()}
+    lines = [SFT]
+    for name, arm in objectives.items():
+        lines.append(Line(f"{name}, the right teacher", arm, 150))
+        for other in OTHERS:
+            changed = Arm(teacher=other, options=(*arm.options, ("teacher_consistency", "off")), steps=(150,))
+            lines.append(Line(f"{name}, {other}", changed, 150))
+    return Claim("Whose scores", lines, "SFT student", tasks=("addition",))
+
+
+def update() -> Claim:
+    arms = {
+        "tau 10": sampled(),
+        "tau 1": sampled(advantage_clip=1.0),
+        "trust region 0.2": sampled(ratio_clip=0.2),
+        f"beta {BEST:g}": topk(BEST, steps=(150,)),
+    }
+    lines = []
+    for answers in (1_000, 3_000, 10_000, 30_000):
+        own = {name: Arm(sft_answers=answers, options=arm.options, steps=arm.steps) for name, arm in arms.items()}
+        lines.append(Line(f"SFT on {answers:,}", own["tau 10"], 0))
+        lines += [Line(f"SFT on {answers:,}, {name}", arm, 150) for name, arm in own.items()]
+    return Claim("The paper's update, from weak students to strong", lines, "their SFT student", tasks=("addition",))
+
+
+def rows() -> Claim:
+    lines = [
+        SFT,
+        Line("the student's rows", topk(BEST), 600),
+        Line("the teacher's rows", topk(BEST, rows="teacher", steps=(600,)), 600),
+        Line("half and half", topk(BEST, rows="both", steps=(600,)), 600),
+        Line("more SFT answers", Arm(rows="sft", steps=(600,)), 600),
+    ]
+    return Claim("Whose rows", lines, "the student's rows", tasks=("addition", "chains"))
+
+
+def budget() -> Claim:
+    lines = [SFT]
+    for count in (1_000, 3_000, 9_600):
+        arm = topk(BEST, count=count)
+        lines += [Line(f"{count:,} rows, {step} steps", arm, step) for step in arm.steps]
+    return Claim("Rows or epochs", lines, "3,000 rows, 600 steps", tasks=("addition",))
+
+
+CLAIMS = {f.__name__: f for f in (divergences, online, schedule, teachers, update, rows, budget)}
+
+
+# ---- What is built once ----
+
+
+def build_teacher(task: str, path: Path, as_good_as: Path | None = None) -> dict:
+    """A teacher, trained on until it is as good as another."""
+    tokenizer, problems = build.make_tokenizer(), build.draw_problems(TASKS[task], 0, 0, 0)
+    if as_good_as is None:
+        exclude = {problem for some in problems.values() for problem in some}
+        build.make_teacher(TASKS[task], tokenizer, path, TASKS[task].teacher_steps, exclude)
+        rounds = []
+    else:
+        least = build.accuracy(TASKS[task], str(as_good_as), problems["choosing"]) - 0.02
+        rounds = build.make_other_teacher(TASKS[task], tokenizer, path, problems, least)
+    return {"rounds": rounds, "accuracy": build.accuracy(TASKS[task], str(path), problems["reported"])}
+
+
+def build_student(task: str, teacher: Path, path: Path, seed: int, answers: int, steps: int) -> dict:
+    """An SFT student and how good it is."""
+    problems = build.draw_problems(TASKS[task], seed, answers, 0)["sft"]
+    begun = time.process_time()
+    build.make_student(TASKS[task], build.make_tokenizer(), str(teacher), problems, path, steps, seed)
+    return {"seconds": time.process_time() - begun, "curve": {"0": measure(task, str(path), teacher)}}
+
+
+def build_table(task: str, arm: Arm, teacher: Path, scorer: Path, student: Path, path: Path, seed: int) -> dict:
+    """Answers, scored, and what they cost."""
+    answers = arm.sft_answers or TASKS[task].sft_answers
+    problems = build.draw_problems(TASKS[task], seed, answers, arm.count + HELD_OUT)["rollouts"]
+    halves = {"student": problems, "teacher": problems}
+    if arm.rows == "both":
+        halves = {"student": problems[: len(problems) // 2], "teacher": problems[len(problems) // 2 :]}
+    begun, rollouts = time.process_time(), []
+    for who in ("student", "teacher") if arm.rows == "both" else (arm.rows,):
+        model, temperature = (student, 0.8) if who == "student" else (teacher, 1.0)
+        answered = collect_rollouts(
+            halves[who],
+            str(model),
+            temperature=temperature,
+            max_completion_length=TASKS[task].max_answer_tokens,
+            batch_size=500,
+            seed=seed,
+        )
+        rollouts.append(
+            answered.select_columns(["prompt_ids", "completion_ids", "ref_logprobs", "student_fingerprint"])
+        )
+    sampling = time.process_time() - begun
+    table = score_rollouts(datasets.concatenate_datasets(rollouts), str(scorer), top_k=TOP_K, output_dir=path)
+    result = {"sampling": sampling, "scoring": time.process_time() - begun - sampling}
+    ref, scores = (np.concatenate(table[name]) for name in ("ref_logprobs", "teacher_logprobs"))
+    verdict = check_teacher_consistency(read_model_card(student), table, teacher_consistency="off")
+    return result | {
+        "tokens": len(ref) / len(table),
+        "spread": float((scores - ref).std()),
+        "clipped": float((abs(scores - ref) > 10.0).mean()),
+        "verdict": verdict.evidence if verdict.consistent else "refused",
     }
 
 
-def make_other_teacher(path: Path) -> dict:
-    """A second teacher, with initial weights and problems of its own, trained on until it is as good as the first."""
-    problems = load_benchmark(QUICKSTART / "prompts.jsonl")
-    exclude, tokenizer = set(problems["prompt"]), build.make_tokenizer()
-    teacher, rounds = measure(str(TEACHER), problems), []
-    model = build.make_teacher(tokenizer, path, build.Arguments.teacher_steps, exclude, seed=2)
-    while not rounds or rounds[-1]["accuracy"] < teacher["accuracy"] - 0.02:
-        if rounds:
-            build.make_teacher(tokenizer, path, MORE_TEACHER_STEPS, exclude, seed=2 + len(rounds), model=model)
-        rounds.append(measure(str(path), problems))
-    return {"bundled teacher": teacher} | {f"other teacher, round {i}": result for i, result in enumerate(rounds)}
+# ---- Training ----
 
 
-def make_table(task: Path, seed: int, path: Path) -> dict:
-    """The student answers the prompts of its task, and its teacher scores the answers."""
-    rows = datasets.concatenate_datasets(list(load_table(task / "table").values()))
-    prompts = load_tokenizer(str(task / "student")).batch_decode(list(rows["prompt_ids"]))
-    begun = time.process_time()
-    rollouts = collect_rollouts(
-        prompts,
-        str(task / "student"),
-        temperature=0.8,
-        max_completion_length=build.MAX_ANSWER_TOKENS,
-        seed=seed,
-        batch_size=500,
-    )
-    sampled = time.process_time()
-    table = score_rollouts(rollouts, str(TEACHER), top_k=4, output_dir=path)
-    result = {"rollouts": sampled - begun, "scoring": time.process_time() - sampled, "memory": peak_memory()}
-    ref, teacher = (np.concatenate(table[name]) for name in ("ref_logprobs", "teacher_logprobs"))
-    return result | {"tokens": len(ref) / len(table), "advantage": float((teacher - ref).std())}
+def measure(task: str, model, teacher: Path, **options) -> dict:
+    """Accuracy and reverse KL on fresh rollouts, on both sets of held-out problems."""
+    results = {}
+    for name, problems in build.draw_problems(TASKS[task], 0, 0, 0).items():
+        if problems:
+            rows = [{"prompt": p, "answer": TASKS[task].solve(p)} for p in problems]
+            found = evaluate_model(
+                model,
+                datasets.Dataset.from_list(rows),
+                metric="exact_answer",
+                teacher=str(teacher),
+                temperature=0,
+                max_completion_length=TASKS[task].max_answer_tokens,
+                batch_size=400,
+                **options,
+            )["metrics"]
+            results[name] = {
+                "accuracy": found["exact_answer"]["value"],
+                "reverse_kl": found["reverse_kl"]["value"],
+            }
+    return results
 
 
-def score_again(table: Path, other: Path, path: Path) -> dict:
-    """The other teacher scores the same answers."""
-    scored = load_table(table, split="train")
-    rollouts = scored.select_columns(["prompt_ids", "completion_ids", "ref_logprobs", "student_fingerprint"])
-    begun = time.process_time()
-    again = score_rollouts(rollouts, str(other), top_k=4, output_dir=path)
-    result = {"scoring": time.process_time() - begun, "memory": peak_memory()}
-    teacher, second = (np.concatenate(table["teacher_logprobs"]) for table in (scored, again))
-    return result | {"difference": float((teacher - second).std())}
+class Curve(TrainerCallback):
+    """Measures at some steps, and stops the clock meanwhile. Online training ends after as many tokens as offline."""
+
+    def __init__(self, measure: Callable, at: tuple[int, ...], most_tokens: float = float("inf")):
+        self.measure, self.at, self.most_tokens = measure, at, most_tokens
+        self.points, self.paused, self.tokens, self.trainer = {}, 0.0, 0.0, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begun = time.process_time()
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if self.most_tokens == float("inf") and state.global_step in self.at:
+            self.add(state.global_step, model)
+
+    def on_log(self, args, state, control, model, logs, **kwargs):
+        self.tokens += logs.get("completions/mean_length", 0) * BATCH_SIZE
+        if self.tokens >= self.most_tokens and not control.should_training_stop:
+            control.should_training_stop = True
+            self.add(self.at[-1], model)
+
+    def add(self, step: int, model) -> None:
+        begun = time.process_time()
+        point = {"seconds": begun - self.begun - self.paused}
+        if self.trainer is not None:
+            metrics = self.trainer.evaluate()
+            point |= {name: metrics[name] for name in SELECTORS}
+        self.points[str(step)] = point | self.measure(model.eval())
+        model.train()
+        self.paused += time.process_time() - begun
 
 
-def train(arm: str, task: Path, tables: Path, seed: int, steps: int, tokens: float, a: dict) -> dict:
-    """Trains one arm; `tokens` is what its steps see offline, and what it may see online."""
-    problems = load_benchmark(task / "prompts.jsonl")
-    if arm == "SFT student":
-        return measure(str(task / "student"), problems)
+class Mixed(Objective):
+    """Half of the forward and half of the reverse divergence."""
+
+    def divergence(self, *args) -> torch.Tensor:
+        return (divergence_topk(*args, beta=0.0) + divergence_topk(*args, beta=1.0)) / 2
+
+
+def train(task: str, arm: Arm, teacher: Path, student: Path, table: Path, tokens: float, run: Path, seed: int) -> dict:
+    """Trains and measures; `tokens` is the mean length of the student's rollouts, which bounds online training."""
     common = dict(
-        output_dir=str(tables / "run"),
+        output_dir=str(run),
         seed=seed,
-        learning_rate=a["learning_rate"],
+        learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         weight_decay=0.1,
         adam_beta2=0.98,
-        per_device_train_batch_size=a["batch_size"],
-        per_device_eval_batch_size=HELD_OUT_ROWS,
-        max_completion_length=build.MAX_ANSWER_TOKENS,
+        max_steps=arm.steps[-1],
+        per_device_train_batch_size=BATCH_SIZE,
+        per_device_eval_batch_size=HELD_OUT,
+        max_completion_length=TASKS[task].max_answer_tokens,
         dataloader_drop_last=True,
-        logging_steps=1,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
         bf16=False,
     )
-    table = load_table(tables / OFFLINE.get(arm, (None, "teacher"))[1], split="train")
-    rows = table.select(range(len(table) - HELD_OUT_ROWS))
-    held_out = table.select(range(len(table) - HELD_OUT_ROWS, len(table)))
-    student = str(task / "student")
-    begun, stop = time.process_time(), StopAtTokens(tokens, a["batch_size"])
-    if arm in OFFLINE:
-        args = OfflineOPDConfig(**common, max_steps=steps, activation_checkpointing=False, **OFFLINE[arm][0])
-        trainer = OfflineOPDTrainer(student, args, train_dataset=rows, eval_dataset=held_out)
-    else:
-        prompts = load_tokenizer(student).batch_decode(list(rows["prompt_ids"]))
+    common |= dict(arm.options)
+    tokenizer = build.make_tokenizer()
+    curve = Curve(lambda model: measure(task, model, teacher, processing_class=tokenizer), arm.steps)
+    if arm.rows == "online":
+        curve.most_tokens = arm.steps[-1] * BATCH_SIZE * tokens
+        problems = build.draw_problems(TASKS[task], seed, TASKS[task].sft_answers, arm.count)["rollouts"]
+        # A constant learning rate does not depend on where training would end.
+        most = 2 * arm.steps[-1] if common["lr_scheduler_type"] == "constant" else arm.steps[-1] + 1
+        config = DistillationConfig(**common | {"max_steps": most}, logging_steps=1, gradient_checkpointing=False)
         trainer = DistillationTrainer(
-            student,
-            str(TEACHER),
-            DistillationConfig(**common, max_steps=2 * steps, gradient_checkpointing=False),
-            train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
-            callbacks=[stop],
+            str(student),
+            str(teacher),
+            config,
+            train_dataset=datasets.Dataset.from_dict({"prompt": problems}),
+            callbacks=[curve],
         )
-    searches = EffOPDCallback(trainer) if arm == "topk, EffOPD" else None
-    if searches is not None:
-        trainer.add_callback(searches)
+    else:
+        args = OfflineOPDConfig(**common, logging_strategy="no", activation_checkpointing=False)
+        rows = load_table(table, split="train")
+        if arm.rows == "both":
+            rows = rows.shuffle(seed=0)
+        parts = rows.select(range(arm.count)), rows.select(range(arm.count, len(rows)))
+        trainer = OfflineOPDTrainer(str(student), args, *parts, callbacks=[curve])
+        curve.trainer = trainer
+        if arm.mixed:
+            trainer.objective = Mixed(trainer.objective.loss_type, args, trainer.objective.vocab_size)
     trainer.train()
-    result = {"training": time.process_time() - begun, "memory": peak_memory(), "steps": trainer.state.global_step}
-    result["tokens"] = stop.tokens or tokens
-    logs = [log for log in trainer.state.log_history if "importance_weight/mean" in log][-10:]
-    if logs:
-        for key in ("mean", "std"):
-            result[f"importance_{key}"] = statistics.fmean(log[f"importance_weight/{key}"] for log in logs)
-    if searches is not None:
-        result["searches"] = searches.summary()
-    return result | measure(trainer.model.eval(), problems, processing_class=trainer.processing_class)
+    return {"curve": curve.points}
 
 
-def in_process(work: Callable, *args):
-    """The result of `work` in a process that does nothing else, with one thread."""
-    with multiprocessing.get_context("spawn").Pool(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return pool.apply(work, args)
+def train_sft(task: str, arm: Arm, teacher: Path, run: Path, seed: int) -> dict:
+    """A new student of the answers of the SFT student and `arm.count` more, for as many more steps."""
+    steps, answers = TASKS[task].sft_steps, TASKS[task].sft_answers
+    longer = build_student(task, teacher, run, seed, answers + arm.count, steps + arm.steps[-1])
+    point = longer["curve"]["0"] | {"seconds": longer["seconds"]}
+    return {"curve": {str(arm.steps[-1]): point}}
+
+
+# ---- The order of work ----
 
 
 def once(path: Path, work: Callable, *args) -> dict:
     """The result of `work` from its file, if there is one."""
     if not path.exists():
-        result = in_process(work, *args)
+        datasets.disable_progress_bars()
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        result = work(*args)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1))
+        print(path, flush=True)
     return json.loads(path.read_text())
+
+
+class Work:
+    """Runs what the arms need, each thing once, in a few processes."""
+
+    def __init__(self, directory: Path, jobs: int):
+        self.directory = directory
+        self.pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+        self.results: dict[Path, Future | dict] = {}
+
+    def do(self, stage: list[tuple]) -> None:
+        """Runs jobs that need nothing of each other, and waits for them."""
+        new = {path: (work, args) for path, work, *args in stage if path not in self.results}
+        futures = {path: self.pool.submit(once, path, work, *args) for path, (work, args) in new.items()}
+        wait(futures.values(), return_when=FIRST_EXCEPTION)
+        self.results |= {path: future.result() for path, future in futures.items()}
+
+    def teacher(self, task: str) -> Path:
+        return (QUICKSTART if task == "addition" else self.directory / task) / "teacher"
+
+    def student(self, task: str, arm: Arm, seed: int) -> Path:
+        return self.directory / task / f"student-{seed}-{arm.sft_answers or TASKS[task].sft_answers}"
+
+    def table(self, task: str, arm: Arm, seed: int) -> Path:
+        own, student = arm.table(), self.student(task, arm, seed)
+        return student.with_name(f"{student.name}-{own.rows}-{own.teacher}-{own.count}")
+
+    def scorer(self, task: str, arm: Arm) -> Path:
+        return self.teacher(task) if arm.teacher == "teacher" else self.directory / task / arm.teacher
+
+    def run(self, task: str, arm: Arm, seed: int) -> Path:
+        return self.directory / task / f"runs-{seed}" / arm.key()
+
+    def all(self, wanted: list[tuple[str, Arm]], seeds: list[int]) -> None:
+        def result_of(path: Path) -> Path:
+            return path.with_name(f"{path.name}.json")
+
+        teachers = {self.teacher(task): task for task, _ in wanted if task != "addition"}
+        self.do([(result_of(path), build_teacher, task, path) for path, task in teachers.items()])
+        others = {self.scorer(task, arm): (task, arm.teacher) for task, arm in wanted if arm.teacher in OTHERS}
+        self.do(
+            [
+                (result_of(path), build_teacher, OTHERS[name], path, self.teacher(task))
+                for path, (task, name) in others.items()
+            ]
+        )
+        cells = [(task, arm, seed) for seed in seeds for task, arm in wanted]
+        self.do(
+            [
+                (
+                    result_of(student := self.student(task, arm, seed)),
+                    functools.partial(build_student, task, self.teacher(task), student),
+                    seed,
+                    arm.sft_answers or TASKS[task].sft_answers,
+                    TASKS[task].sft_steps,
+                )
+                for task, arm, seed in cells
+            ]
+        )
+        self.do(
+            [
+                (
+                    result_of(table := self.table(task, arm, seed)),
+                    functools.partial(build_table, task, arm.table(), self.teacher(task), self.scorer(task, arm)),
+                    self.student(task, arm, seed),
+                    table,
+                    seed,
+                )
+                for task, arm, seed in cells
+            ]
+        )
+        stage = []
+        for task, arm, seed in cells:
+            run, teacher, student = self.run(task, arm, seed), self.teacher(task), self.student(task, arm, seed)
+            if arm.rows == "sft":
+                stage.append((result_of(run), train_sft, task, arm, teacher, run, seed))
+                continue
+            table = self.table(task, arm, seed)
+            tokens = self.results[result_of(table)]["tokens"]
+            stage.append((result_of(run), train, task, arm, teacher, student, table, tokens, run, seed))
+        self.do(stage)
+
+    def point(self, task: str, line: Line, seed: int) -> dict:
+        """What is known of a line: measurements, seconds in all, and the table that was read."""
+
+        def result(path: Path) -> dict:
+            return json.loads(path.with_name(f"{path.name}.json").read_text())
+
+        student = result(self.student(task, line.arm, seed))
+        table = result(self.table(task, line.arm, seed))
+        if not line.step:
+            return student["curve"]["0"] | {"table": table, "before": student["curve"]["0"]}
+        point = result(self.run(task, line.arm, seed))["curve"][str(line.step)]
+        seconds = point["seconds"]
+        if line.arm.rows == "sft":
+            seconds -= student["seconds"]
+        elif line.arm.rows != "online":
+            seconds += table["sampling"] + table["scoring"]
+        return point | {"seconds": seconds, "table": table, "before": student["curve"]["0"]}
+
+
+# ---- Tables ----
+
+
+def interval(values: list[float], digits: int, sign: str = "") -> str:
+    """The mean over the seeds and the 95 % interval of its bootstrap."""
+    values = np.array(values)
+    means = np.random.default_rng(0).choice(values, (10_000, len(values))).mean(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return f"{values.mean():{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+
+
+def show(claim: Claim, task: str, work: Work, seeds: list[int], problems: str, console: Console) -> None:
+    points = {line.name: [work.point(task, line, seed) for seed in seeds] for line in claim.lines}
+    table = Table("", "accuracy", "difference", "reverse KL", "difference", "better", "seconds", "spread, clipped",
+                  "the check says", title=f"{claim.title}: {task}, {problems} problems", box=MARKDOWN)  # fmt: skip
+    for line in claim.lines:
+        own = points[line.name]
+        reference = points.get(claim.reference) or [{problems: point["before"][problems]} for point in own]
+        cells = []
+        for key, digits in (("accuracy", 3), ("reverse_kl", 2)):
+            values = [point[problems][key] for point in own]
+            differences = [v - r[problems][key] for v, r in zip(values, reference, strict=True)]
+            cells += [interval(values, digits), interval(differences, digits, "+") if any(differences) else "–"]
+        better = sum(
+            p[problems]["reverse_kl"] < r[problems]["reverse_kl"] for p, r in zip(own, reference, strict=True)
+        )
+        cells.append(f"{better} of {len(seeds)}" if cells[-1] != "–" else "–")
+        cells.append(f"{statistics.fmean(point['seconds'] for point in own):.0f}" if line.step else "–")
+        spread, clipped = (statistics.fmean(point["table"][key] for point in own) for key in ("spread", "clipped"))
+        cells.append(f"{spread:.2f}, {clipped:.2%}" if line.arm.rows not in ("online", "sft") else "–")
+        cells.append("/".join(sorted({point["table"]["verdict"] for point in own})) if line.step else "–")
+        table.add_row(line.name, *cells)
+    table.caption = (
+        f"Means over {len(seeds)} seeds and their bootstrap intervals; differences from: {claim.reference}. "
+        "reverse KL: from the teacher, on fresh rollouts, nats a sequence. better: seeds with a lower one. "
+        "seconds: sampling, scoring and training"
+    )
+    console.print(table)
+
+
+def show_selection(claim: Claim, task: str, work: Work, seeds: list[int], console: Console) -> None:
+    """How held-out rows order the runs of a seed, beside accuracy: Spearman's correlation with the reported one."""
+    table = Table("held-out rows", "with accuracy", title=f"Which number selects: {task}", box=MARKDOWN)
+    for name in (*SELECTORS, "accuracy on the problems to choose by"):
+        rho = []
+        for seed in seeds:
+            points = [work.point(task, line, seed) for line in claim.lines if line.step]
+            pairs = [[p["reported"]["accuracy"], p.get(name, p["choosing"]["accuracy"])] for p in points]
+            ranks = np.argsort(np.argsort(np.array(pairs), axis=0), axis=0)
+            rho.append(float(np.corrcoef(ranks.T)[0, 1]))
+        table.add_row(name, interval(rho, 2, "+"))
+    console.print(table)
+
+
+def draw(work: Work, seeds: list[int], path: Path) -> None:
+    """Accuracy against cost, for the first page."""
+    lines = {line.name: line for line in online().lines}
+    matplotlib.rcParams.update({"svg.hashsalt": "trl-lopd", "font.size": 11})
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+
+    def add(names: list[str], label: str, color: str) -> None:
+        points = [[work.point("addition", lines[name], seed) for seed in seeds] for name in names]
+        seconds = [statistics.fmean(p.get("seconds", 0.0) for p in own) for own in points]
+        accuracy = [statistics.fmean(p["reported"]["accuracy"] for p in own) for own in points]
+        axes.plot(seconds, accuracy, "o-", color=color, label=label, linewidth=2, markersize=7)
+
+    best = [f"offline, beta {BEST:g}, {n} steps" for n in (150, 400, 600)]
+    add(["SFT student", *best], "offline: teacher never loaded while training", "#1a7f5a")
+    add(["SFT student", "online, TRL"], "online: TRL's DistillationTrainer", "#b3541e")
+    axes.set(xlabel="CPU seconds, sampling and scoring included", ylabel="accuracy, held-out problems")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
-    parser.add_argument("--steps", type=int, default=150, help="EffOPD gets half")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=3e-4, help="the quickstart's")
-    parser.add_argument("--directory", default="runs/evidence")
+    parser.add_argument("--tables", nargs="+", default=list(CLAIMS), choices=list(CLAIMS))
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="where a table has them")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--jobs", type=int, default=2, help="processes at once, of one thread each")
+    parser.add_argument("--directory", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--figure", type=Path, help="SVG of the table `online`, to write")
     a = parser.parse_args()
-    directory = Path(a.directory)
-    settings = json.dumps({"steps": a.steps, "batch_size": a.batch_size, "learning_rate": a.learning_rate})
-    directory.mkdir(parents=True, exist_ok=True)
-    if (directory / "settings.json").exists() and (directory / "settings.json").read_text() != settings:
-        raise SystemExit(f"The results in {directory} are of other settings: give another `--directory`.")
-    (directory / "settings.json").write_text(settings)
-    other = directory / "other-teacher"
-    both = any(OFFLINE.get(arm, (None, "teacher"))[1] == "other" for arm in a.arms)
-    teachers = once(directory / "teachers.json", make_other_teacher, other) if both else {}
-    costs, results = {}, {}
-    for seed in a.seeds:
-        task = in_process(make_task, "addition", seed, directory)
-        tables = directory / f"tables-{seed}"
-        costs[seed] = {"teacher": once(tables / "teacher.json", make_table, task, seed, tables / "teacher")}
-        if both:
-            scores = tables / "teacher", other, tables / "other"
-            costs[seed]["other"] = once(tables / "other.json", score_again, *scores)
-        for arm in a.arms:
-            steps = a.steps // 2 if "EffOPD" in arm else a.steps
-            args = arm, task, tables, seed, steps, steps * a.batch_size * costs[seed]["teacher"]["tokens"], vars(a)
-            results[arm, seed] = once(directory / f"seed-{seed}" / f"{arm}.json", train, *args)
-            print(seed, arm, json.dumps(results[arm, seed]), flush=True)
-    show(results, costs, teachers, a)
-
-
-def show(results: dict, costs: dict, teachers: dict, a: argparse.Namespace) -> None:
-    def total(arm: str, seed: int) -> float:
-        """Rollouts and scoring, if there were any before training, and training."""
-        seconds = results[arm, seed]["training"]
-        if arm in OFFLINE:
-            seconds += costs[seed]["teacher"]["rollouts"] + costs[seed][OFFLINE[arm][1]]["scoring"]
-        return seconds
-
-    def cell(values: list[float], digits: int, sign: str = "") -> str:
-        mean, least, most = (f"{f(values):{sign}.{digits}f}" for f in (statistics.fmean, min, max))
-        return mean if least == most else f"{mean} ({least} to {most})"
-
-    table = Table("", "accuracy", "beside SFT", "reverse KL", "beside SFT", "steps", "tokens, 10³", "seconds",
-                  "of training", "memory, MiB", "weights",
-                  title=f"Means of seeds {', '.join(map(str, a.seeds))} (least to most)")  # fmt: skip
-    for arm in a.arms:
-        runs = [results[arm, seed] for seed in a.seeds]
-        row = []
-        for key, digits in (("accuracy", 3), ("reverse_kl", 2)):
-            row.append(cell([run[key] for run in runs], digits))
-            before = [results.get((ARMS[0], seed), {}).get(key) for seed in a.seeds]
-            compared = arm != ARMS[0] and None not in before
-            row.append(
-                cell([run[key] - b for run, b in zip(runs, before, strict=True)], digits, "+") if compared else "–"
-            )
-        # Of the mean, from the sampling of the rollouts alone.
-        error = sum(run["reverse_kl_se"] ** 2 for run in runs) ** 0.5 / len(runs)
-        mean, *spread = row[2].split(maxsplit=1)
-        row[2] = " ".join([f"{mean} ± {error:.2f}", *spread])
-        if arm != ARMS[0]:
-            for values in (
-                [run["steps"] for run in runs],
-                [run["tokens"] / 1000 for run in runs],
-                [total(arm, seed) for seed in a.seeds],
-                [run["training"] for run in runs],
-                [run["memory"] for run in runs],
-            ):
-                row.append(cell(values, 0))
-        if arm in OFFLINE:
-            weights = [statistics.fmean(run[f"importance_{key}"] for run in runs) for key in ("mean", "std")]
-            row.append("{:.3f}, {:.3f}".format(*weights))
-        table.add_row(arm, *row, *["–"] * (10 - len(row)))
-    table.caption = (
-        "reverse KL: from the bundled teacher, on fresh rollouts, nats a sequence; ±: standard error of the mean. "
-        "seconds: rollouts, scoring and training. memory: peak of the process that trains. "
-        "weights: mean and standard deviation over the tokens of the last ten steps, against the rollout policy"
-    )
-    console = Console(width=220)
-    console.print(table)
-    for (arm, seed), result in results.items():
-        if searches := result.get("searches"):
-            console.print(
-                f"{arm}, seed {seed}: {searches['accepted']} of {searches['searches']} searches taken, "
-                f"{searches['search_seconds']:.0f} seconds of the clock for all"
-            )
-    for name, result in teachers.items():
-        console.print(f"{name}: accuracy {result['accuracy']:.3f}")
-    for name, key, about in (
-        ("teacher", "rollouts", "seconds of the rollouts"),
-        ("teacher", "scoring", "seconds of scoring"),
-        ("teacher", "memory", "peak memory of rollouts and scoring (MiB)"),
-        ("teacher", "advantage", "standard deviation of log teacher - log student before training (nats a token)"),
-        ("other", "difference", "standard deviation of log teacher - log other teacher there (nats a token)"),
-    ):
-        if name in costs[a.seeds[0]]:
-            console.print(f"{about}: {cell([costs[seed][name][key] for seed in a.seeds], 2)}")
+    work, console = Work(a.directory, a.jobs), Console(width=200)
+    for name in a.tables:
+        claim = CLAIMS[name]()
+        tasks = [task for task in claim.tasks if task in (a.tasks or claim.tasks)]
+        work.all([(task, arm) for task in tasks for arm in claim.arms], a.seeds)
+        for task in tasks:
+            for problems in ("choosing", "reported") if name == "divergences" else ("reported",):
+                show(claim, task, work, a.seeds, problems, console)
+            if name == "divergences":
+                show_selection(claim, task, work, a.seeds, console)
+    if a.figure:
+        draw(work, a.seeds, a.figure)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from rich.table import Table
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
 from trl_lopd.training.head import LogitTransform, Targets, TokenLoss
-from trl_lopd.training.objective import reverse_kl_topk, sampled_loss, teacher_support
+from trl_lopd.training.objective import divergence_topk, reverse_kl_topk, sampled_loss, teacher_support
 
 
 class Case:
@@ -78,11 +78,14 @@ class Case:
         loss = lambda logprobs, tail, rows: sampled_loss(logprobs[:, 0], self.teacher[rows])  # noqa: E731
         return self.ours(ids, torch.ones_like(ids, dtype=torch.bool), loss)
 
-    def ours_topk(self):
-        loss = lambda logprobs, tail, rows: reverse_kl_topk(  # noqa: E731
-            logprobs, tail, self.support[rows], self.distinct[rows]
+    def ours_topk(self, beta=1.0):
+        loss = lambda logprobs, tail, rows: divergence_topk(  # noqa: E731
+            logprobs, tail, self.support[rows], self.distinct[rows], beta
         )
         return self.ours(self.ids, self.distinct, loss)
+
+    def ours_jsd(self):
+        return self.ours_topk(beta=0.5)
 
 
 VARIANTS = {
@@ -91,7 +94,8 @@ VARIANTS = {
     "topk, full logits": "full_topk",
     "sampled, TRL's fused head": "trl_sampled",
     "sampled, ours": "ours_sampled",
-    "topk, ours": "ours_topk",
+    "topk, beta 1, ours": "ours_topk",
+    "topk, beta 0.5, ours": "ours_jsd",
 }
 
 

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trl_lopd import table_features, validate_table
-from trl_lopd.generation.scoring import _with_scores
+from trl_lopd.generation.scoring import with_scores
 from trl_lopd.generation.teachers import Scores
 from trl_lopd.table.schema import TableRows
 from trl_lopd.table.store import ShardStore
@@ -97,7 +97,7 @@ class Rollouts:
         top_ids = np.split(self.ids[:, :top_k], ends)
         top_logprobs = np.split(self.logprobs[:, :top_k].astype(np.float16), ends)
         scores = [Scores(*row) for row in zip(logprobs, top_ids, top_logprobs, strict=True)]
-        table = _with_scores(rollouts, "teacher@1-000000000000-00000000-00000000", top_k, scores)
+        table = with_scores(rollouts, "teacher@1-000000000000-00000000-00000000", top_k, scores)
         validate_table(table)
         return table
 

@@ -19,6 +19,7 @@ training, and with `--teacher` also the reverse KL divergence on fresh rollouts.
 
 import logging
 import os
+import re
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,7 +37,16 @@ QUICKSTART = Path(__file__).parent / "quickstart"
 
 @dataclass
 class TrainScriptArguments(ScriptArguments):
-    compare: bool = field(default=False, metadata={"help": "Also train with the other objective from the same start."})
+    compare: bool = field(
+        default=False,
+        metadata={
+            "help": "Also train with the reverse KL divergence and with the paper's update, from the same start."
+        },
+    )
+    other_teacher_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Table scored by another teacher, for `--compare`: what overriding the check does."},
+    )
     eval_prompts: str | None = field(
         default=None, metadata={"help": "JSON lines with `prompt` and `answer`: held-out problems to answer."}
     )
@@ -62,7 +72,7 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
     }
     if script_args.teacher and not script_args.eval_prompts:
         raise SystemExit("`--teacher` is what models are compared with on `--eval_prompts`: give both, or neither.")
-    train_table, eval_table = load_splits(script_args)
+    train_table, eval_table = load_splits(script_args.dataset_name, script_args)
     if script_args.compare and "teacher_topk_ids" not in next(iter(train_table)):
         raise SystemExit("`--compare` needs a table with teacher top-k columns: score it with `top_k=8`.")
     if (training_args.resume_from_checkpoint or "").lower() == "true":
@@ -72,16 +82,15 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
     student = model_args.model_name_or_path
     models, held_out = {"SFT student": student}, {}
 
-    def train(args: OfflineOPDConfig) -> OfflineOPDTrainer:
+    def train(name: str, args: OfflineOPDConfig, table=train_table) -> OfflineOPDTrainer:
         trainer = OfflineOPDTrainer(
             model=student,
             args=args,
-            train_dataset=train_table,
+            train_dataset=table,
             eval_dataset=eval_table,
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
-        name = f"offline OPD ({trainer.loss_type})"
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         if eval_table is not None:
             held_out.setdefault("SFT student", trainer.state.log_history[0].get("eval_reverse_kl_topk"))
@@ -94,11 +103,21 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
         models[name] = args.output_dir
         return trainer
 
-    trainer = train(training_args)
+    trainer = train("offline OPD", training_args)
     if script_args.compare:
-        other = "sampled" if trainer.loss_type == "topk" else "topk"
-        changes = {"loss_type": other, "output_dir": f"{training_args.output_dir}-{other}", "push_to_hub": False}
-        train(replace(training_args, **changes, ratio_clip=None, resume_from_checkpoint=None))
+        variants = {
+            "reverse KL": {"loss_type": "topk", "beta": 1.0},
+            "the paper's update": {"loss_type": "sampled", "beta": OfflineOPDConfig.beta},
+        }
+        for name, changes in variants.items():
+            train(f"offline OPD, {name}", variant(training_args, name, **changes))
+        if script_args.other_teacher_dataset is not None:
+            table, _ = load_splits(script_args.other_teacher_dataset, script_args)
+            train(
+                "offline OPD, another teacher",
+                variant(training_args, "another teacher", teacher_consistency="off"),
+                table,
+            )
 
     if script_args.eval_prompts:
         unset_hf_deepspeed_config()  # otherwise ZeRO-3 would shard these models too
@@ -116,9 +135,15 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
     trainer.end()
 
 
-def load_splits(script_args: ScriptArguments):
+def variant(args: OfflineOPDConfig, name: str, **changes) -> OfflineOPDConfig:
+    """The arguments of a run that is only compared with."""
+    output_dir = f"{args.output_dir}-{re.sub(r'[^a-z]+', '-', name.lower())}"
+    alone = {"push_to_hub": False, "ratio_clip": None, "resume_from_checkpoint": None}
+    return replace(args, output_dir=output_dir, **alone, **changes)
+
+
+def load_splits(name: str, script_args: ScriptArguments):
     """Loads a table and, if there is one, its held-out split, from the Hub, a directory or a parquet file."""
-    name = script_args.dataset_name
     table = load_table(name, script_args.dataset_config, streaming=script_args.dataset_streaming)
     splits = table if isinstance(table, dict) else {str(table.split or "train"): table}
     if script_args.dataset_train_split not in splits:
@@ -149,7 +174,7 @@ def with_quickstart(flags: list[str]) -> list[str]:
         )
     print("No model and no table given: training the bundled quickstart student.")
     paths = {"model_name_or_path": "student", "dataset_name": "table", "teacher": "teacher"}
-    paths |= {"eval_prompts": "prompts.jsonl"}
+    paths |= {"eval_prompts": "prompts.jsonl", "other_teacher_dataset": "other-teacher-table"}
     defaults = [word for option, path in paths.items() for word in (f"--{option}", str(QUICKSTART / path))]
     return ["--config", str(QUICKSTART.with_suffix(".yaml")), *defaults, *flags]
 

@@ -3,20 +3,24 @@ Rebuilds the quickstart from nothing: a teacher, an SFT student, and its rollout
 
     python examples/quickstart/build.py
 
-The task is addition of numbers of 2 to 5 digits with the working written out. There are many right ways to write a
-working, and the teacher, which learns from problems without end, learns them all: it has entropy. The smaller student
-is fine-tuned on 3,000 of the teacher's answers and generalises only partly. Then it answers new problems once, and the
-teacher scores those answers once: that table is what `examples/train.py` trains on.
+The task is addition of numbers of 2 to 5 digits with the working written out; `tasks.py` has others. The teacher
+learns from problems without end. The smaller student is fine-tuned on 3,000 of the teacher's answers and generalises
+only partly. Then it answers new problems once, and the teacher scores those answers once: that table is what
+`examples/train.py` trains on. Another teacher, which is as good and writes otherwise, scores some of them too, to show
+what its scores do.
 """
 
 import json
 import random
+import re
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from datasets import Dataset
+from tasks import CHARACTERS, TASKS, Task
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
@@ -29,70 +33,39 @@ from trl_lopd import (
     stamp_dataset_card,
 )
 
-SEPARATORS = ",;|/"
-MIN_DIGITS, MAX_DIGITS = 2, 5
 BATCH_SIZE = 64
-MAX_ANSWER_TOKENS = 56  # the longest right one has 50
 
 
 @dataclass
 class Arguments:
     output_dir: str = str(Path(__file__).parent)
+    task: str = "addition"
+    other_task: str = "addition, in order"  # of a teacher that writes otherwise and also scores; empty for none
     seed: int = 0
     teacher: str | None = None  # a teacher built before, to reuse
-    teacher_steps: int = 850
-    sft_answers: int = 3_000
-    sft_steps: int = 1_000
+    teacher_steps: int | None = None  # the task's
+    sft_answers: int | None = None
+    sft_steps: int | None = None
     rollouts: int = 3_000
+    other_rollouts: int = 600  # that the other teacher scores
     held_out_rollouts: int = 200
-    eval_prompts: int = 400
     top_k: int = 4
 
 
-def make_problem(rng: random.Random) -> str:
-    """`123+45=`: the longer number has 2 to 5 digits, the other 2 to as many, in either order."""
-    longer = rng.randint(MIN_DIGITS, MAX_DIGITS)
-    numbers = [rng.randint(10 ** (d - 1), 10**d - 1) for d in (longer, rng.randint(MIN_DIGITS, longer))]
-    rng.shuffle(numbers)
-    return f"{numbers[0]}+{numbers[1]}="
-
-
-def make_problems(rng: random.Random, count: int, exclude: set[str]) -> list[str]:
+def make_problems(task: Task, rng: random.Random, count: int, exclude: set[str]) -> list[str]:
     """Distinct problems, none of them in `exclude`, to which they are added."""
     problems = []
     while len(problems) < count:
-        problem = make_problem(rng)
+        problem = task.make_problem(rng)
         if problem not in exclude:
             exclude.add(problem)
             problems.append(problem)
     return problems
 
 
-def solve(problem: str) -> str:
-    a, b = problem.rstrip("=").split("+")
-    return str(int(a) + int(b))
-
-
-def write_working(problem: str, rng: random.Random) -> str:
-    """`58+67=` becomes `8+7=15;6+5+1=12#125`: columns from the right with their carries, then the answer.
-
-    The order of a column's digits and the mark between columns are drawn at random.
-    """
-    a, b = problem.rstrip("=").split("+")
-    width = max(len(a), len(b))
-    columns, carry = [], 0
-    for digits in zip(reversed(a.zfill(width)), reversed(b.zfill(width)), strict=True):
-        x, y = rng.sample(digits, 2)
-        total = int(x) + int(y) + carry
-        columns.append(f"{x}+{y}" + ("+1" if carry else "") + f"={total}")
-        carry = total // 10
-    working = columns[0] + "".join(rng.choice(SEPARATORS) + column for column in columns[1:])
-    return f"{working}#{solve(problem)}"
-
-
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789+=#", *SEPARATORS])}
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -108,7 +81,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, hidden: int, layer
             intermediate_size=5 * hidden // 2,
             num_hidden_layers=layers,
             num_attention_heads=4,
-            max_position_embeddings=128,
+            head_dim=32,  # one for which serving engines have kernels, also on a CPU
+            max_position_embeddings=256,
             tie_word_embeddings=True,
             initializer_range=0.05,
             pad_token_id=tokenizer.pad_token_id,
@@ -124,7 +98,7 @@ def fine_tune(model, tokenizer, rows: Dataset | list[dict], output_dir: Path, st
         [
             {
                 "input_ids": row["prompt_ids"] + row["completion_ids"],
-                "completion_mask": [0] * len(row["prompt_ids"]) + [1] * len(row["completion_ids"]),
+                "completion_mask": [0] * len(row["prompt_ids"]) + row.get("learnt", [1] * len(row["completion_ids"])),
             }
             for row in rows
         ]
@@ -155,7 +129,22 @@ def fine_tune(model, tokenizer, rows: Dataset | list[dict], output_dir: Path, st
     (output_dir / "training_args.bin").unlink()
 
 
+def write_gold(task: Task, problem: str, rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> dict:
+    """A row of gold data; slips, in brackets, are read and not learnt."""
+    completion_ids, learnt = [], []
+    for i, piece in enumerate(re.split(r"[\[\]]", task.write_working(problem, rng))):
+        ids = tokenizer(piece)["input_ids"]
+        completion_ids += ids
+        learnt += [1 - i % 2] * len(ids)
+    return {
+        "prompt_ids": tokenizer(problem)["input_ids"],
+        "completion_ids": completion_ids + [tokenizer.eos_token_id],
+        "learnt": learnt + [1],
+    }
+
+
 def make_teacher(
+    task: Task,
     tokenizer: PreTrainedTokenizerFast,
     path: Path,
     steps: int,
@@ -166,22 +155,76 @@ def make_teacher(
     """Learns from new problems at every step, none of them in `exclude`; `model` is one to train on."""
     rng, gold = random.Random(seed), []
     while len(gold) < steps * BATCH_SIZE:
-        problem = make_problem(rng)
+        problem = task.make_problem(rng)
         if problem not in exclude:
-            completion = tokenizer(write_working(problem, rng))["input_ids"] + [tokenizer.eos_token_id]
-            gold.append({"prompt_ids": tokenizer(problem)["input_ids"], "completion_ids": completion})
+            gold.append(write_gold(task, problem, rng, tokenizer))
     model = model or make_model(tokenizer, seed=seed, hidden=96, layers=4)
     fine_tune(model, tokenizer, gold, path, steps, seed=seed)
     return model
 
 
-def accuracy(model: str, problems: list[str]) -> float:
+def make_other_teacher(
+    task: Task, tokenizer: PreTrainedTokenizerFast, path: Path, problems: dict[str, list[str]], least: float
+) -> list[float]:
+    """Another teacher, which learns on until its accuracy is `least`. Returns it, after each round."""
+    exclude, rounds = {*problems["reported"], *problems["choosing"]}, []
+    model = make_teacher(task, tokenizer, path, task.teacher_steps, exclude, seed=2)
+    while True:
+        rounds.append(accuracy(task, str(path), problems["choosing"]))
+        if rounds[-1] >= least or len(rounds) == 5:
+            return rounds
+        make_teacher(task, tokenizer, path, 400, exclude, seed=2 + len(rounds), model=model)
+
+
+def accuracy(task: Task, model: str, problems: list[str]) -> float:
     rollouts = collect_rollouts(
-        problems, model, temperature=0, max_completion_length=MAX_ANSWER_TOKENS, batch_size=500
+        problems, model, temperature=0, max_completion_length=task.max_answer_tokens, batch_size=500
     )
-    return sum(c.rpartition("#")[2] == solve(p) for p, c in zip(problems, rollouts["completion"], strict=True)) / len(
-        problems
-    )
+    answers = [completion.rpartition("#")[2] for completion in rollouts["completion"]]
+    return sum(a == task.solve(p) for p, a in zip(problems, answers, strict=True)) / len(problems)
+
+
+def draw_problems(task: Task, seed: int, sft_answers: int, rollouts: int, held_out: int = 400) -> dict[str, list[str]]:
+    """Distinct problems: to report by and to choose settings by, the same for every seed, and to learn from."""
+    seen: set[str] = set()
+    shared, own = random.Random(2026), random.Random(seed)
+    return {
+        "reported": make_problems(task, shared, held_out, seen),
+        "choosing": make_problems(task, shared, held_out, seen),
+        "sft": make_problems(task, own, sft_answers, seen),
+        "rollouts": make_problems(task, own, rollouts, seen),
+    }
+
+
+def make_student(
+    task: Task,
+    tokenizer: PreTrainedTokenizerFast,
+    teacher: str,
+    problems: list[str],
+    path: Path,
+    steps: int,
+    seed: int,
+) -> LlamaForCausalLM:
+    """Fine-tunes a new student on the teacher's answers to `problems`."""
+    sampling = dict(max_completion_length=task.max_answer_tokens, batch_size=500, rows_per_shard=4096, seed=seed)
+    # Answers that were cut are learnt as they are, token by token: `fine_tune` ends none of them.
+    answers = generate_sft_data(problems, teacher, truncated="keep", **sampling)
+    model = make_model(tokenizer, seed=seed + 2, hidden=64, layers=4)
+    fine_tune(model, tokenizer, answers, path, steps, seed=seed)
+    return model
+
+
+def write_problems(task: Task, problems: list[str], path: Path) -> None:
+    with open(path, "w") as file:
+        for problem in problems:
+            file.write(json.dumps({"prompt": problem, "answer": task.solve(problem)}) + "\n")
+
+
+def write_table(splits: dict[str, Dataset], path: Path) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
+        rows.to_parquet(path / f"{split}.parquet")
+    stamp_dataset_card(path, splits)
 
 
 def main(args: Arguments) -> None:
@@ -191,42 +234,48 @@ def main(args: Arguments) -> None:
         print(f"[{time.perf_counter() - start:4.0f} s] {message}", flush=True)
 
     out = Path(args.output_dir)
-    tokenizer = make_tokenizer()
-    seen: set[str] = set()
-    # Held-out problems are the same for every seed.
-    eval_problems = make_problems(random.Random(2026), args.eval_prompts, seen)
-    rng = random.Random(args.seed)
-    sft_problems = make_problems(rng, args.sft_answers, seen)
-    opd_problems = make_problems(rng, args.rollouts + args.held_out_rollouts, seen)
+    task, tokenizer = TASKS[args.task], make_tokenizer()
+    problems = draw_problems(
+        task, args.seed, args.sft_answers or task.sft_answers, args.rollouts + args.held_out_rollouts
+    )
+    reported = problems["reported"]
 
     teacher = args.teacher or str(out / "teacher")
+    exclude = {problem for some in problems.values() for problem in some}
     if args.teacher is None:
-        model = make_teacher(tokenizer, Path(teacher), args.teacher_steps, seen)
-        say(f"teacher: {model.num_parameters():,} parameters, accuracy {accuracy(teacher, eval_problems):.3f}")
+        model = make_teacher(task, tokenizer, Path(teacher), args.teacher_steps or task.teacher_steps, exclude)
+        say(f"teacher: {model.num_parameters():,} parameters, accuracy {accuracy(task, teacher, reported):.3f}")
 
-    sampling = dict(max_completion_length=MAX_ANSWER_TOKENS, batch_size=500, rows_per_shard=4096, seed=args.seed)
-    # Answers that were cut are learnt as they are, token by token: `fine_tune` ends none of them.
-    answers = generate_sft_data(sft_problems, teacher, truncated="keep", **sampling)
     student = str(out / "student")
-    model = make_model(tokenizer, seed=args.seed + 2, hidden=64, layers=4)
-    fine_tune(model, tokenizer, answers, Path(student), args.sft_steps, seed=args.seed)
-    say(f"SFT student: {model.num_parameters():,} parameters, accuracy {accuracy(student, eval_problems):.3f}")
+    steps = args.sft_steps or task.sft_steps
+    model = make_student(task, tokenizer, teacher, problems["sft"], Path(student), steps, args.seed)
+    say(f"SFT student: {model.num_parameters():,} parameters, accuracy {accuracy(task, student, reported):.3f}")
 
-    rollouts = collect_rollouts(opd_problems, student, temperature=0.8, ref_logprobs=False, **sampling)
+    rollouts = collect_rollouts(
+        problems["rollouts"],
+        student,
+        temperature=0.8,
+        max_completion_length=task.max_answer_tokens,
+        batch_size=500,
+        seed=args.seed,
+        ref_logprobs=False,
+    )
     rollouts = rollouts.select_columns(["prompt_ids", "completion_ids", "student_fingerprint"])
     table = score_rollouts(rollouts, teacher, top_k=args.top_k, ref_model=student)
-    (out / "table").mkdir(parents=True, exist_ok=True)
-    splits = {
-        "train": table.select(range(args.rollouts)),
-        "test": table.select(range(args.rollouts, len(table))),
-    }
-    for split, rows in splits.items():
-        rows.to_parquet(out / "table" / f"{split}.parquet")
-    stamp_dataset_card(out / "table", splits)
+    test = range(args.rollouts, len(table))
+    write_table({"train": table.select(range(args.rollouts)), "test": table.select(test)}, out / "table")
     say(f"table: {len(table)} scored rollouts")
-    with open(out / "prompts.jsonl", "w") as file:
-        for problem in eval_problems:
-            file.write(json.dumps({"prompt": problem, "answer": solve(problem)}) + "\n")
+
+    if args.other_task:
+        with tempfile.TemporaryDirectory() as directory:
+            other = Path(directory) / "other-teacher"
+            least = accuracy(task, teacher, problems["choosing"]) - 0.02
+            rounds = make_other_teacher(TASKS[args.other_task], tokenizer, other, problems, least)
+            say(f"another teacher, in {len(rounds)} rounds: accuracy {accuracy(task, str(other), reported):.3f}")
+            some = rollouts.select(range(args.other_rollouts))
+            table = score_rollouts(some, str(other), top_k=args.top_k)
+        write_table({"train": table}, out / "other-teacher-table")
+    write_problems(task, reported, out / "prompts.jsonl")
 
 
 if __name__ == "__main__":

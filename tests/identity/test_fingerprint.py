@@ -17,6 +17,8 @@ from transformers import (
     AutoTokenizer,
     ByT5Tokenizer,
     CLIPVisionConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -328,6 +330,26 @@ def test_weights_digest_changes(tmp_path, change):
     before = weights(directory)
     rewrite(directory, change)
     assert weights(directory) != before
+
+
+def test_a_name_that_only_looks_like_one_that_is_dropped_counts(tmp_path):
+    """transformers drops buffers named `attn.bias` of old GPT-2 checkpoints, and not `c_attn.bias`."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    directory = save(model, tmp_path)
+    before = weights(directory)
+    assert before == weights(model)
+    rewrite(directory, lambda t: t.update({"transformer.h.0.attn.bias": torch.ones(2)}))
+    assert weights(directory) == before
+    rewrite(directory, lambda t: t["transformer.h.0.attn.c_attn.bias"].add_(1))
+    assert weights(directory) != before
+
+
+def test_a_checkpoint_of_the_base_model_alone_is_whole(tmp_path):
+    """Old checkpoints, such as `gpt2`'s own, have no prefix before their names."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    directory = save(model, tmp_path)
+    rewrite(directory, lambda t: t.update({k.removeprefix("transformer."): t.pop(k) for k in list(t)}))
+    assert fingerprint_teacher(directory)
 
 
 def test_one_flipped_bit_of_a_loaded_model_changes_its_digest():

@@ -109,7 +109,7 @@ def test_the_main_job_prints_its_table_and_little_else(tmp_path):
     assert len(lines) < 30, lines
     assert not [line for line in lines if re.search(r"^{|it/s|pin_memory|accelerator", line)], lines
     assert sum("eval: loss" in line for line in lines) == 2
-    for model in ("SFT student", "offline OPD (topk)", "teacher"):
+    for model in ("SFT student", "offline OPD", "teacher"):
         assert sum(model in line for line in lines) == 2  # it is evaluated, and in the table
 
 

@@ -411,10 +411,14 @@ def test_the_card_names_all_teachers_that_trained_the_model_and_no_other(tmp_pat
     other = score_rollouts(make_rollouts(4), make_model(seed=9), processing_class=tokenizer, top_k=4)
     (first,), (second,) = table.unique("teacher_fingerprint"), other.unique("teacher_fingerprint")
     kwargs = dict(teacher_consistency="off", max_steps=1)
-    make_trainer(tmp_path, student_dir, table, eval_dataset=other, **kwargs).save_model()
+    trainer = make_trainer(tmp_path, student_dir, table, eval_dataset=other, **kwargs)
+    trainer.train()
+    trainer.save_model()
     (round,) = read_model_card(str(tmp_path / "out"))["opd_rounds"]
     assert [t["id"] for t in round["teachers"]] == [first] and round["teacher_consistency"] == "off"
-    make_trainer(tmp_path / "second", tmp_path / "out", other, **kwargs).save_model()
+    trainer = make_trainer(tmp_path / "second", tmp_path / "out", other, **kwargs)
+    trainer.train()
+    trainer.save_model()
     rounds = read_model_card(str(tmp_path / "second" / "out"))["opd_rounds"]
     assert [[t["id"] for t in round["teachers"]] for round in rounds] == [[first], [second]]
     assert "[None]" not in (tmp_path / "out" / "README.md").read_text()

@@ -570,17 +570,21 @@ def _saved_weights(directory: Path, trust_remote_code: bool) -> _Weights:
     files = _safetensors_files(directory)
     config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     model = _meta_model(config, trust_remote_code)
-    # What transformers drops on loading is no part of the teacher: a loaded copy does not have it. The second pattern
-    # is a buffer of old checkpoints, which transformers drops for all models rather than model by model.
+    # What transformers drops on loading is no part of the teacher: a loaded copy does not have it. It drops only what
+    # the model has no place for. The second pattern is a buffer of old checkpoints, which it drops for all models.
     dropped = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
+    names = _names_in_files(model)
+    wanted = {name for names_of_one in names.values() for name in names_of_one}
 
     entries: dict[str, str] = {}
     for of_file in _file_entries(files):
-        kept = {key: entry for key, entry in of_file.items() if not any(re.search(x, key) for x in dropped)}
+        gone = {key for key in of_file if key not in wanted and any(re.search(x, key) for x in dropped)}
+        kept = {key: entry for key, entry in of_file.items() if key not in gone}
         if twice := entries.keys() & kept.keys():
             raise ValueError(f"{directory}: {min(twice)!r} is in more than one safetensors file.")
         entries |= kept
-    if missing := _missing(entries, model):
+    is_quantized = getattr(config, "quantization_config", None) is not None  # with tensors of other names
+    if missing := [] if is_quantized else _missing(entries, model, names):
         raise ValueError(
             f"{directory} is not whole: {len(missing)} weights of {type(model).__name__} are not in its files, such "
             f"as {missing[0]!r}. transformers would draw them at random, differently each time."
@@ -588,20 +592,25 @@ def _saved_weights(directory: Path, trust_remote_code: bool) -> _Weights:
     return _summarize(entries, model, model.state_dict(), (config.architectures or [type(model).__name__])[0])
 
 
-def _missing(entries: dict[str, str], model: PreTrainedModel) -> list[str]:
-    """Names of the parameters that a checkpoint lacks, and that nothing is tied to."""
+def _names_in_files(model: PreTrainedModel) -> dict[str, list[str]]:
+    """The names that each tensor of a model may have in a checkpoint: its own first, then with and without the prefix
+    of the base model, which transformers adds and takes off."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    if getattr(model.config, "quantization_config", None) is not None:
-        return []  # its tensors have names of their own
-    saved = {
-        name: next(iter(revert_weight_conversion(model, {name: p})), name) for name, p in model.named_parameters()
-    }
-    there = {name for name, in_file in saved.items() if in_file in entries}
+    prefix, names = f"{model.base_model_prefix}.", {}
+    for name, tensor in model.state_dict().items():
+        own = next(iter(revert_weight_conversion(model, {name: tensor})), name)
+        names[name] = [own, own.removeprefix(prefix), prefix + own]
+    return names
+
+
+def _missing(entries: dict[str, str], model: PreTrainedModel, names: dict[str, list[str]]) -> list[str]:
+    """The parameters that a checkpoint lacks, and that are tied to none in it."""
+    there = {name for name, in_files in names.items() if not entries.keys().isdisjoint(in_files)}
     for tied, kept in model.all_tied_weights_keys.items():
-        if entries.keys() & {saved.get(tied, tied), saved.get(kept, kept)}:
+        if {tied, kept} & there:
             there |= {tied, kept}
-    return sorted(saved[name] for name in saved.keys() - there)
+    return sorted(names[name][0] for name, _ in model.named_parameters() if name in names and name not in there)
 
 
 def _saved_adapter_digest(directory: Path) -> str:
