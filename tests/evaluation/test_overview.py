@@ -167,6 +167,8 @@ def test_rollouts_that_nobody_scored(show):
     assert about["completion_tokens"] == found["completion_tokens"] == sum(map(len, rows["completion_ids"]))
     out = show(report(about))
     assert "completions" in out and "advantage" not in out
+    masked = rows.add_column("completion_mask", [[True] + [False] * (len(ids) - 1) for ids in rows["completion_ids"]])
+    assert overview.describe_rows(masked)["statistics"]["trainable_tokens"] == 10
 
 
 @pytest.mark.parametrize("rows", [{"prompt": ["a"]}, {"prompt_ids": ["a"], "completion_ids": ["b"]}])
