@@ -83,6 +83,8 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
     models, held_out = {"SFT student": student}, {}
 
     def train(name: str, args: OfflineOPDConfig, table=train_table) -> OfflineOPDTrainer:
+        if script_args.compare and args.distributed_state.is_main_process:
+            print(f"Training: {name}", flush=True)
         trainer = OfflineOPDTrainer(
             model=student,
             args=args,
@@ -106,15 +108,15 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
     trainer = train("offline OPD", training_args)
     if script_args.compare:
         variants = {
-            "reverse KL": {"loss_type": "topk", "beta": 1.0},
-            "the paper's update": {"loss_type": "sampled", "beta": OfflineOPDConfig.beta},
+            "reverse KL (beta=1)": {"loss_type": "topk", "beta": 1.0, "ratio_clip": None},
+            "sampled, as in the paper": {"loss_type": "sampled", "beta": OfflineOPDConfig.beta, "ratio_clip": None},
         }
         for name, changes in variants.items():
             train(f"offline OPD, {name}", variant(training_args, name, **changes))
         if script_args.other_teacher_dataset is not None:
             table, _ = load_splits(script_args.other_teacher_dataset, script_args)
             train(
-                "offline OPD, another teacher",
+                "offline OPD, another teacher's scores",
                 variant(training_args, "another teacher", teacher_consistency="off"),
                 table,
             )
@@ -137,8 +139,8 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
 
 def variant(args: OfflineOPDConfig, name: str, **changes) -> OfflineOPDConfig:
     """The arguments of a run that is only compared with."""
-    output_dir = f"{args.output_dir}-{re.sub(r'[^a-z]+', '-', name.lower())}"
-    alone = {"push_to_hub": False, "ratio_clip": None, "resume_from_checkpoint": None}
+    output_dir = f"{args.output_dir}-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}"
+    alone = {"push_to_hub": False, "resume_from_checkpoint": None}
     return replace(args, output_dir=output_dir, **alone, **changes)
 
 

@@ -114,9 +114,9 @@ def test_the_main_job_runs(tmp_path):
     assert [row["model"] for row in rows] == [
         "SFT student",
         "offline OPD",
-        "offline OPD, reverse KL",
-        "offline OPD, the paper's update",
-        "offline OPD, another teacher",
+        "offline OPD, reverse KL (beta=1)",
+        "offline OPD, sampled, as in the paper",
+        "offline OPD, another teacher's scores",
         "teacher",
     ]
     student, *_, teacher = rows

@@ -19,6 +19,7 @@ from .cards import count_teachers, read_model_card, record_of, stamp_model_card
 from .consistency import inherited_teachers
 from .fingerprint import (
     TeacherFingerprint,
+    content_id,
     fingerprint_loaded,
     fingerprint_teacher,
     is_id,
@@ -119,14 +120,14 @@ class TeacherStampCallback(TrainerCallback):
             self._count()
         checkpoint = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         if state.global_step and os.path.isdir(checkpoint):  # resumed
-            ids = [
-                {t["id"] for t in teachers}
+            before, now = (
+                {content_id(t["id"]) or t["id"]: t["id"] for t in teachers}
                 for teachers in (read_model_card(checkpoint).get("sft_teachers") or [], self.sft_teachers)
-            ]
-            if ids[0] != ids[1]:
+            )
+            if before.keys() != now.keys():
                 raise ValueError(
-                    f"{checkpoint} was trained on data of {', '.join(sorted(ids[0])) or 'nobody that is named'}, with "
-                    f"what its start had learnt from, and this run's is of {', '.join(sorted(ids[1]))}. Resume it "
+                    f"{checkpoint} was trained on data of {', '.join(sorted(before.values())) or 'nobody'}, with what "
+                    f"its start had learnt from, and this run's is of {', '.join(sorted(now.values()))}. Resume it "
                     "with its own data and the model that it began with, or train on from it as a model."
                 )
 
@@ -213,10 +214,14 @@ def _learns_what_was_sampled(given: Dataset, trained: Any, tokenizer: Any) -> bo
     of_learnt = both.total() / max(learnt.total(), 1)
     if written and of_written < 0.9:
         logger.warning(
-            f"{of_written:.0%} of what the teacher sampled is trained on, in the first {len(rows)} rows: a chat "
+            f"Only {of_written:.0%} of what the teacher sampled is trained on, in the first {len(rows)} rows: a chat "
             "template drops a part of the answers (such as their reasoning), `max_length` cuts them, or their texts "
             "were changed. `generate_sft_data(..., truncated='keep')` also writes `input_ids`, which `SFTTrainer` "
             "takes as they are; filter by `finish_reason` to leave out those that were cut."
+        )
+    if learnt and of_learnt < 0.5:
+        logger.warning(
+            "Most of what is trained on was not sampled by the teacher, whom the card only declares for it."
         )
     return not learnt or of_learnt >= 0.5
 

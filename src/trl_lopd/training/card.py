@@ -17,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl.trainer.utils import generate_model_card, get_config_model_id
 
 from ..identity.cards import count_teachers, read_model_card, stamp_model_card
-from ..identity.fingerprint import TeacherFingerprint
+from ..identity.fingerprint import TeacherFingerprint, content_id
 from ..table.schema import TRAINED_ROWS, column_counts, row_hashes
 
 _PAPER = {
@@ -73,20 +73,22 @@ def describe_round(trainer: Trainer) -> dict[str, Any]:
     return record
 
 
-# Arguments that decide what is minimised, beside those that the card names.
-_OF_THE_OBJECTIVE = (
-    *("advantage_clip", "ratio_clip", "loss_aggregation", "teacher_logprob_floor"),
+# Arguments that a resumed run may not change: those of the loss, beside what the card names, and those that are
+# restored with the optimizer and the scheduler, where another value would be ignored.
+_KEPT_ARGUMENTS = (
+    *("beta", "advantage_clip", "ratio_clip", "loss_aggregation", "teacher_logprob_floor"),
     *("max_completion_length", "max_length"),
+    *("learning_rate", "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim"),
 )
 
 
 def check_resumed(trainer: Trainer, checkpoint: str) -> None:
     """
-    Holds a checkpoint against the run that goes on from it: the card of the result is about both.
+    Compares a checkpoint with the run that goes on from it: the card of the result is about both.
 
     Raises:
-        ValueError: If the checkpoint is of another run: of another student, round, table or objective; or of a later
-            pass over a stream than the first.
+        ValueError: If the checkpoint is of another run: of another trainer, student, round, table or objective; or of
+            a later pass over a stream than the first.
     """
     settings = Path(checkpoint, "training_args.json")
     if not settings.is_file():
@@ -110,25 +112,39 @@ def check_resumed(trainer: Trainer, checkpoint: str) -> None:
             "beginning: `ignore_data_skip=True`."
         )
     then, here = json.loads(settings.read_text()), json.loads(_settings(trainer))
-    pairs = {name: (then.get(name), here[name]) for name in _OF_THE_OBJECTIVE}
+    changed = [
+        f"`{name}` was {then[name]} and is {here[name]}"
+        for name in _KEPT_ARGUMENTS
+        if name in then and then[name] != here[name]
+    ]
+    scored_by = scored_by_now = {}
     if rounds:
         before, now = rounds[earlier], describe_round(trainer)
-        pairs |= {name: (before.get(name), now.get(name)) for name in ("student", "objective", "beta")}
-    changed = [f"`{name}` was {was} and is {is_now}" for name, (was, is_now) in pairs.items() if was != is_now]
+        for name in ("student", "objective"):
+            # Names are for people: a copy of the student is the same student.
+            if _content(before.get(name)) != _content(now.get(name)):
+                changed.append(f"`{name}` was {before.get(name)} and is {now.get(name)}")
+        scored_by, scored_by_now = (
+            {_content(entry["id"]): str(entry["id"]) for entry in record.get("teachers") or []}
+            for record in (before, now)
+        )
     if isinstance(trainer.train_dataset, Dataset):
-        teachers = [[], []]
-        if rounds:
-            teachers = [sorted(str(entry["id"]) for entry in record.get("teachers") or []) for record in (before, now)]
         hashes = Path(checkpoint, TRAINED_ROWS)
-        if teachers[0] != teachers[1]:
-            changed.append(f"its rows were scored by {', '.join(teachers[0])}, and these by {', '.join(teachers[1])}")
+        if scored_by.keys() != scored_by_now.keys():
+            names = [", ".join(sorted(ids.values())) for ids in (scored_by, scored_by_now)]
+            changed.append(f"its rows were scored by {names[0]}, and these by {names[1]}")
         elif hashes.is_file() and not np.array_equal(np.load(hashes), np.unique(row_hashes(trainer.train_dataset))):
             changed.append(f"it was trained on other rows than the {len(trainer.train_dataset)} of `train_dataset`")
     if changed:
         raise ValueError(
-            f"{checkpoint} was trained otherwise: {'; '.join(changed)}. Resume it as it was begun, or train on from "
-            "it in a new round: give it as `model`, with another `output_dir`."
+            f"{checkpoint} was trained with other settings: {'; '.join(changed)}. Resume it with the same, or train "
+            "on from it in a new round: give it as `model`, with another `output_dir`."
         )
+
+
+def _content(name: Any) -> str:
+    """The content that an id names; a name that is no id stands for itself."""
+    return content_id(str(name)) or str(name)
 
 
 def write_card(

@@ -86,7 +86,9 @@ class OfflineOPDConfig(TrainingArguments):
         beta (`float`, *optional*, defaults to `0.5`):
             Interpolation coefficient of the generalised Jensen-Shannon divergence of the top-k objective, as in TRL's
             `DistillationConfig`: `0.0` is the forward KL divergence, `0.5` the JSD, `1.0` the reverse KL divergence.
-            Held-out rows are measured by the reverse KL divergence whatever it is.
+            (TRL's default is `1.0`.) Losses of different `beta` are not on one scale: the JSD is at most ln 2, and
+            close to the ends, as at 0.01 or 0.99, it is near 0 and jumps. Held-out rows are measured by the reverse KL
+            divergence whatever it is.
         loss_aggregation (`str`, *optional*, defaults to `"sequence_mean"`):
             `"sequence_mean"`: mean over each sequence's tokens, then over sequences. `"token_mean"`: mean over all
             tokens.
@@ -225,7 +227,9 @@ class OfflineOPDConfig(TrainingArguments):
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"`beta` must be in [0.0, 1.0], got {self.beta}.")
         if self.beta != type(self).beta and self.loss_type == "sampled":
-            raise ValueError("`beta` chooses the divergence of `loss_type='topk'`; the sampled objective has none.")
+            raise ValueError(
+                "`beta` chooses the divergence of `loss_type='topk'`; the sampled objective has none: leave it unset."
+            )
         if self.ratio_clip is not None and self.loss_type == "topk":
             raise ValueError("`ratio_clip` is a trust region of `loss_type='sampled'`; the top-k objective has none.")
 

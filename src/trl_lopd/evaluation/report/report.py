@@ -72,7 +72,15 @@ _WEIGHTS = (
 
 # Shown even where they are the defaults.
 _SETTINGS = (
-    *("loss_type", "loss_aggregation", "advantage_clip", "ratio_clip", "teacher_consistency", "max_completion_length"),
+    *(
+        "loss_type",
+        "beta",
+        "loss_aggregation",
+        "advantage_clip",
+        "ratio_clip",
+        "teacher_consistency",
+        "max_completion_length",
+    ),
     *("learning_rate", "lr_scheduler_type", "weight_decay", "max_steps", "num_train_epochs", "seed"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
 )
