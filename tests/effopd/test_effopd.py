@@ -488,6 +488,11 @@ def test_the_paired_test_is_one():
         assert np.mean(np.array(null) <= level) == pytest.approx(level, abs=3 * (level * (1 - level) / 300) ** 0.5)
     assert paired_p_value(rng.normal(1.0, 1.0, 50)) <= 0.01
     assert paired_p_value(rng.normal(-1.0, 1.0, 50)) >= 0.99
+    # Three gains that differ from 0: one of eight sign patterns is as large, wherever the rows are.
+    for rows in ([0, 1, 2], [3, 17, 40], [10, 48, 49]):
+        gains = np.zeros(50)
+        gains[rows] = 0.3, 0.6, 0.1
+        assert paired_p_value(gains) == pytest.approx(1 / 8, abs=0.03)
     assert paired_p_value(np.ones(50)) == paired_p_value(np.ones(50)) <= 0.001
 
 

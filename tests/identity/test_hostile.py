@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from trl_lopd import (
     read_model_card,
     score_rollouts,
 )
+from trl_lopd.identity.cards import read_dataset_card
 from trl_lopd.identity.fingerprint import fingerprint_loaded
 from trl_lopd.identity.vocabulary import different_tokens
 
@@ -159,6 +161,20 @@ def test_the_reference_is_the_model_that_sampled(tmp_path, tokenizer, teacher_di
         score_rollouts(rollouts, teacher_dir, top_k=2, ref_model=twin)
     for model in (student_dir, AutoModelForCausalLM.from_pretrained(student_dir)):
         assert "ref_logprobs" in score_rollouts(rollouts, teacher_dir, top_k=2, ref_model=model).column_names
+    cast = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.bfloat16)
+    rollouts = collect_rollouts(["w5 w6", "w7"], cast, processing_class=tokenizer, max_completion_length=4)
+    rollouts = rollouts.remove_columns("ref_logprobs")
+    assert "ref_logprobs" in score_rollouts(rollouts, teacher_dir, top_k=2, ref_model=cast).column_names
+
+
+def test_probes_are_of_the_teacher_that_they_stand_under(tmp_path, teacher_dir, other_dir):
+    """The card of another teacher's table may lie in the directory already, of a repository that was cloned."""
+    score_rollouts(make_rollouts(4), teacher_dir, top_k=2, output_dir=tmp_path / "first")
+    (tmp_path / "second").mkdir()
+    shutil.copy(tmp_path / "first" / "README.md", tmp_path / "second")
+    score_rollouts(make_rollouts(4), other_dir, top_k=2, output_dir=tmp_path / "second")
+    first, second = (read_dataset_card(tmp_path / name)["teachers"][0] for name in ("first", "second"))
+    assert first["probes"]["sequences"] and first["probes"] != second["probes"]
 
 
 def test_a_store_is_its_own_shards_alone(tmp_path, teacher_dir):

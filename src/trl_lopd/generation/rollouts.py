@@ -315,7 +315,7 @@ def _collect(
             _answer(run, shard, prompts, span, as_columns)
         if model.is_probed and state.is_main_process:
             card = read_dataset_card(output_dir) if output_dir is not None else {}
-            record["probes"] = probes_of_run(card, lambda: model.loaded, model.tokenizer)
+            record["probes"] = probes_of_run(card, model.fingerprint.id, lambda: model.loaded, model.tokenizer)
         answers = run.dataset()
         counts = run.counts()
         check_positions(np.add(*lengths(answers)), model.positions, "the model")

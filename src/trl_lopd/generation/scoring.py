@@ -172,7 +172,7 @@ def score_rollouts(
         if not is_served and state.is_main_process:
             # If the table was finished by an earlier run, its card has the probes.
             card = read_dataset_card(output_dir) if output_dir is not None else {}
-            if probes := probes_of_run(card, lambda: scorer.local_teacher.model, tokenizer):
+            if probes := probes_of_run(card, record["id"], lambda: scorer.local_teacher.model, tokenizer):
                 record["probes"] = probes
         table = run.dataset()
     return _recorded(dataset, table, record | {"scoring": {"top_k": options.top_k}}, output_dir)
@@ -369,9 +369,13 @@ def _check_reference(dataset: Dataset, scorer: _Scorer) -> None:
     if scorer.ref_model is None or not samplers:
         return
     consequence = "Whether `ref_model` sampled the rollouts is not checked"
-    kwargs = hub_kwargs(scorer.ref_kwargs) if isinstance(scorer.ref_model, str) else {}
-    reference = fingerprint_or_none(scorer.ref_model, consequence, **kwargs)
-    others = [value for value in samplers if reference and weights_part(value) != weights_part(reference.id)]
+    if isinstance(scorer.ref_model, str):
+        reference = fingerprint_or_none(scorer.ref_model, consequence, **hub_kwargs(scorer.ref_kwargs))
+        parts = {reference and weights_part(reference.id)}
+    else:  # rollouts of a loaded model, cast on loading or not, are signed with the id that it would be saved with
+        reference = fingerprint_or_none(scorer.ref_model, consequence)
+        parts = {reference and weights_part(reference.id), weights_part(fingerprint_teacher(scorer.ref_model).id)}
+    others = [value for value in samplers if reference and weights_part(value) not in parts]
     message = (
         f"Rows were sampled by {', '.join(sorted(others))}, and `ref_model` is {reference and reference.id}: its "
         "log-probabilities would not be those of the policy that sampled. Give the model that sampled the rows, or "

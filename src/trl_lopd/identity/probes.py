@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import is_peft_model
 
 from ..logits import LogitTransform, score_tokens
-from .fingerprint import with_evidence
+from .fingerprint import content_id, with_evidence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -135,14 +135,14 @@ def probe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> d
 
 
 def probes_of_run(
-    card: dict[str, Any], load: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+    card: dict[str, Any], id: str, load: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any] | None:
     """
-    The probes for the card of samples or scores: those of the card that a finished run has already, otherwise
+    The probes for the card of samples or scores: those that the card of a finished run has of this `id`, otherwise
     [`probe_model`] of the model. `None`, with a warning, if the model cannot be probed: the samples or scores, which
     took hours, are as good without.
     """
-    if known := probed_entries(card):
+    if known := [entry for entry in probed_entries(card) if content_id(entry["id"]) == content_id(id)]:
         return known[0]["probes"]
     model = load()
     try:

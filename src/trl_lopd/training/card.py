@@ -73,11 +73,12 @@ def describe_round(trainer: Trainer) -> dict[str, Any]:
     return record
 
 
-# Arguments that a resumed run may not change: those of the loss, beside what the card names, and those that are
-# restored with the optimizer and the scheduler, where another value would be ignored.
+# Arguments that a resumed run may not change: those of the loss, beside what the card names; those that decide the
+# order of rows; and those restored with the optimizer and the scheduler, where another value would be ignored.
 _KEPT_ARGUMENTS = (
     *("beta", "advantage_clip", "ratio_clip", "loss_aggregation", "teacher_logprob_floor"),
     *("max_completion_length", "max_length"),
+    *("seed", "data_seed", "train_sampling_strategy", "packing"),
     *("learning_rate", "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim"),
 )
 
