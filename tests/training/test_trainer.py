@@ -329,6 +329,15 @@ def test_lora_trains_and_saves_the_adapter_alone(tmp_path, student_dir, table):
     assert all("lora" in name for name, p in again.model.named_parameters() if p.requires_grad)
 
 
+def test_an_adapter_names_the_revision_of_its_base(tmp_path, student_dir, table):
+    from peft import LoraConfig
+
+    options = {"model_init_kwargs": {"revision": "v1"}, "peft_config": LoraConfig(r=2)}
+    make_trainer(tmp_path, student_dir, table, **options).save_model()
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["revision"] == "v1"
+    assert options["peft_config"].revision is None
+
+
 def test_an_adapter_without_a_stamp_is_refused_and_so_is_a_loaded_one_over_a_bare_base(tmp_path, tokenizer, table):
     from peft import LoraConfig, get_peft_model
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -234,6 +234,9 @@ def _wrap_in_adapters(model: PreTrainedModel, peft_config: PeftConfig, args: Off
     quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
     if quantized:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    revision = (args.model_init_kwargs or {}).get("revision")
+    if revision is not None and peft_config.revision is None:
+        peft_config = replace(peft_config, revision=revision)  # else the adapter would be loaded over `main`
     kwargs = {}
     if _is_zero3(args) and not quantized:
         # ZeRO-3 gathers parameters into buffers of one dtype.
