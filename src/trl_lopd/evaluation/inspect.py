@@ -254,9 +254,12 @@ def statistics(rows: Dataset, worst: int = 0) -> dict[str, Any] | None:
     prompts, whole = prompt_and_row_hashes(rows)
     prompt_lengths, completion_lengths = lengths(rows)
     reasons = _finish_reasons(rows)
-    trainable = valid.trainable_tokens if scored else int(completion_lengths.sum())
-    if not scored and "completion_mask" in rows.column_names:
+    if scored:
+        trainable = valid.trainable_tokens
+    elif "completion_mask" in rows.column_names:
         trainable = sum(map(sum, rows["completion_mask"]))
+    else:
+        trainable = int(completion_lengths.sum())
     result: dict[str, Any] = {
         "prompt_tokens": int(prompt_lengths.sum()),
         "distinct_prompts": len(np.unique(prompts)),

@@ -19,6 +19,7 @@ from ..errors import TableError
 from ..identity.cards import attach_record, entry, read_dataset_card, record_of, write_record
 from ..identity.fingerprint import (
     evidence_of,
+    fingerprint_loaded,
     fingerprint_teacher,
     is_id,
     tokenizer_digest,
@@ -27,7 +28,6 @@ from ..identity.fingerprint import (
     with_evidence,
 )
 from ..identity.probes import probes_of_run
-from ..identity.stamp import fingerprint_or_none
 from ..identity.vocabulary import contradicting_text, different_tokens, distinct_ids, say, tokenizer_of
 from ..models import (
     check_positions,
@@ -208,6 +208,11 @@ class _Scorer:
         return {name: value for name, value in self.options.init_kwargs.items() if name != "revision"}
 
     @cached_property
+    def ref_id(self) -> str:
+        """Returns the id of the reference model. Gigabytes are read for it, so only the main process may call this."""
+        return fingerprint_teacher(self.ref_model, **hub_kwargs(self.ref_kwargs)).id
+
+    @cached_property
     def local_teacher(self) -> LocalTeacher:
         """Loads the teacher in this process."""
         return self._load(self.teacher, self.options.init_kwargs)
@@ -258,8 +263,7 @@ def _pins(dataset: Dataset, scorer: _Scorer) -> dict[str, Any]:
     """Returns everything that the scores depend on, which must be the same in a resumed run."""
     state, student_id = processes(), None
     if scorer.ref_model is not None:
-        kwargs = hub_kwargs(scorer.ref_kwargs)
-        student_id = on_main_process(state, lambda: fingerprint_teacher(scorer.ref_model, **kwargs).id)
+        student_id = on_main_process(state, lambda: scorer.ref_id)
     return {
         "run": "scores",
         "rollouts": on_main_process(state, lambda: describe(dataset)),
@@ -368,16 +372,16 @@ def _check_reference(dataset: Dataset, scorer: _Scorer) -> None:
     samplers = [value for value in column_counts(dataset, "student_fingerprint") if value and is_id(value)]
     if scorer.ref_model is None or not samplers:
         return
-    consequence = "Whether `ref_model` sampled the rollouts is not checked"
-    if isinstance(scorer.ref_model, str):
-        reference = fingerprint_or_none(scorer.ref_model, consequence, **hub_kwargs(scorer.ref_kwargs))
-        parts = {reference and weights_part(reference.id)}
-    else:  # rollouts of a loaded model, cast on loading or not, are signed with the id that it would be saved with
-        reference = fingerprint_or_none(scorer.ref_model, consequence)
-        parts = {reference and weights_part(reference.id), weights_part(fingerprint_teacher(scorer.ref_model).id)}
-    others = [value for value in samplers if reference and weights_part(value) not in parts]
+    try:
+        parts = {weights_part(scorer.ref_id)}
+        if not isinstance(scorer.ref_model, str):  # which may be its checkpoint, cast on loading
+            parts.add(weights_part(fingerprint_loaded(scorer.ref_model).id))
+    except (OSError, ValueError) as error:
+        logger.warning(f"Whether `ref_model` sampled the rollouts is not checked: {error}")
+        return
+    others = [value for value in samplers if weights_part(value) not in parts]
     message = (
-        f"Rows were sampled by {', '.join(sorted(others))}, and `ref_model` is {reference and reference.id}: its "
+        f"Rows were sampled by {', '.join(sorted(others))}, and `ref_model` is {scorer.ref_id}: its "
         "log-probabilities would not be those of the policy that sampled. Give the model that sampled the rows, or "
         "score without `ref_model`."
     )

@@ -72,15 +72,8 @@ _WEIGHTS = (
 
 # Shown even where they are the defaults.
 _SETTINGS = (
-    *(
-        "loss_type",
-        "beta",
-        "loss_aggregation",
-        "advantage_clip",
-        "ratio_clip",
-        "teacher_consistency",
-        "max_completion_length",
-    ),
+    *("loss_type", "beta", "loss_aggregation", "advantage_clip", "ratio_clip"),
+    *("teacher_consistency", "max_completion_length"),
     *("learning_rate", "lr_scheduler_type", "weight_decay", "max_steps", "num_train_epochs", "seed"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
 )
@@ -289,7 +282,6 @@ def _comparison(run: Path) -> Iterator[dict[str, Any]]:
     if rows is None:
         return
     titles = {
-        "accuracy": "accuracy",
         "fresh": "reverse KL, fresh rollouts (nats a sequence)",
         "held_out": "reverse KL on the stored top-k (nats a token)",
     }
