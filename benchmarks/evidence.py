@@ -3,7 +3,8 @@
 Every seed has its own SFT student, rollouts and order of rows; the teachers and the held-out problems are shared.
 There are two sets of held-out problems: one to choose settings by, and one that is reported. Seconds are CPU seconds
 of the one thread that works, so that other work on the machine does not count: sampling, scoring and training, without
-imports and measurements. What is in `--directory` is not run again.
+imports and measurements. On a GPU, which is used where there is one, they are the host's and say little. What is in
+`--directory` is not run again.
 
     python benchmarks/evidence.py
     python benchmarks/evidence.py --tables divergences --tasks addition --seeds 0 1
@@ -12,14 +13,14 @@ imports and measurements. What is in `--directory` is not run again.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import multiprocessing
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -127,7 +128,7 @@ class Claim:
 DECAYED = (("learning_rate", 2e-3), ("lr_scheduler_type", "cosine"))
 MIXED = Arm(options=(("loss_type", "topk"), ("beta", 0.0)), mixed=True)
 ONLINE = Arm(rows="online", steps=(150,))
-OTHERS = {"another way of writing": "addition, in order"}
+OTHERS = {"another, the same way of writing": "addition", "another way of writing": "addition, in order"}
 SFT = Line("SFT student", topk(BEST), 0)
 
 
@@ -184,15 +185,17 @@ def update() -> Claim:
     return Claim("The paper's update, from weak students to strong", lines, "their SFT student", tasks=("addition",))
 
 
-def rows() -> Claim:
+def rows(answers: int, tasks: tuple[str, ...]) -> Claim:
+    own = {"sft_answers": answers, "steps": (600,)}
+    reference = f"SFT on {answers:,}, the student's rows"
     lines = [
-        SFT,
-        Line("the student's rows", topk(BEST), 600),
-        Line("the teacher's rows", topk(BEST, rows="teacher", steps=(600,)), 600),
-        Line("half and half", topk(BEST, rows="both", steps=(600,)), 600),
-        Line("more SFT answers", Arm(rows="sft", steps=(600,)), 600),
+        Line(f"SFT on {answers:,}", topk(BEST, **own), 0),
+        Line(reference, topk(BEST, **own), 600),
+        Line(f"SFT on {answers:,}, the teacher's rows", topk(BEST, rows="teacher", **own), 600),
+        Line(f"SFT on {answers:,}, half and half", topk(BEST, rows="both", **own), 600),
+        Line(f"SFT on {answers:,} and {ROWS:,} more, 600 steps longer", Arm(rows="sft", **own), 600),
     ]
-    return Claim("Whose rows", lines, "the student's rows", tasks=("addition", "chains"))
+    return Claim("Whose rows", lines, reference, tasks)
 
 
 def budget() -> Claim:
@@ -203,7 +206,12 @@ def budget() -> Claim:
     return Claim("Rows or epochs", lines, "3,000 rows, 600 steps", tasks=("addition",))
 
 
-CLAIMS = {f.__name__: f for f in (divergences, online, schedule, teachers, update, rows, budget)}
+CLAIMS = {f.__name__: [f()] for f in (divergences, online, schedule, teachers, update, budget)}
+CLAIMS["rows"] = [
+    rows(3_000, ("addition", "chains", "walk")),
+    rows(10_000, ("walk",)),
+    rows(30_000, ("addition", "walk")),
+]
 
 
 # ---- What is built once ----
@@ -345,7 +353,7 @@ def train(task: str, arm: Arm, teacher: Path, student: Path, table: Path, tokens
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         bf16=False,
     )
     common |= dict(arm.options)
@@ -380,7 +388,7 @@ def train(task: str, arm: Arm, teacher: Path, student: Path, table: Path, tokens
 
 def train_sft(task: str, arm: Arm, teacher: Path, run: Path, seed: int) -> dict:
     """A new student of the answers of the SFT student and `arm.count` more, for as many more steps."""
-    steps, answers = TASKS[task].sft_steps, TASKS[task].sft_answers
+    steps, answers = TASKS[task].sft_steps, arm.sft_answers or TASKS[task].sft_answers
     longer = build_student(task, teacher, run, seed, answers + arm.count, steps + arm.steps[-1])
     point = longer["curve"]["0"] | {"seconds": longer["seconds"]}
     return {"curve": {str(arm.steps[-1]): point}}
@@ -406,16 +414,10 @@ class Work:
     """Runs what the arms need, each thing once, in a few processes."""
 
     def __init__(self, directory: Path, jobs: int):
-        self.directory = directory
+        self.directory, self.jobs = directory, jobs
         self.pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
-        self.results: dict[Path, Future | dict] = {}
-
-    def do(self, stage: list[tuple]) -> None:
-        """Runs jobs that need nothing of each other, and waits for them."""
-        new = {path: (work, args) for path, work, *args in stage if path not in self.results}
-        futures = {path: self.pool.submit(once, path, work, *args) for path, (work, args) in new.items()}
-        wait(futures.values(), return_when=FIRST_EXCEPTION)
-        self.results |= {path: future.result() for path, future in futures.items()}
+        self.futures: dict[Path, Future] = {}
+        self.lock = threading.Lock()
 
     def teacher(self, task: str) -> Path:
         return (QUICKSTART if task == "addition" else self.directory / task) / "teacher"
@@ -433,54 +435,41 @@ class Work:
     def run(self, task: str, arm: Arm, seed: int) -> Path:
         return self.directory / task / f"runs-{seed}" / arm.key()
 
-    def all(self, wanted: list[tuple[str, Arm]], seeds: list[int]) -> None:
-        def result_of(path: Path) -> Path:
-            return path.with_name(f"{path.name}.json")
+    def result(self, path: Path, work: Callable, *args) -> dict:
+        """What the work gives, when it is done; `path` is the directory that it makes."""
+        with self.lock:
+            if path not in self.futures:
+                self.futures[path] = self.pool.submit(once, path.with_name(f"{path.name}.json"), work, *args)
+        return self.futures[path].result()
 
-        teachers = {self.teacher(task): task for task, _ in wanted if task != "addition"}
-        self.do([(result_of(path), build_teacher, task, path) for path, task in teachers.items()])
-        others = {self.scorer(task, arm): (task, arm.teacher) for task, arm in wanted if arm.teacher in OTHERS}
-        self.do(
-            [
-                (result_of(path), build_teacher, OTHERS[name], path, self.teacher(task))
-                for path, (task, name) in others.items()
-            ]
-        )
-        cells = [(task, arm, seed) for seed in seeds for task, arm in wanted]
-        self.do(
-            [
-                (
-                    result_of(student := self.student(task, arm, seed)),
-                    functools.partial(build_student, task, self.teacher(task), student),
-                    seed,
-                    arm.sft_answers or TASKS[task].sft_answers,
-                    TASKS[task].sft_steps,
-                )
-                for task, arm, seed in cells
-            ]
-        )
-        self.do(
-            [
-                (
-                    result_of(table := self.table(task, arm, seed)),
-                    functools.partial(build_table, task, arm.table(), self.teacher(task), self.scorer(task, arm)),
-                    self.student(task, arm, seed),
-                    table,
-                    seed,
-                )
-                for task, arm, seed in cells
-            ]
-        )
-        stage = []
-        for task, arm, seed in cells:
-            run, teacher, student = self.run(task, arm, seed), self.teacher(task), self.student(task, arm, seed)
-            if arm.rows == "sft":
-                stage.append((result_of(run), train_sft, task, arm, teacher, run, seed))
-                continue
-            table = self.table(task, arm, seed)
-            tokens = self.results[result_of(table)]["tokens"]
-            stage.append((result_of(run), train, task, arm, teacher, student, table, tokens, run, seed))
-        self.do(stage)
+    def cell(self, task: str, arm: Arm, seed: int) -> None:
+        """One run, after the models and the table that it needs."""
+        teacher, scorer = self.teacher(task), self.scorer(task, arm)
+        if task != "addition":
+            self.result(teacher, build_teacher, task, teacher)
+        if scorer != teacher:
+            self.result(scorer, build_teacher, OTHERS[arm.teacher], scorer, teacher)
+        student, answers = self.student(task, arm, seed), arm.sft_answers or TASKS[task].sft_answers
+        self.result(student, build_student, task, teacher, student, seed, answers, TASKS[task].sft_steps)
+        table = self.table(task, arm, seed)
+        own = self.result(table, build_table, task, arm.table(), teacher, scorer, student, table, seed)
+        run = self.run(task, arm, seed)
+        if arm.rows == "sft":
+            self.result(run, train_sft, task, arm, teacher, run, seed)
+        else:
+            self.result(run, train, task, arm, teacher, student, table, own["tokens"], run, seed)
+
+    def all(self, cells: list[tuple[str, Arm, int]]) -> None:
+        """Runs all cells, about in their order. Those that wait for a model take no process meanwhile."""
+        with ThreadPoolExecutor(4 * self.jobs) as threads:
+            waiting = [threads.submit(self.cell, *cell) for cell in dict.fromkeys(cells)]
+            try:
+                for future in as_completed(waiting):
+                    future.result()
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                self.pool.shutdown(cancel_futures=True)
+                raise
 
     def point(self, task: str, line: Line, seed: int) -> dict:
         """What is known of a line: measurements, seconds in all, and the table that was read."""
@@ -588,14 +577,13 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="SVG of the table `online`, to write")
     a = parser.parse_args()
     work, console = Work(a.directory, a.jobs), Console(width=200)
-    for name in a.tables:
-        claim = CLAIMS[name]()
+    for table, claim in [(name, claim) for name in a.tables for claim in CLAIMS[name]]:
         tasks = [task for task in claim.tasks if task in (a.tasks or claim.tasks)]
-        work.all([(task, arm) for task in tasks for arm in claim.arms], a.seeds)
+        work.all([(task, arm, seed) for seed in a.seeds for task in tasks for arm in claim.arms])
         for task in tasks:
-            for problems in ("choosing", "reported") if name == "divergences" else ("reported",):
+            for problems in ("choosing", "reported") if table == "divergences" else ("reported",):
                 show(claim, task, work, a.seeds, problems, console)
-            if name == "divergences":
+            if table == "divergences":
                 show_selection(claim, task, work, a.seeds, console)
     if a.figure:
         draw(work, a.seeds, a.figure)

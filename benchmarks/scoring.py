@@ -168,7 +168,7 @@ def main():
     packed = teachers._packs(model)
     batches = [
         teachers._inputs(model, [sequences[row] for row in rows])[0]
-        for rows in teachers._batches(lengths, a.max_batch_tokens, packed)
+        for rows in teachers.batches_of_like_length(lengths, a.max_batch_tokens, packed)
     ]
     teacher = LocalTeacher(model, a.max_batch_tokens)
     pays = teachers._SHARING_PAYS

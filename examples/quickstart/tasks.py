@@ -127,6 +127,41 @@ def write_chain(problem: str, rng: random.Random, slips: float = 0.15) -> str:
     return f"{working}#{total}"
 
 
+def make_walk(rng: random.Random) -> str:
+    """`7241/3865=`: from one number of four digits to another, no digit farther than 4 from its goal."""
+    start = [rng.randint(0, 9) for _ in range(4)]
+    while True:
+        goal = [min(9, max(0, digit + rng.randint(-4, 4))) for digit in start]
+        if goal != start:
+            return f"{''.join(map(str, start))}/{''.join(map(str, goal))}="
+
+
+def goal_of(problem: str) -> str:
+    return problem.rstrip("=").partition("/")[2]
+
+
+def write_walk(problem: str, rng: random.Random, slips: float = 0.1) -> str:
+    """`1873/2875=` becomes `#2873#[27]73#2873#2874#2875`: one digit a step, one nearer to its goal, whichever first.
+
+    After a slip, too, every step leads nearer: the answer is right if the walk ends at the goal.
+    """
+    state, goal = (list(map(int, part)) for part in problem.rstrip("=").split("/"))
+    working = ""
+    while True:
+        away = [i for i, (digit, wanted) in enumerate(zip(state, goal, strict=True)) if digit != wanted]
+        if len(working) < 100 and rng.random() < slips:
+            i = rng.randrange(len(state))
+            state[i] = rng.choice([digit for digit in range(10) if digit != state[i]])
+            text = "".join(map(str, state))
+            working += f"[#{text[: i + 1]}]{text[i + 1 :]}"
+        elif away:
+            i = rng.choice(away)
+            state[i] += 1 if goal[i] > state[i] else -1
+            working += "#" + "".join(map(str, state))
+        else:
+            return working
+
+
 TASKS = {
     "addition": Task(make_addition, sum_of, write_columns, max_answer_tokens=56, teacher_steps=850),
     "addition, in order": Task(make_addition, sum_of, write_columns_in_order, max_answer_tokens=56, teacher_steps=850),
@@ -134,4 +169,5 @@ TASKS = {
         make_digits, sum_of, write_sums, max_answer_tokens=56, teacher_steps=600, sft_answers=800, sft_steps=400
     ),
     "chains": Task(make_chain, sum_of, write_chain, max_answer_tokens=96, teacher_steps=850),
+    "walk": Task(make_walk, goal_of, write_walk, max_answer_tokens=140, teacher_steps=1_200),
 }
