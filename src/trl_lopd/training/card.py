@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -17,8 +18,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl.trainer.utils import generate_model_card, get_config_model_id
 
 from ..identity.cards import count_teachers, read_model_card, stamp_model_card
-from ..identity.fingerprint import TeacherFingerprint, content_id
+from ..identity.fingerprint import TeacherFingerprint, content_id, weights_part
+from ..identity.stamp import checkpoint_fingerprint
 from ..table.schema import TRAINED_ROWS, column_counts, row_hashes
+
+logger = logging.getLogger(__name__)
 
 _PAPER = {
     "title": "Lightning OPD: Efficient Post-Training for Large Reasoning Models with Offline On-Policy Distillation",
@@ -47,6 +51,25 @@ class SavedCheckpoint:
     directory: str
     step: int
     fingerprint: TeacherFingerprint | None
+
+
+def fingerprint_saved(trainer: Trainer, directory: str) -> TeacherFingerprint | None:
+    """Computes the fingerprint of weights that an [`OfflineOPDTrainer`] just saved; `None` if they have none.
+
+    An adapter over another base than it was trained on is not what was trained, and gets none: its base was changed
+    after it was loaded, or what its config names was.
+    """
+    fingerprint, student = checkpoint_fingerprint(directory), trainer.student
+    if fingerprint is None or fingerprint.adapter is None or student.is_adapter:
+        return fingerprint  # the id of a student that is an adapter already does not tell its base from the adapter
+    if fingerprint.weights.startswith(weights_part(student.fingerprint or "")):
+        return fingerprint
+    logger.warning(
+        f"The adapter in {directory} was not trained over the base that it names in `adapter_config.json`: loaded "
+        f"from there, it is another model. Save the base that it was trained on, {student.fingerprint}, and name its "
+        "directory as `base_model_name_or_path`. The card is not bound to the weights."
+    )
+    return None
 
 
 def describe_round(trainer: Trainer) -> dict[str, Any]:

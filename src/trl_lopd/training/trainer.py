@@ -22,10 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..identity.cards import count_teachers, record_of
-from ..identity.stamp import checkpoint_fingerprint
 from ..processes import on_main_process
 from ..table.schema import TableRows
-from .card import SavedCheckpoint, check_resumed, describe_round, write_arguments, write_card
+from .card import SavedCheckpoint, check_resumed, describe_round, fingerprint_saved, write_arguments, write_card
 from .collator import FILLER
 from .config import OfflineOPDConfig, refuse_tensor_parallelism, refuse_unsupported
 from .criteria import choose_best_model_metric
@@ -333,7 +332,7 @@ class OfflineOPDTrainer(Trainer):
             self.rows.trained.gather()
         if self.is_world_process_zero():
             os.makedirs(output_dir, exist_ok=True)  # with sharded weights the directory may not exist yet
-            self.saved = SavedCheckpoint(output_dir, self.state.global_step, checkpoint_fingerprint(output_dir))
+            self.saved = SavedCheckpoint(output_dir, self.state.global_step, fingerprint_saved(self, output_dir))
             write_arguments(self, output_dir)
         # After saving the weights, because PEFT writes its own card with them.
         self.create_model_card(output_dir=output_dir)
