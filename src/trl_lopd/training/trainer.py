@@ -441,18 +441,20 @@ class OfflineOPDTrainer(Trainer):
         # Discard the state of unfinished steps.
         self.window.reset()
         self._check_loss.reset()
-        checkpoint = kwargs.get("resume_from_checkpoint")
+        checkpoint, begun_at = kwargs.get("resume_from_checkpoint"), None
         if checkpoint is not None:
-            on_main_process(self.accelerator.state, lambda: check_resumed(self, checkpoint))
+            begun_at = on_main_process(self.accelerator.state, lambda: check_resumed(self, checkpoint))
             if isinstance(self.train_dataset, IterableDataset):
                 self.rows.trained.resume(checkpoint)
-        return super()._inner_training_loop(*args, **kwargs)
+        output = super()._inner_training_loop(*args, **kwargs)
+        if begun_at is not None and begun_at == self.state.global_step >= self.state.max_steps:
+            logger.warning(f"Training had reached its end, step {begun_at}: there is nothing to resume.")
+        return output
 
     def _run_epoch(self, *args, **kwargs):
         # `Trainer` would take another step from the checkpoint of a run that had reached its end.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-            logger.warning(f"Training had reached its end, step {self.state.global_step}: there is nothing to resume.")
             return
         super()._run_epoch(*args, **kwargs)
 
