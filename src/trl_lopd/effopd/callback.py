@@ -51,10 +51,8 @@ HISTORY = "effopd_history.json"
 # Directory of EffOPD's state in a checkpoint.
 DIRECTORY = "effopd"
 
-# Parameters that move by default: not embeddings, norms and the head, as in the released code.
-_ATTENTION_AND_MLP = re.compile(
-    r"\.(self_attn|attn|attention|self_attention|mlp|feed_forward|ffn|experts|block_sparse_moe)\.(?!.*norm)"
-)
+# The number of a layer in the name of a parameter.
+_LAYER = re.compile(r"\.\d+\.")
 # The first factors of LoRA, which do not move by default.
 _FIRST_FACTORS = re.compile(r"\blora_(embedding_)?A\b")
 
@@ -106,8 +104,9 @@ class EffOPDCallback(TrainerCallback):
         search (`str`, *optional*, defaults to `"first_fail"`):
             `"first_fail"` stops at the first scale that is no better than the one before, `"best"` tries all.
         parameters (`str`, *optional*):
-            Which parameters move: a regular expression searched in their names, or `"all"`. By default attention and
-            MLP without norms; with PEFT all trained parameters except the first factors (`lora_A`).
+            Which parameters move: a regular expression searched in their names, or `"all"`. By default all of
+            the layers (attention, or what stands for it, and MLP) except norms, and neither embeddings nor the head;
+            with PEFT all trained parameters except the first factors (`lora_A`).
         min_improvement (`float`, *optional*, defaults to `0.0`):
             Improvement over `W` that a candidate must exceed, in units of the gate.
         significance (`float`, *optional*, defaults to `0.2`):
@@ -481,7 +480,8 @@ class Shards:
         # An evaluation may have left some parameters gathered.
         self._reshard()
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        chosen = {name: p for name, p in trained.items() if _moves(name, parameters, is_peft_model(model))}
+        moving = _moving(model, parameters)
+        chosen = {name: p for name, p in trained.items() if name in moving}
         if not chosen:
             raise ValueError(
                 f"EffOPD has nothing to move: `parameters={parameters!r}` matches none of the trained parameters, "
@@ -566,14 +566,25 @@ class Shards:
                 module.reshard()
 
 
-def _moves(name: str, parameters: str | None, peft: bool) -> bool:
-    if parameters == "all":
-        return True
+def _moving(model: nn.Module, parameters: str | None) -> set[str]:
+    """Returns the names of the parameters that [`EffOPDCallback`] moves, if they are trained."""
+    names = {name for name, _ in model.named_parameters()}
     if parameters is not None:
-        return re.search(parameters, name) is not None
-    # Extrapolating both factors of `B A` does not extrapolate their product. If only B moves, the product moves along
-    # a line. While A has changed little, as in the first steps, where B starts at 0, it is the line of the steps.
-    return not _FIRST_FACTORS.search(name) if peft else _ATTENTION_AND_MLP.search(name) is not None
+        return names if parameters == "all" else {name for name in names if re.search(parameters, name)}
+    if is_peft_model(model):
+        # Extrapolating both factors of `B A` does not extrapolate their product. If only B moves, the product moves
+        # along a line. While A has changed little, as in the first steps, where B starts at 0, it is the line of the
+        # steps.
+        return {name for name in names if not _FIRST_FACTORS.search(name)}
+    # Attention and MLP, as in the released code. They have other names in each architecture, so all of a layer counts
+    # that is neither a norm nor an embedding.
+    return {
+        name
+        for path, module in model.named_modules()
+        if "norm" not in type(module).__name__.lower() and not isinstance(module, torch.nn.Embedding)
+        for name, _ in module.named_parameters(prefix=path, recurse=False)
+        if _LAYER.search(name)
+    }
 
 
 def _write_json(path: Path, content: Any) -> None:
