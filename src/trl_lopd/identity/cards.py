@@ -133,9 +133,16 @@ def count_teachers(counts: dict[str | None, int], known: Iterable[dict[str, Any]
         counts (`dict[str, int]`): Rows of each value in a `teacher_fingerprint` column; `None` and the empty string
             stand for rows without a teacher, which count in the shares only. A value that is no id is taken as a
             person's word.
-        known (`Iterable[dict]`, *optional*): Entries that say more about some of them.
+        known (`Iterable[dict]`, *optional*): Entries that say more about some of them. What does not hold for the
+            rows that are counted is left out, with a warning where entries contradict each other.
     """
-    about = {content_id(record["id"]): record for record in known}
+    entries: dict[str, list[dict[str, Any]]] = {}
+    for record in known:
+        entries.setdefault(content_id(record["id"]), []).append(record)
+    rows = Counter()
+    for id, count in counts.items():
+        rows[content_id(id or "")] += count
+    about = {content: _of_rows(rows[content], records) for content, records in entries.items()}
     total = sum(counts.values())
     return [
         {
@@ -146,6 +153,26 @@ def count_teachers(counts: dict[str | None, int], known: Iterable[dict[str, Any]
         for id, count in sorted(counts.items(), key=lambda item: -item[1])
         if id
     ]
+
+
+def _of_rows(rows: int, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What entries of one teacher or student say of these rows, which may be fewer than they were written for."""
+    merged = {key: value for record in records for key, value in record.items()}
+    for key in ("sampling", "scoring"):
+        settings = [dict(record[key]) for record in records if key in record]
+        cut = [values.pop("truncated_answers", None) for values in settings]
+        if any(values != settings[0] for values in settings):
+            logger.warning(
+                f"The rows of {merged['id']} have several records of `{key}`, of which the card of all has none: "
+                f"{' and '.join(json.dumps(values) for values in settings)}."
+            )
+            del merged[key]
+        elif settings:
+            merged[key] = settings[0]
+            # A count, of all of the answers that were sampled.
+            if None not in cut and sum(record.get("rows", 0) for record in records) == rows:
+                merged[key]["truncated_answers"] = sum(cut)
+    return merged
 
 
 # ---- Model cards ----
