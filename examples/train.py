@@ -72,6 +72,10 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
     }
     if script_args.teacher and not script_args.eval_prompts:
         raise SystemExit("`--teacher` is what models are compared with on `--eval_prompts`: give both, or neither.")
+    defaults = vars(ModelConfig())
+    changed = [name for name, value in vars(model_args).items() if "lora" in name and value != defaults[name]]
+    if changed and not model_args.use_peft:
+        raise SystemExit(f"`{'`, `'.join(changed)}` is for adapters, which are only trained with `--use_peft`.")
     train_table, eval_table = load_splits(script_args.dataset_name, script_args)
     if script_args.compare and "teacher_topk_ids" not in next(iter(train_table)):
         raise SystemExit("`--compare` needs a table with teacher top-k columns: score it with `top_k=8`.")
