@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -74,21 +75,9 @@ def load_benchmark(
             beside a text.
         OSError: If the file does not exist.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Give JSON lines.") from None
     rows: list[dict[str, Any]] = []
     given: dict[str, list] = {name: [] for name in TEMPLATE_COLUMNS}
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error}). Give JSON lines.") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number} is no JSON object with fields, but {line.strip()!r:.80}.")
+    for number, line, row in _json_lines(path):
         if not rows and prompt_column is None:
             prompt_column = next((name for name in PROMPT_COLUMNS if name in row), None)
             if prompt_column is None:
@@ -131,6 +120,24 @@ def load_benchmark(
         if any(values):
             benchmark = benchmark.add_column(name, values)
     return benchmark
+
+
+def _json_lines(path: str | Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Yields the number, the text and the content of each line that is not blank."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Give JSON lines.") from None
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error}). Give JSON lines.") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} is no JSON object with fields, but {line.strip()!r:.80}.")
+        yield number, line, row
 
 
 def _prompt(problem: Any, instruction: str | None, as_chat: bool) -> str | list[dict[str, Any]]:
