@@ -112,6 +112,9 @@ class EffOPDCallback(TrainerCallback):
         significance (`float`, *optional*, defaults to `0.2`):
             For a gate with one value per row: largest chance of accepting a candidate that is no better than `W`; see
             [`paired_p_value`].
+        each_teacher (`bool`, *optional*, defaults to `True`):
+            Whether the default gate, on rows of several `teacher_id`s, also refuses a candidate that is worse on those
+            of one of them, by as little chance: what one domain gains is not to be another's loss.
         greater_is_better (`bool`, *optional*):
             Whether higher values of the gate are better. Known for the gates here and the metrics of
             [`OfflineOPDTrainer`]; required for your own functions and metrics.
@@ -121,7 +124,8 @@ class EffOPDCallback(TrainerCallback):
 
     Attributes:
         history (`list[dict]`): For each search: `step`, `scores` by scale (that of `W` under 1), `accepted` (scale, 1
-            if none), `p_value`, `delta_norm`, `delta_cosine` with the direction of the previous search, `seconds`.
+            if none), `p_value`, `worse_on` (teachers whose rows forbade it), `delta_norm`, `delta_cosine` with the
+            direction of the previous search, `seconds`.
 
     Raises:
         ValueError: If an option is out of range, no parameter matches, or there are no rows for the gate.
@@ -140,6 +144,7 @@ class EffOPDCallback(TrainerCallback):
         parameters: str | None = None,
         min_improvement: float = 0.0,
         significance: float = 0.2,
+        each_teacher: bool = True,
         greater_is_better: bool | None = None,
         base_device: str = "cpu",
     ):
@@ -164,7 +169,7 @@ class EffOPDCallback(TrainerCallback):
                 raise ValueError(f"`parameters={parameters!r}` is no regular expression: {error}.") from None
         self.trainer, self.scales, self.search, self.schedule = trainer, tuple(scales), search, schedule
         self.min_improvement, self.significance, self.base_device = min_improvement, significance, base_device
-        self.parameters = parameters
+        self.parameters, self.each_teacher = parameters, each_teacher
         self.gate = resolve_gate(trainer, gate, gate_dataset, gate_rows, greater_is_better)
         direction = getattr(self.gate, "greater_is_better", None)
         if None not in (direction, greater_is_better) and direction is not greater_is_better:
@@ -312,6 +317,8 @@ class EffOPDCallback(TrainerCallback):
             accepted = best_scale > 1 and np.isfinite(scores[1]).all() and gains.mean() > self.min_improvement
             # No correction for several candidates, because candidates on one line gain and lose together.
             accepted = accepted and (p_value is None or p_value <= self.significance)
+            worse = self._worse(gains) if accepted else []
+            accepted = accepted and not worse
             if accepted and best_scale != scale:
                 self._move(base, current, best_scale)
         except BaseException:
@@ -330,12 +337,20 @@ class EffOPDCallback(TrainerCallback):
             "scores": {str(scale): self.sign * float(values.mean()) for scale, values in scores.items()},
             "accepted": best_scale if accepted else 1,
             "p_value": p_value,
+            "worse_on": worse,
             "delta_norm": norm,
             "delta_cosine": cosine,
             "seconds": round(time.perf_counter() - start, 3),
         }
         self.history.append(result)
         self._report(result)
+
+    def _worse(self, gains: np.ndarray) -> list[str]:
+        """The teachers on whose rows a candidate is worse, beyond chance."""
+        teacher_ids = getattr(self.gate, "teacher_ids", None) if self.each_teacher else None
+        parts = {} if teacher_ids is None else {t: gains[teacher_ids == t] for t in sorted({*teacher_ids.tolist()})}
+        losses = {teacher: -part for teacher, part in parts.items() if len(parts) > 1 and part.mean() < 0}
+        return [teacher for teacher, loss in losses.items() if paired_p_value(loss) <= self.significance]
 
     def _ask(self) -> np.ndarray:
         """Evaluates the gate for the current weights: `(rows,)`, lower is better, the same on every process."""

@@ -100,7 +100,7 @@ def describe_round(trainer: Trainer) -> dict[str, Any]:
 # rows of a step (however many processes share them); and those restored with the optimizer and the scheduler, where
 # another value would be ignored.
 _KEPT_ARGUMENTS = (
-    *("beta", "advantage_clip", "ratio_clip", "loss_aggregation", "teacher_logprob_floor"),
+    *("beta", "advantage_clip", "ratio_clip", "loss_aggregation", "teacher_weights", "teacher_logprob_floor"),
     *("max_completion_length", "max_length"),
     *("seed", "data_seed", "train_sampling_strategy", "packing", "dataloader_drop_last", "total_train_batch_size"),
     *("learning_rate", "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim"),

@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..identity.cards import count_teachers, record_of
 from ..processes import on_main_process
-from ..table.schema import TableRows
+from ..table.schema import TEACHER_ID, TableRows
 from .card import SavedCheckpoint, check_resumed, describe_round, fingerprint_saved, write_arguments, write_card
 from .collator import FILLER
 from .config import OfflineOPDConfig, refuse_tensor_parallelism, refuse_unsupported
@@ -286,7 +286,7 @@ class OfflineOPDTrainer(Trainer):
             )
         self._evaluated = EvaluationTotals(self.accelerator)
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics = self._evaluated.metrics(self.args.loss_aggregation)
+        metrics = self._evaluated.metrics(self.args.loss_aggregation, getattr(dataloader.dataset, "teacher_ids", None))
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
@@ -388,8 +388,8 @@ class OfflineOPDTrainer(Trainer):
             self.rows.use_for_training(dataset)
         elif not self.rows.is_prepared(dataset):  # passed after the initialization
             self.rows.prepare(dataset, "eval_dataset" if description == "Evaluation" else "test_dataset")
-        # Only training uses micro-batches, because evaluation has its own batch size.
-        self.data_collator = replace(collator, max_tokens=self.args.max_tokens_per_device if training else None)
+        # Only training uses weights, and micro-batches: evaluation has its own batch size.
+        self.data_collator = replace(collator, **({} if training else {"max_tokens": None, "teacher_weights": None}))
         if isinstance(dataset, IterableDataset):
             self.data_collator.validate = self.rows.check_of(dataset)
             if (processes := self.accelerator.num_processes) > 1:
@@ -407,7 +407,7 @@ class OfflineOPDTrainer(Trainer):
             self.data_collator = collator
 
     def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> TableRows | PackedRows:
-        rows = TableRows(dataset)
+        rows = TableRows(dataset, (TEACHER_ID,) if self.args.teacher_weights else ())
         if not self.args.packing or description != "Training":
             return rows
         row_lengths = fitting_lengths(dataset, self.args)
