@@ -72,6 +72,10 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
     }
     if script_args.teacher and not script_args.eval_prompts:
         raise SystemExit("`--teacher` is what models are compared with on `--eval_prompts`: give both, or neither.")
+    defaults = vars(ModelConfig())
+    changed = [name for name, value in vars(model_args).items() if "lora" in name and value != defaults[name]]
+    if changed and not model_args.use_peft:
+        raise SystemExit(f"`{'`, `'.join(changed)}` is for adapters, which are only trained with `--use_peft`.")
     train_table, eval_table = load_splits(script_args.dataset_name, script_args)
     if script_args.compare and "teacher_topk_ids" not in next(iter(train_table)):
         raise SystemExit("`--compare` needs a table with teacher top-k columns: score it with `top_k=8`.")
@@ -131,6 +135,10 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
             answer_after=script_args.answer_after,
             teacher=script_args.teacher,
             held_out=held_out,
+            revisions={"SFT student": training_args.model_init_kwargs["revision"]},
+            trust_remote_code=training_args.model_init_kwargs.get(
+                "trust_remote_code", training_args.trust_remote_code
+            ),
             max_completion_length=script_args.eval_max_completion_length,
         )
     trainer.accelerator.wait_for_everyone()
@@ -192,9 +200,16 @@ if __name__ == "__main__":
     flags = with_quickstart(sys.argv[1:])
     if not {"-v", "--verbose"} & {*flags} and not TrainScriptArguments.verbose:
         hide_what_libraries_say()
-    *parsed, remaining = make_parser().parse_args_and_config(flags, return_remaining_strings=True)
+    *parsed, of_config, stray = make_parser().parse_args_and_config(
+        flags, return_remaining_strings=True, separate_remaining_strings=True
+    )
     try:
-        refuse_unknown_options(remaining)
+        refuse_unknown_options([*of_config, *stray])
     except ValueError as error:
         raise SystemExit(str(error)) from None
+    if stray:  # `accelerate launch` does not read what comes after the script
+        raise SystemExit(
+            f"{' '.join(stray)!r} would be ignored: it belongs to no option of this script. Options of `accelerate "
+            "launch` go before the script; `trl-lopd train` takes both."
+        )
     main(*parsed)

@@ -26,6 +26,7 @@ from .generation.scoring import score_rollouts
 from .generation.servers import VLLMServer
 from .identity.cards import load_rows, load_table, read_model_card, stamp_dataset_card
 from .identity.fingerprint import fingerprint_teacher
+from .models import hub_kwargs
 from .processes import processes
 
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
@@ -109,7 +110,7 @@ class ScoreArguments(ScoringOptions, TableArguments):
     )
     fingerprint: str | None = field(
         default=None,
-        metadata={"help": "The model that the server is declared to serve: directory or Hub id."},
+        metadata={"help": "The model that the server is declared to serve: directory or Hub id, of `revision`."},
     )
     teacher_card: str | None = field(
         default=None,
@@ -195,7 +196,7 @@ def score(args: ScoreArguments) -> Dataset:
             if args.teacher_card:
                 options["teacher_card"] = read_model_card(args.teacher_card)
             if args.fingerprint:
-                options["fingerprint"] = fingerprint_teacher(args.fingerprint)
+                options["fingerprint"] = fingerprint_teacher(args.fingerprint, **hub_kwargs(args.init_kwargs))
         return _pushed(
             score_rollouts(rollouts, teacher, output_dir=args.output_dir, ref_model=args.ref_model, **options), args
         )

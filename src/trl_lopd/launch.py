@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
 from accelerate.commands.launch import launch_command, launch_command_parser
 
 SCRIPT = Path(__file__).parent / "scripts" / "train.py"
+# A word that begins with a dash of any length and is no negative number.
+_FLAG = re.compile("[-\u2010-\u2015\u2212]+[^\W\d]")
 CONFIGS = Path(__file__).parent / "accelerate_configs"
 
 
@@ -31,7 +34,12 @@ def train(arguments: list[str]) -> None:
     refuse_unknown_options([*config_flags, *cli_flags])
     flags = _with_config_file([*config_flags, *cli_flags])
     launcher = launch_command_parser()
-    launch_command(launcher.parse_args([*flags, str(SCRIPT), *_without(arguments, cli_flags)]))
+    launch_args = launcher.parse_args([*flags, str(SCRIPT), *_without(arguments, cli_flags)])
+    if launch_args.training_script != str(SCRIPT):
+        raise ValueError(
+            f"{launch_args.training_script!r} belongs to no option: an option takes one value, or a list."
+        )
+    launch_command(launch_args)
 
 
 def refuse_unknown_options(remaining: list[str]) -> None:
@@ -42,12 +50,13 @@ def refuse_unknown_options(remaining: list[str]) -> None:
         remaining (`list[str]`): Flags and values, which may include those of `accelerate launch`.
 
     Raises:
-        ValueError: If a flag is not one of `accelerate launch` either.
+        ValueError: If a flag is not one of `accelerate launch` either, with two dashes.
     """
     launch_flags = {flag for action in launch_command_parser()._actions for flag in action.option_strings}
     for flag in remaining:
         name = flag.partition("=")[0]
-        if name.startswith("--") and name not in {*launch_flags, "--accelerate_config"}:
+        # Other dashes than two are typed by mistake, or by an editor.
+        if _FLAG.match(name) and name not in {*launch_flags, "--accelerate_config"}:
             script = {flag for action in _script().make_parser()._actions for flag in action.option_strings}
             near = difflib.get_close_matches(name, [*script, *launch_flags], n=1)
             raise ValueError(f"`{name}` is not an option.{f' Did you mean `{near[0]}`?' if near else ''}")

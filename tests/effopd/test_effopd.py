@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_args, make_model, make_rollouts, without_topk
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MambaConfig,
+    OPTConfig,
+    Qwen3NextConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 
 from trl_lopd import EffOPDCallback, OfflineOPDTrainer, RewardGate, read_model_card
-from trl_lopd.effopd.callback import HISTORY, powers_of_two
+from trl_lopd.effopd.callback import HISTORY, Shards, powers_of_two
 from trl_lopd.effopd.gates import MetricGate, paired_p_value
 
 # ---- A quadratic, and a trainer that is not ours ----
@@ -543,3 +554,41 @@ def test_moving_the_second_factor_follows_the_product_where_moving_both_does_not
         for m in (3, 7, 11):
             second, both = errors(start, end, m)
             assert second < both, (start, end, m)
+
+
+@pytest.mark.parametrize(
+    "config, stays",
+    [
+        (
+            LlamaConfig(
+                hidden_size=8, intermediate_size=16, num_attention_heads=2, num_hidden_layers=2, vocab_size=32
+            ),
+            r"norm|embed_tokens|lm_head",
+        ),
+        (
+            OPTConfig(
+                hidden_size=8, ffn_dim=16, num_attention_heads=2, word_embed_proj_dim=8, num_hidden_layers=2,
+                vocab_size=32,
+            ),
+            r"norm|embed_|lm_head",
+        ),
+        (
+            Qwen3NextConfig(
+                hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+                linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+                num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8,
+                num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], vocab_size=32,
+            ),
+            r"norm|embed_tokens|lm_head",
+        ),
+        (MambaConfig(hidden_size=8, state_size=4, num_hidden_layers=2, vocab_size=32), r"norm|embeddings|lm_head"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)  # fmt: skip
+def test_all_of_a_layer_but_its_norms_moves_whatever_its_parts_are_called(config, stays):
+    model = AutoModelForCausalLM.from_config(config)
+    names = [name for name, _ in model.named_parameters()]
+    expected = [name for name in names if not re.search(stays, name)]
+    accelerator = SimpleNamespace(num_processes=1)
+    trainer = SimpleNamespace(model=model, is_deepspeed_enabled=False, accelerator=accelerator)
+    assert Shards(trainer, None).names == expected

@@ -59,6 +59,31 @@ def test_a_benchmark_s_fields_are_found(tmp_path, field):
     assert load_benchmark(path).to_list() == expected
 
 
+def test_numbers_are_answers_as_they_are_written(tmp_path):
+    path = tmp_path / "b.jsonl"
+    numbers = ["0.00001", "0.50", "1e400", "-7", "100000000000000000000000"]
+    path.write_text("".join(f'{{"prompt": "p", "answer": {number}}}\n' for number in numbers))
+    assert load_benchmark(path)["answer"][:] == numbers
+
+
+def test_tools_are_read_by_the_template_or_refused(tmp_path):
+    path = tmp_path / "b.jsonl"
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+    chat = [{"role": "user", "content": "p"}]
+    path.write_text(
+        json.dumps({"prompt": chat, "answer": "1", "tools": tools, "chat_template_kwargs": {"thinks": False}})
+        + "\n"
+        + json.dumps({"prompt": chat, "answer": "2"})
+    )
+    benchmark = load_benchmark(path)
+    assert [tools and json.loads(tools) for tools in benchmark["tools"]] == [tools, None]
+    assert benchmark["chat_template_kwargs"][:] == [{"thinks": False}, None]
+    path.write_text(json.dumps({"prompt": "p", "answer": "1", "tools": tools}))
+    assert "tools" in load_benchmark(path, as_chat=True).column_names
+    with pytest.raises(ValueError, match="line 1: `tools` are for the chat template.*`as_chat`"):
+        load_benchmark(path)
+
+
 def test_other_fields_conversations_and_instructions(tmp_path):
     path = tmp_path / "b.jsonl"
     path.write_text(json.dumps({"Problem": "p", "Answer": "1", "prompt": "other"}))

@@ -20,7 +20,8 @@ from trl_lopd import (
 )
 from trl_lopd.cli import main
 
-PROMPTS = ["w5 w6", "w7", "w8 w9 w10", "w11"] * 4
+# A space between prompt and answer, which TRL puts together as texts.
+PROMPTS = ["w5 w6 ", "w7 ", "w8 w9 w10 ", "w11 "] * 4
 
 
 class WaitForPush(TrainerCallback):

@@ -4,10 +4,18 @@ import re
 
 import pytest
 import yaml
+from datasets import concatenate_datasets
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from trl_lopd.identity.cards import read_model_card, stamp_model_card
+from trl_lopd import collect_rollouts, score_rollouts
+from trl_lopd.identity.cards import (
+    read_dataset_card,
+    read_model_card,
+    record_of,
+    stamp_dataset_card,
+    stamp_model_card,
+)
 from trl_lopd.identity.fingerprint import TeacherFingerprint
 
 A = TeacherFingerprint(weights="1" * 64, tokenizer="2" * 64, chat_template="3" * 64, model_id="org/teacher-a")
@@ -298,3 +306,38 @@ def test_card_out_of_reach_counts_as_none_and_says_so(monkeypatch, caplog):
 def test_offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert read_model_card("trl-lopd-tests/no-such-model") == {}
+
+
+# ---- Records of rows that were taken, or put together ----
+
+
+def rollouts_at(student_dir, temperature, seed=0):
+    options = {"max_completion_length": 4, "ref_logprobs": False, "temperature": temperature, "seed": seed}
+    return collect_rollouts(["w5 w6", "w7", "w8", "w9"], student_dir, **options)
+
+
+def test_a_card_counts_the_rows_that_are_there(tmp_path, student_dir, teacher_dir):
+    some = rollouts_at(student_dir, 0.8).select([0, 2])
+    (student,) = record_of(score_rollouts(some, teacher_dir, top_k=2))["students"]
+    assert student["rows"] == 2 and "truncated_answers" not in student["sampling"]
+    stamp_dataset_card(tmp_path, some)
+    (student,) = read_dataset_card(tmp_path)["students"]
+    assert student["rows"] == 2 and "truncated_answers" not in student["sampling"]
+
+
+def test_rows_without_a_student_have_none_that_was_of_more(student_dir, teacher_dir, caplog):
+    rows = rollouts_at(student_dir, 0.8).remove_columns("student_fingerprint")
+    assert record_of(score_rollouts(rows, teacher_dir, top_k=2))["students"][0]["rows"] == 4
+    assert "`student_fingerprint`" not in caplog.text
+    assert "students" not in record_of(score_rollouts(rows.select([1]), teacher_dir, top_k=2))
+    assert "`student_fingerprint`" in caplog.text
+
+
+def test_two_samplings_are_not_one(tmp_path, student_dir, teacher_dir, caplog):
+    mixed = concatenate_datasets([rollouts_at(student_dir, 0.8), rollouts_at(student_dir, 1.2)])
+    (student,) = record_of(score_rollouts(mixed, teacher_dir, top_k=2))["students"]
+    assert student["rows"] == 8 and "sampling" not in student
+    assert "several records of `sampling`" in caplog.text
+    seeds = concatenate_datasets([rollouts_at(student_dir, 0.8), rollouts_at(student_dir, 0.8)])
+    (student,) = record_of(score_rollouts(seeds, teacher_dir, top_k=2))["students"]
+    assert student["rows"] == 8 and student["sampling"]["temperature"] == 0.8

@@ -143,7 +143,9 @@ def test_shares_count_all_rows_and_earlier_sft_data(tmp_path, tokenizer, caplog)
         checkpoint=fingerprint_teacher(base),
         opd_rounds=[{"student": a}],
     )
-    rows = Dataset.from_dict({"x": range(7), "teacher_fingerprint": [b] * 4 + [a] + [None, ""]})
+    answers = [[5, 6]] * 7
+    rows = {"input_ids": answers, "completion_ids": answers, "teacher_fingerprint": [b] * 4 + [a] + [None, ""]}
+    rows = Dataset.from_dict(rows)
     model = make_model(seed=5).from_pretrained(base)
     with caplog.at_level(logging.WARNING):
         callback = TeacherStampCallback(make_trainer(tmp_path, rows, model))
@@ -154,7 +156,9 @@ def test_shares_count_all_rows_and_earlier_sft_data(tmp_path, tokenizer, caplog)
     ]  # fmt: skip
 
 
-def test_what_was_not_verified_stays_so_through_training(tmp_path, teacher_dir, student_dir, tokenizer, table):
+def test_what_was_not_verified_stays_so_through_training(
+    tmp_path, teacher_dir, student_dir, tokenizer, table, answers
+):
     """Neither a round that was let pass nor SFT on top of it makes a claim stronger than it was."""
     from conftest import make_args
 
@@ -168,8 +172,7 @@ def test_what_was_not_verified_stays_so_through_training(tmp_path, teacher_dir, 
         assert [t["evidence"] for t in read_model_card(tmp_path / mode)["sft_teachers"]] == ["declared"]
         with pytest.raises(TeacherConsistencyError):
             OfflineOPDTrainer(str(tmp_path / mode), make_args(tmp_path), table)
-    rows = Dataset.from_dict({"teacher_fingerprint": [fingerprint_teacher(teacher_dir).id] * 2})
-    callback = TeacherStampCallback(make_trainer(tmp_path, rows, make_model().from_pretrained(copied)))
+    callback = TeacherStampCallback(make_trainer(tmp_path, answers, make_model().from_pretrained(copied)))
     assert {t["evidence"] for t in callback.sft_teachers} == {"declared", "verified"}
 
 

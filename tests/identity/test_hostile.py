@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
@@ -9,6 +10,7 @@ import shutil
 import pytest
 import torch
 from conftest import make_args, make_model, make_rollouts, make_tokenizer, make_trainer, save_student
+from datasets import concatenate_datasets
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
@@ -242,14 +244,34 @@ def test_a_checkpoint_is_resumed_by_its_own_run_alone(tmp_path, tokenizer, teach
         (twin, table, {}, "`student` was student@.* and is twin@"),
         (student_dir, table.select(range(20)), {}, "other rows than the 20"),
         (student_dir, table, {"loss_aggregation": "token_mean"}, "`loss_aggregation` was sequence_mean"),
+        (student_dir, table.select(range(23, -1, -1)), {}, "same rows, in another order or number"),
+        (student_dir, concatenate_datasets([table, table]), {}, "same rows, in another order or number"),
+        (student_dir, table, {"gradient_accumulation_steps": 2}, "total_train_batch_size` was 4 and is 8"),
+        (student_dir, table, {"per_device_train_batch_size": 2}, "total_train_batch_size` was 4 and is 2"),
+        (student_dir, table, {"dataloader_drop_last": True}, "`dataloader_drop_last` was False and is True"),
         (student_dir, table, {"max_completion_length": 5}, "`max_completion_length` was 4096 and is 5"),
         (tmp_path / "out" / "checkpoint-4", table, {}, "1 rounds .*, and that of .* of 1 before"),
     ):
         with pytest.raises(ValueError, match=message):
             make_trainer(tmp_path, student, rows, **options, **changes).train(resume_from_checkpoint=first)
-    resumed = make_trainer(tmp_path, student_dir, table, **options)
-    resumed.train(resume_from_checkpoint=first)
-    assert resumed.state.global_step == 4
+    same_batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    for changes in ({}, same_batch):
+        resumed = make_trainer(tmp_path, student_dir, table, **options, **changes)
+        resumed.train(resume_from_checkpoint=first)
+        assert resumed.state.global_step == 4
+
+
+def test_rows_grouped_by_length_are_grouped_by_the_batch_of_a_process(tmp_path, student_dir, table):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    options["train_sampling_strategy"] = "group_by_length"
+    make_trainer(tmp_path, student_dir, table, **options).train()
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    settings = json.loads((checkpoint / "training_args.json").read_text())
+    # As two processes would have it.
+    settings["per_device_train_batch_size"] = 2
+    (checkpoint / "training_args.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="groups of .* rows"):
+        make_trainer(tmp_path, student_dir, table, **options).train(resume_from_checkpoint=str(checkpoint))
 
 
 TEMPLATE = (

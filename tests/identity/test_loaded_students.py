@@ -109,10 +109,12 @@ def test_a_model_whose_directory_is_gone_is_what_it_holds(tmp_path, student_dir,
 
 
 REVISIONS = """
-import sys
+import json, sys
+from pathlib import Path
 from datasets import load_from_disk
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
-from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer, TeacherConsistencyError
+from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer, TeacherConsistencyError, read_model_card
 
 first, table, out = sys.argv[1], load_from_disk(sys.argv[2]), sys.argv[3]
 args = OfflineOPDConfig(out, report_to="none", use_cpu=True)
@@ -122,6 +124,16 @@ for revision in (first, "main"):
         print(OfflineOPDTrainer(model, args, table).describe_round()["teacher_consistency"])
     except TeacherConsistencyError as error:
         print("names no SFT teacher" in str(error))
+lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+for is_wrapped in (False, True):
+    model = AutoModelForCausalLM.from_pretrained("tester/student", revision=first, dtype="float32")
+    if is_wrapped:
+        trainer = OfflineOPDTrainer(get_peft_model(model, lora), args, table)
+    else:
+        trainer = OfflineOPDTrainer(model, args, table, peft_config=lora)
+    trainer.save_model()
+    named = json.loads(Path(out, "adapter_config.json").read_text())
+    print(named["base_model_name_or_path"], named["revision"] == first, "model" in read_model_card(out))
 """
 
 
@@ -141,4 +153,15 @@ def test_a_revision_is_judged_by_its_own_card_and_weights(tmp_path, student_dir,
             timeout=300,
         )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[-3:-1] == ["verified", "True"]
+    assert done.stdout.split("\n")[-5:-1] == ["verified", "True", *["tester/student True True"] * 2]
+
+
+def test_an_adapter_whose_base_is_not_what_it_names_is_warned_of(tmp_path, student_dir, table, caplog):
+    """It would be loaded over other weights than it was trained on."""
+    for change, is_other in ((lambda model: model, False), (changed, True)):
+        args = OfflineOPDConfig(tmp_path / "out", report_to="none", use_cpu=True, teacher_consistency="warn")
+        trainer = OfflineOPDTrainer(change(load(student_dir)), args, table, peft_config=LORA)
+        caplog.clear()
+        trainer.save_model()
+        assert ("was not trained over the base that it names" in caplog.text) == is_other
+        assert ("model" in read_model_card(tmp_path / "out")) != is_other

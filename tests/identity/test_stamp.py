@@ -16,13 +16,20 @@ A, B = (f"{name}@1-{i:012x}-{i:08x}-{i:08x}" for i, name in enumerate("ab", star
 
 def make_rows(teacher, count=16, start=3):
     """As `generate_sft_data` writes them, with prompts of one token and longer completions."""
+    answers = [[start + (i + j * j) % 17 for j in range(i % 9 + 1)] for i in range(count)]
     return Dataset.from_dict(
         {
             "prompt": [f"w{start + i % 20}" for i in range(count)],
-            "completion": [" ".join([f"w{start + i % 7}"] * (i % 9 + 1)) for i in range(count)],
+            "completion": ["".join(f" w{id}" for id in answer) for answer in answers],
+            "prompt_ids": [[start + i % 20] for i in range(count)],
+            "completion_ids": [[*answer, 1] for answer in answers],
             "teacher_fingerprint": [teacher] * count,
         }
     )
+
+
+def with_other_texts(rows):
+    return rows.map(lambda row: {"completion": " w30 w29" * len(row["completion_ids"])})
 
 
 def make_trainer(tmp_path, tokenizer, rows, formatting_func=None, **options):
@@ -45,7 +52,7 @@ def stamped(tmp_path, trainer, *given):
 
 
 def as_text(row):
-    return f"{row['prompt']} {row['completion']}"
+    return row["prompt"] + row["completion"]
 
 
 OPTIONS = [
@@ -54,7 +61,7 @@ OPTIONS = [
     {"packing": True},
     {"packing": True, "max_length": 8},  # sequences are cut
     {"packing": True, "packing_strategy": "wrapped"},
-    {"packing": True, "packing_strategy": "bfd_split", "max_length": 4},
+    {"packing": True, "packing_strategy": "bfd_split", "max_length": 9},
     {"formatting_func": as_text, "completion_only_loss": False},
     {"formatting_func": as_text, "completion_only_loss": False, "packing": True},
     {"shuffle_dataset": True},
@@ -73,6 +80,49 @@ def test_what_trl_does_to_the_rows_is_no_other_data(tmp_path, tokenizer, options
         assert stamped(tmp_path, trainer, rows) == ({A: (16, 1.0, "verified")}, 16)
     compared = options.get("packing_strategy") is None
     assert ("cannot be compared" in caplog.text) is not compared
+
+
+@pytest.mark.parametrize("column", [True, False], ids=["with the column", "without"])
+@pytest.mark.parametrize("options", OPTIONS[:5] + OPTIONS[6:], ids=str)
+def test_other_texts_than_were_sampled_are_declared(tmp_path, tokenizer, options, column, caplog):
+    """Whatever the tokenizers' fingerprints are: that of `A` is not the trainer's."""
+    rows = with_other_texts(make_rows(A))
+    trained = rows if column else rows.remove_columns(["teacher_fingerprint", "completion_ids"])
+    trainer = make_trainer(tmp_path, tokenizer, trained, **options)
+    with caplog.at_level(logging.WARNING, logger="trl_lopd"):
+        assert stamped(tmp_path, trainer, rows) == ({A: (16, 1.0, "declared")}, 16)
+    assert caplog.text.count("only declares") == 1 and A in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["late", "of one token"])
+def test_all_rows_of_a_teacher_may_be_compared(tmp_path, tokenizer, kind):
+    rows = make_rows(A)
+    if kind == "late":
+        rows = concatenate_datasets([make_rows("", 520), rows])
+    else:
+        rows = rows.map(lambda row: {"completion_ids": row["completion_ids"][:1]})
+    callback = TeacherStampCallback(make_trainer(tmp_path, tokenizer, with_other_texts(rows)))
+    assert [t["evidence"] for t in callback.sft_teachers] == ["declared"]
+
+
+def test_each_teacher_is_compared_by_itself(tmp_path, tokenizer):
+    rows = concatenate_datasets([make_rows(A), with_other_texts(make_rows(B))])
+    callback = TeacherStampCallback(make_trainer(tmp_path, tokenizer, rows))
+    assert {t["id"]: t["evidence"] for t in callback.sft_teachers} == {A: "verified", B: "declared"}
+
+
+@pytest.mark.parametrize("column", ["completion_ids", "input_ids"])
+def test_what_cannot_be_compared_is_declared(tmp_path, tokenizer, column, caplog):
+    rows = make_rows(A)
+    trainer = make_trainer(tmp_path, tokenizer, rows)
+    if column == "input_ids":
+        trainer.train_dataset = rows  # a collator tokenizes
+    else:
+        trainer.train_dataset, rows = (data.remove_columns(column) for data in (trainer.train_dataset, rows))
+    with caplog.at_level(logging.WARNING, logger="trl_lopd"):
+        callback = TeacherStampCallback(trainer, rows)
+    assert [t["evidence"] for t in callback.sft_teachers] == ["declared"]
+    assert caplog.text.count("only declares") == 1 and f"`{column}`" in caplog.text
 
 
 def test_rows_that_truncation_leaves_nothing_of_are_not_counted(tmp_path, tokenizer):

@@ -15,7 +15,7 @@ from datasets import Dataset
 from servers import stub_server
 from trl import TrlParser
 
-from trl_lopd import cli, load_table
+from trl_lopd import cli, commands, fingerprint_teacher, load_table
 from trl_lopd.commands import RolloutArguments, ScoreArguments, load_prompts
 from trl_lopd.identity.cards import record_of
 
@@ -192,6 +192,23 @@ def test_a_served_teacher_is_declared_or_answers_the_student_s_card(tmp_path, te
         declared = ["--fingerprint", str(teacher_dir)]
         assert cli.main(["score", *flags, *declared, "--output_dir", str(tmp_path / "a")]) == 0
     assert load_table(tmp_path / "a", split="train")["teacher_fingerprint"][0].endswith("#declared")
+
+
+def test_a_declared_revision_is_the_one_that_is_fingerprinted(tmp_path, teacher_dir, monkeypatch):
+    from conftest import make_rollouts
+
+    make_rollouts(4).to_parquet(tmp_path / "rollouts.parquet")
+    asked = []
+    monkeypatch.setattr(
+        commands,
+        "fingerprint_teacher",
+        lambda name, **kwargs: asked.append(kwargs) or fingerprint_teacher(teacher_dir),
+    )
+    with stub_server("vllm", make_model(seed=1)) as server:
+        flags = ["--dataset_name", str(tmp_path / "rollouts.parquet"), "--teacher", server.url, "--top_k", "2"]
+        flags += ["--fingerprint", "org/teacher", "--revision", "v2", "--output_dir", str(tmp_path / "a")]
+        assert cli.main(["score", *flags]) == 0
+    assert asked == [{"revision": "v2", "trust_remote_code": False}]
 
 
 def test_wandb_gets_speed_and_totals(tmp_path, chat_models, monkeypatch):

@@ -359,3 +359,20 @@ def test_a_model_in_memory_whose_directory_is_gone_can_be_sampled(tmp_path, toke
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     shutil.rmtree(tmp_path / "student")
     assert len(collect_rollouts(["w5"], model, processing_class=tokenizer, max_completion_length=2)) == 1
+
+
+def test_a_config_or_revision_that_is_not_read_is_refused(tmp_path, table):
+    table.save_to_disk(tmp_path / "saved")
+    (tmp_path / "files").mkdir()
+    table.to_parquet(tmp_path / "files" / "train.parquet")
+    for name in ("saved", "files", "files/train.parquet"):
+        with pytest.raises(ValueError, match="`revision` is for a dataset on the Hub"):
+            load_table(tmp_path / name, revision="v2")
+    for name in ("saved", "files/train.parquet"):
+        with pytest.raises(ValueError, match="has no configurations: `config` is 'math'"):
+            load_table(tmp_path / name, "math")
+
+
+def test_the_only_split_keeps_its_name(tmp_path, table):
+    DatasetDict({"test": table}).save_to_disk(tmp_path / "saved")
+    assert load_table(tmp_path / "saved").split == "test"

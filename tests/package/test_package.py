@@ -135,6 +135,7 @@ def test_the_main_job_runs(tmp_path):
     ("flags", "message"),
     [
         (["--dataset_name", "x"], "Give both"),
+        (["--lora_r", "8"], "`lora_r` is for adapters.*--use_peft"),
         (["--model_name_or_path", "m", "--dataset_name", str(QUICKSTART / "table"), "--dataset_train_split", "trian"],
          "no split 'trian'.*test.*train"),
         (["--model_name_or_path", "m", "--dataset_name", str(QUICKSTART / "table" / "train.parquet"),

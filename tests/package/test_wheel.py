@@ -75,6 +75,9 @@ def test_train_without_a_clone(site, tmp_path, config):
     [
         ([], "`--accelerate_config` is a file, or one of ddp, fsdp2, .*zero3.*got 'zero9'"),
         (["--learnig_rate", "1e-5"], "`--learnig_rate` is not an option. Did you mean `--learning_rate`?"),
+        (["-learning_rate", "1e-5"], "`-learning_rate` is not an option. Did you mean `--learning_rate`?"),
+        (["\u2014learning_rate", "1e-5"], "`\u2014learning_rate` is not an option. Did you mean `--learning_rate`?"),
+        (["--accelerate_config", "single", "quickly"], "'quickly' belongs to no option"),
     ],
 )
 def test_mistaken_options_are_named_before_anything_is_launched(capsys, monkeypatch, tmp_path, config, flags, words):
@@ -88,4 +91,20 @@ def test_unknown_options_in_yaml_are_refused_by_the_script_too(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", "-v", "--config", config])
     with pytest.raises(SystemExit, match="`--learnig_rate` is not an option"):
+        runpy.run_path(str(ROOT / "examples" / "train.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["-learning_rate", "1e-5"], "`-learning_rate` is not an option. Did you mean `--learning_rate`?"),
+        (["\u2014learning_rate", "1e-5"], "`\u2014learning_rate` is not an option"),
+        (["quickly"], "'quickly' would be ignored"),
+        (["--num_processes", "2"], "'--num_processes 2' would be ignored.*before the script"),
+    ],
+)
+def test_words_that_the_script_would_ignore_are_refused(tmp_path, monkeypatch, config, flags, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", config, *flags, "-v"])
+    with pytest.raises(SystemExit, match=words):
         runpy.run_path(str(ROOT / "examples" / "train.py"), run_name="__main__")

@@ -51,10 +51,8 @@ HISTORY = "effopd_history.json"
 # Directory of EffOPD's state in a checkpoint.
 DIRECTORY = "effopd"
 
-# Parameters that move by default: not embeddings, norms and the head, as in the released code.
-_ATTENTION_AND_MLP = re.compile(
-    r"\.(self_attn|attn|attention|self_attention|mlp|feed_forward|ffn|experts|block_sparse_moe)\.(?!.*norm)"
-)
+# The number of a layer in the name of a parameter.
+_LAYER = re.compile(r"\.\d+\.")
 # The first factors of LoRA, which do not move by default.
 _FIRST_FACTORS = re.compile(r"\blora_(embedding_)?A\b")
 
@@ -106,13 +104,17 @@ class EffOPDCallback(TrainerCallback):
         search (`str`, *optional*, defaults to `"first_fail"`):
             `"first_fail"` stops at the first scale that is no better than the one before, `"best"` tries all.
         parameters (`str`, *optional*):
-            Which parameters move: a regular expression searched in their names, or `"all"`. By default attention and
-            MLP without norms; with PEFT all trained parameters except the first factors (`lora_A`).
+            Which parameters move: a regular expression searched in their names, or `"all"`. By default all of
+            the layers (attention, or what stands for it, and MLP) except norms, and neither embeddings nor the head;
+            with PEFT all trained parameters except the first factors (`lora_A`).
         min_improvement (`float`, *optional*, defaults to `0.0`):
             Improvement over `W` that a candidate must exceed, in units of the gate.
         significance (`float`, *optional*, defaults to `0.2`):
             For a gate with one value per row: largest chance of accepting a candidate that is no better than `W`; see
             [`paired_p_value`].
+        each_teacher (`bool`, *optional*, defaults to `True`):
+            Whether the default gate, on rows of several `teacher_id`s, also refuses a candidate that is worse on those
+            of one of them, by as little chance: what one domain gains is not to be another's loss.
         greater_is_better (`bool`, *optional*):
             Whether higher values of the gate are better. Known for the gates here and the metrics of
             [`OfflineOPDTrainer`]; required for your own functions and metrics.
@@ -122,7 +124,8 @@ class EffOPDCallback(TrainerCallback):
 
     Attributes:
         history (`list[dict]`): For each search: `step`, `scores` by scale (that of `W` under 1), `accepted` (scale, 1
-            if none), `p_value`, `delta_norm`, `delta_cosine` with the direction of the previous search, `seconds`.
+            if none), `p_value`, `worse_on` (teachers whose rows forbade it), `delta_norm`, `delta_cosine` with the
+            direction of the previous search, `seconds`.
 
     Raises:
         ValueError: If an option is out of range, no parameter matches, or there are no rows for the gate.
@@ -141,6 +144,7 @@ class EffOPDCallback(TrainerCallback):
         parameters: str | None = None,
         min_improvement: float = 0.0,
         significance: float = 0.2,
+        each_teacher: bool = True,
         greater_is_better: bool | None = None,
         base_device: str = "cpu",
     ):
@@ -165,7 +169,7 @@ class EffOPDCallback(TrainerCallback):
                 raise ValueError(f"`parameters={parameters!r}` is no regular expression: {error}.") from None
         self.trainer, self.scales, self.search, self.schedule = trainer, tuple(scales), search, schedule
         self.min_improvement, self.significance, self.base_device = min_improvement, significance, base_device
-        self.parameters = parameters
+        self.parameters, self.each_teacher = parameters, each_teacher
         self.gate = resolve_gate(trainer, gate, gate_dataset, gate_rows, greater_is_better)
         direction = getattr(self.gate, "greater_is_better", None)
         if None not in (direction, greater_is_better) and direction is not greater_is_better:
@@ -313,6 +317,8 @@ class EffOPDCallback(TrainerCallback):
             accepted = best_scale > 1 and np.isfinite(scores[1]).all() and gains.mean() > self.min_improvement
             # No correction for several candidates, because candidates on one line gain and lose together.
             accepted = accepted and (p_value is None or p_value <= self.significance)
+            worse = self._worse(gains) if accepted else []
+            accepted = accepted and not worse
             if accepted and best_scale != scale:
                 self._move(base, current, best_scale)
         except BaseException:
@@ -331,12 +337,20 @@ class EffOPDCallback(TrainerCallback):
             "scores": {str(scale): self.sign * float(values.mean()) for scale, values in scores.items()},
             "accepted": best_scale if accepted else 1,
             "p_value": p_value,
+            "worse_on": worse,
             "delta_norm": norm,
             "delta_cosine": cosine,
             "seconds": round(time.perf_counter() - start, 3),
         }
         self.history.append(result)
         self._report(result)
+
+    def _worse(self, gains: np.ndarray) -> list[str]:
+        """The teachers on whose rows a candidate is worse, beyond chance."""
+        teacher_ids = getattr(self.gate, "teacher_ids", None) if self.each_teacher else None
+        parts = {} if teacher_ids is None else {t: gains[teacher_ids == t] for t in sorted({*teacher_ids.tolist()})}
+        losses = {teacher: -part for teacher, part in parts.items() if len(parts) > 1 and part.mean() < 0}
+        return [teacher for teacher, loss in losses.items() if paired_p_value(loss) <= self.significance]
 
     def _ask(self) -> np.ndarray:
         """Evaluates the gate for the current weights: `(rows,)`, lower is better, the same on every process."""
@@ -481,7 +495,8 @@ class Shards:
         # An evaluation may have left some parameters gathered.
         self._reshard()
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        chosen = {name: p for name, p in trained.items() if _moves(name, parameters, is_peft_model(model))}
+        moving = _moving(model, parameters)
+        chosen = {name: p for name, p in trained.items() if name in moving}
         if not chosen:
             raise ValueError(
                 f"EffOPD has nothing to move: `parameters={parameters!r}` matches none of the trained parameters, "
@@ -566,14 +581,25 @@ class Shards:
                 module.reshard()
 
 
-def _moves(name: str, parameters: str | None, peft: bool) -> bool:
-    if parameters == "all":
-        return True
+def _moving(model: nn.Module, parameters: str | None) -> set[str]:
+    """Returns the names of the parameters that [`EffOPDCallback`] moves, if they are trained."""
+    names = {name for name, _ in model.named_parameters()}
     if parameters is not None:
-        return re.search(parameters, name) is not None
-    # Extrapolating both factors of `B A` does not extrapolate their product. If only B moves, the product moves along
-    # a line. While A has changed little, as in the first steps, where B starts at 0, it is the line of the steps.
-    return not _FIRST_FACTORS.search(name) if peft else _ATTENTION_AND_MLP.search(name) is not None
+        return names if parameters == "all" else {name for name in names if re.search(parameters, name)}
+    if is_peft_model(model):
+        # Extrapolating both factors of `B A` does not extrapolate their product. If only B moves, the product moves
+        # along a line. While A has changed little, as in the first steps, where B starts at 0, it is the line of the
+        # steps.
+        return {name for name in names if not _FIRST_FACTORS.search(name)}
+    # Attention and MLP, as in the released code. They have other names in each architecture, so all of a layer counts
+    # that is neither a norm nor an embedding.
+    return {
+        name
+        for path, module in model.named_modules()
+        if "norm" not in type(module).__name__.lower() and not isinstance(module, torch.nn.Embedding)
+        for name, _ in module.named_parameters(prefix=path, recurse=False)
+        if _LAYER.search(name)
+    }
 
 
 def _write_json(path: Path, content: Any) -> None:

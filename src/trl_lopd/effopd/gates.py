@@ -18,6 +18,7 @@ from ..generation.options import GREEDY_DEFAULTS, DecodingOptions, takes
 from ..generation.prompts import encode_prompts
 from ..generation.samplers import TransformersSampler
 from ..models import eos_token_ids
+from ..table.schema import TEACHER_ID
 from ..training.criteria import direction
 
 if TYPE_CHECKING:
@@ -31,12 +32,16 @@ class ReverseKLGate:
     Args:
         trainer ([`OfflineOPDTrainer`]): The trainer of the model.
         rows ([`~datasets.Dataset`]): Held-out rows with top-k columns.
+
+    Attributes:
+        teacher_ids (`(rows,)` array, *optional*): The column `teacher_id`, where the rows have it.
     """
 
     greater_is_better = False
 
     def __init__(self, trainer: Trainer, rows: Dataset):
         self.trainer, self.rows = trainer, rows
+        self.teacher_ids = np.array(rows[TEACHER_ID][:]) if TEACHER_ID in rows.column_names else None
 
     def __call__(self, model: nn.Module) -> np.ndarray:
         with _muted(self.trainer):

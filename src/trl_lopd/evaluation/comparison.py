@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ def compare_models(
     answer_after: str = "#",
     teacher: str | None = None,
     held_out: dict[str, float] | None = None,
+    revisions: dict[str, str | None] | None = None,
+    trust_remote_code: bool = False,
     options: DecodingOptions,
 ) -> list[dict[str, Any]]:
     """
@@ -48,16 +51,24 @@ def compare_models(
             Teacher to measure the reverse KL divergence of all models but itself from.
         held_out (`dict[str, float]`, *optional*):
             Reverse KL divergence of some of the models on held-out rows, in nats per token, to show in the table.
+        revisions (`dict[str, str]`, *optional*):
+            Hub revisions of some of the models.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run the code that comes with the models.
         **options:
             The fields of [`~generation.options.DecodingOptions`]; `temperature` is 0, greedy, by default.
 
     Returns:
         `list[dict]`: One row per model: `model`, `accuracy`, `held_out`, and with a teacher `fresh` and `fresh_se`,
         the divergence on fresh rollouts and its standard error, in nats per sequence.
+
+    Raises:
+        ValueError: If `revisions` names no model of `models`, or as in [`evaluate_model`].
     """
+    if unknown := [label for label in revisions or {} if label not in models]:
+        raise ValueError(f"`revisions` has {unknown[0]!r}, which is none of `models`: {', '.join(models)}.")
     state, rows, output_dir = processes(), [], Path(output_dir)
-    for label, path in models.items():
-        directory = output_dir / "evaluations" / re.sub(r"\W+", "-", label).strip("-").lower()
+    for (label, path), directory in zip(models.items(), _directories(models, output_dir), strict=True):
         if state.is_main_process:
             print(f"Evaluating: {label}", flush=True)
             shutil.rmtree(directory, ignore_errors=True)  # results of another run
@@ -70,6 +81,8 @@ def compare_models(
             answer_after=answer_after,
             teacher=teacher if path != teacher else None,
             output_dir=directory,
+            revision=(revisions or {}).get(label),
+            trust_remote_code=trust_remote_code,
             **vars(options),
         )["metrics"]
         row = {
@@ -86,6 +99,18 @@ def compare_models(
         path.write_text(json.dumps(rows, indent=2))
         print(f"The table is also in {path}")
     return rows
+
+
+def _directories(labels: Iterable[str], output_dir: Path) -> list[Path]:
+    """Returns a directory for each label, none of which is that of another or holds others."""
+    names: list[str] = []
+    for label in labels:
+        base = name = re.sub(r"\W+", "-", label).strip("-").lower() or "model"
+        number = 2
+        while name in names:
+            name, number = f"{base}-{number}", number + 1
+        names.append(name)
+    return [output_dir / "evaluations" / name for name in names]
 
 
 def _show(rows: list[dict[str, Any]], problems: int, accuracy: str) -> None:

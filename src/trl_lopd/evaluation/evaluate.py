@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.table import Table
 from .. import __version__
 from ..generation.addresses import is_address, served_model
 from ..generation.options import EVALUATION_DEFAULTS, SamplingOptions, takes
+from ..generation.prompts import TEMPLATE_COLUMNS
 from ..generation.rollouts import collect_rollouts
 from ..generation.scoring import score_rollouts
 from ..identity.cards import record_of
@@ -54,36 +56,28 @@ def load_benchmark(
     Args:
         path (`str` or `Path`):
             The file. If a reference answer contains `####`, as in GSM8K, only the text after the last one is used.
+            `tools` and `chat_template_kwargs` of a conversation are kept for the chat template.
         prompt_column (`str`, *optional*):
             The field of the problem, a text or a list of messages; by default `prompt`, `problem` or `question`.
         answer_column (`str`, *optional*, defaults to `"answer"`):
-            The field of the reference answer, a text or a number.
+            The field of the reference answer, a text or a number, whose digits are kept as they are written. (In a
+            `Dataset` of your own, answers are texts: a column of floats does not tell 0.5 from 0.50.)
         instruction (`str`, *optional*):
             Text to add after each problem and an empty line; in a conversation, to its last message.
         as_chat (`bool`, *optional*, defaults to `False`):
             Whether to convert problems that are texts to a user message.
 
     Returns:
-        [`~datasets.Dataset`]: `prompt` and `answer`, one row per problem.
+        [`~datasets.Dataset`]: `prompt` and `answer`, one row per problem, and what there is for the chat template.
 
     Raises:
-        ValueError: If the file is empty or not UTF-8, or a line is not a JSON object or lacks a field.
+        ValueError: If the file is empty or not UTF-8, or a line is not a JSON object, lacks a field, or has `tools`
+            beside a text.
         OSError: If the file does not exist.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Give JSON lines.") from None
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error}). Give JSON lines.") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number} is no JSON object with fields, but {line.strip()!r:.80}.")
+    rows: list[dict[str, Any]] = []
+    given: dict[str, list] = {name: [] for name in TEMPLATE_COLUMNS}
+    for number, line, row in _json_lines(path):
         if not rows and prompt_column is None:
             prompt_column = next((name for name in PROMPT_COLUMNS if name in row), None)
             if prompt_column is None:
@@ -106,11 +100,44 @@ def load_benchmark(
             raise ValueError(f"{path}, line {number}: a message has no text as `content`: {problem!r:.200}.")
         if isinstance(answer, bool) or not isinstance(answer, str | int | float) or answer == "" or answer != answer:
             raise ValueError(f"{path}, line {number}: {answer_column!r} is a text or a number, not {answer!r:.80}.")
-        answer = str(answer).rpartition("####")[2].strip()
+        if not isinstance(answer, str):  # `str` of a float would write 0.00001 as 1e-05
+            answer = json.loads(line, parse_float=str, parse_int=str, parse_constant=str)[answer_column]
+        answer = answer.rpartition("####")[2].strip()
         rows.append({"prompt": _prompt(problem, instruction, as_chat), "answer": answer})
+        for name in TEMPLATE_COLUMNS:
+            if row.get(name) and isinstance(rows[-1]["prompt"], str):
+                raise ValueError(
+                    f"{path}, line {number}: `{name}` are for the chat template, which reads no text. Give the "
+                    "problem as a list of messages, or set `as_chat`."
+                )
+            given[name].append(row.get(name) or None)
     if not rows:
         raise ValueError(f"{path} is empty: give JSON lines with a problem and its answer.")
-    return Dataset.from_list(rows)
+    benchmark = Dataset.from_list(rows)
+    # As JSON, because a column of schemas would give each of them the fields of all others.
+    given["tools"] = [tools if isinstance(tools, str | None) else json.dumps(tools) for tools in given["tools"]]
+    for name, values in given.items():
+        if any(values):
+            benchmark = benchmark.add_column(name, values)
+    return benchmark
+
+
+def _json_lines(path: str | Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Yields the number, the text and the content of each line that is not blank."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Give JSON lines.") from None
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error}). Give JSON lines.") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} is no JSON object with fields, but {line.strip()!r:.80}.")
+        yield number, line, row
 
 
 def _prompt(problem: Any, instruction: str | None, as_chat: bool) -> str | list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 
 from ..errors import TableError
-from ..identity.cards import attach_record, entry, read_dataset_card, record_of, write_record
+from ..identity.cards import attach_record, count_teachers, entry, read_dataset_card, record_of, write_record
 from ..identity.fingerprint import (
     evidence_of,
     fingerprint_loaded,
@@ -287,7 +287,7 @@ def _recorded(dataset: Dataset, table: Dataset, teacher: dict[str, Any], output_
             f"{floored} teacher log-probabilities are -inf: the teacher gives those tokens no probability at all. The "
             "trainer accepts them only with `teacher_logprob_floor`."
         )
-    students = record_of(dataset).get("students")
+    students = _students_of(dataset)
     record = {
         **({"students": students} if students else {}),
         "teachers": [teacher | {"rows": len(table), "share": 1.0}],
@@ -302,6 +302,23 @@ def _recorded(dataset: Dataset, table: Dataset, teacher: dict[str, Any], output_
         write_record(output_dir, record)
     wait_for_everyone(state)
     return table
+
+
+def _students_of(dataset: Dataset) -> list[dict[str, Any]]:
+    """Returns the entries of the students that sampled rows, of these rows alone."""
+    record = record_of(dataset)
+    known = record.get("students") or []
+    if "student_fingerprint" in dataset.column_names:
+        entries = count_teachers(column_counts(dataset, "student_fingerprint"), known)
+        return [{key: value for key, value in entry.items() if key != "share"} for entry in entries]
+    if known and record.get("rows") != len(dataset):
+        logger.warning(
+            f"The rows have no column `student_fingerprint`, and the record of who sampled them is of "
+            f"{record.get('rows')} rows, not of these {len(dataset)}: the table will not say who sampled them. Keep "
+            "the column."
+        )
+        return []
+    return known
 
 
 def _score(

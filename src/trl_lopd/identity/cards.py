@@ -133,9 +133,16 @@ def count_teachers(counts: dict[str | None, int], known: Iterable[dict[str, Any]
         counts (`dict[str, int]`): Rows of each value in a `teacher_fingerprint` column; `None` and the empty string
             stand for rows without a teacher, which count in the shares only. A value that is no id is taken as a
             person's word.
-        known (`Iterable[dict]`, *optional*): Entries that say more about some of them.
+        known (`Iterable[dict]`, *optional*): Entries that say more about some of them. What does not hold for the
+            rows that are counted is left out, with a warning where entries contradict each other.
     """
-    about = {content_id(record["id"]): record for record in known}
+    entries: dict[str, list[dict[str, Any]]] = {}
+    for record in known:
+        entries.setdefault(content_id(record["id"]), []).append(record)
+    rows = Counter()
+    for id, count in counts.items():
+        rows[content_id(id or "")] += count
+    about = {content: _of_rows(rows[content], records) for content, records in entries.items()}
     total = sum(counts.values())
     return [
         {
@@ -146,6 +153,26 @@ def count_teachers(counts: dict[str | None, int], known: Iterable[dict[str, Any]
         for id, count in sorted(counts.items(), key=lambda item: -item[1])
         if id
     ]
+
+
+def _of_rows(rows: int, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What entries of one teacher or student say of these rows, which may be fewer than they were written for."""
+    merged = {key: value for record in records for key, value in record.items()}
+    for key in ("sampling", "scoring"):
+        settings = [dict(record[key]) for record in records if key in record]
+        cut = [values.pop("truncated_answers", None) for values in settings]
+        if any(values != settings[0] for values in settings):
+            logger.warning(
+                f"The rows of {merged['id']} have several records of `{key}`, of which the card of all has none: "
+                f"{' and '.join(json.dumps(values) for values in settings)}."
+            )
+            del merged[key]
+        elif settings:
+            merged[key] = settings[0]
+            # A count, of all of the answers that were sampled.
+            if None not in cut and sum(record.get("rows", 0) for record in records) == rows:
+                merged[key]["truncated_answers"] = sum(cut)
+    return merged
 
 
 # ---- Model cards ----
@@ -309,18 +336,18 @@ def load_table(
 
     Args:
         name (`str` or `Path`): Hub id, directory or parquet file.
-        config (`str`, *optional*): Configuration of a Hub dataset.
+        config (`str`, *optional*): Configuration of a Hub dataset, or of a directory whose card has some.
         split (`str`, *optional*): Which split; all of them in a `dict` if not given and there are several.
         revision (`str`, *optional*): Hub revision.
         streaming (`bool`, *optional*, defaults to `False`): Whether to stream the rows.
 
     Raises:
-        `ValueError`: if the card is malformed, if what `save_to_disk` wrote is to be streamed, or if there is no such
-            split.
+        `ValueError`: if the card is malformed, if what `save_to_disk` wrote is to be streamed, if there is no such
+            split, or if a `config` or `revision` is given that a local table does not have.
         `ShardError`: if sampling or scoring into the directory has not been completed, or a shard is not whole.
         `FileNotFoundError`: if a path is not there.
     """
-    from datasets import load_from_disk
+    from datasets import NamedSplit, load_from_disk
 
     from ..table.store import check_complete, shards_of
 
@@ -332,10 +359,16 @@ def load_table(
         check_complete(path)
         if any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
             raise ValueError(f"{name} is a model, where a table or prompts are needed.")
+    if revision is not None and path.exists():
+        raise ValueError(f"`revision` is for a dataset on the Hub; {name} is local.")
+    is_saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+    files = [name] if path.suffix == ".parquet" else shards_of(path)
+    if config is not None and (is_saved or files):
+        raise ValueError(f"{name} has no configurations: `config` is {config!r}.")
     directory = path.parent if path.suffix == ".parquet" else name
     # `datasets` reads a local card too, and does not say which file it cannot read.
     record = read_dataset_card(directory) if path.exists() else None
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+    if is_saved:
         if streaming:
             raise ValueError(f"{name} was written by `save_to_disk`, which cannot be streamed; it is memory-mapped.")
         table = load_from_disk(name)
@@ -345,12 +378,14 @@ def load_table(
             if split not in splits:
                 raise ValueError(f"{name} has no split {split!r}, only {', '.join(map(repr, splits))}.")
             table = splits[split]
-    elif files := [name] if path.suffix == ".parquet" else shards_of(path):
+    elif files:
         table = load_rows(name, "parquet", data_files={"train": files}, split=split or "train", streaming=streaming)
     else:
         table = load_rows(name, name, config, split=split, revision=revision, streaming=streaming)
     if isinstance(table, dict) and len(table) == 1:
-        (table,) = table.values()
+        ((only, table),) = table.items()
+        if table.split is None:  # `load_from_disk` leaves it out, and it would count as "train"
+            table._split = NamedSplit(only)
     if record is None:
         record = read_dataset_card(directory, revision)
     if not record:

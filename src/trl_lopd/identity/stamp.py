@@ -9,8 +9,9 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
@@ -20,6 +21,7 @@ from .consistency import inherited_teachers
 from .fingerprint import (
     TeacherFingerprint,
     content_id,
+    evidence_of,
     fingerprint_loaded,
     fingerprint_teacher,
     is_id,
@@ -34,8 +36,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 COLUMN = "teacher_fingerprint"
-# Rows in which what is learnt is compared to what the teacher sampled.
+# Rows of a teacher in which what is learnt is compared to what it sampled, and how much of each if rows are packed.
 _COMPARED_ROWS = 500
+_COMPARED_TOKENS = 200
+# Tokens of a run that unrelated texts hardly share.
+_RUN = 8
 
 
 class TeacherStampCallback(TrainerCallback):
@@ -44,7 +49,8 @@ class TeacherStampCallback(TrainerCallback):
 
     They are read from the `teacher_fingerprint` column of the data, which [`generate_sft_data`] writes; what the
     model's own card says of earlier SFT data is kept, and the shares are those of all of it. Only the main process
-    writes.
+    writes. A teacher counts as verified if the tokens that are trained on are those that it sampled, and else as
+    declared, with a warning that says why.
 
     ```python
     trainer = SFTTrainer(model, args, train_dataset=data)
@@ -97,8 +103,7 @@ class TeacherStampCallback(TrainerCallback):
         counts = _teachers_of(given)
         if given is not trained:
             counts = _of_those_trained_on(counts, trained, self._trainer.args)
-        if not _learns_what_was_sampled(given, trained, self._trainer.processing_class):
-            counts = Counter({id and with_evidence(id, "declared"): rows for id, rows in counts.items()})
+        counts = _declared(counts, given, self._trainer)
         for entry in self._earlier:
             counts[with_evidence(entry["id"], entry["evidence"])] += entry.get("rows", 0)
         counts[None] += max(self._earlier_rows - sum(entry.get("rows", 0) for entry in self._earlier), 0)
@@ -174,56 +179,125 @@ class TeacherStampCallback(TrainerCallback):
         )
 
 
-def _learns_what_was_sampled(given: Dataset, trained: Any, tokenizer: Any) -> bool:
-    """
-    Compares the tokens that are trained on to those that the teacher sampled, in the first rows.
+def _declared(counts: Counter[str | None], given: Dataset, trainer: Trainer) -> Counter[str | None]:
+    """The rows of each teacher, declared where nothing shows that what it sampled is what is trained on."""
+    reasons = {
+        teacher: _why_declared(teacher, given, trainer)
+        for teacher in counts
+        if teacher and evidence_of(teacher) != "declared"
+    }
+    if reasons := {teacher: reason for teacher, reason in reasons.items() if reason}:
+        logger.warning(
+            "The card only declares these teachers, because nothing shows that what they sampled is what is trained "
+            f"on: {'; '.join(f'{teacher}, because {reason}' for teacher, reason in reasons.items())}."
+        )
+    result: Counter[str | None] = Counter()
+    for teacher, rows in counts.items():
+        result[with_evidence(teacher, "declared") if teacher in reasons else teacher] += rows
+    return result
 
-    A chat template may drop a part of an answer, and texts may have been changed since. Pairs of neighbouring tokens
-    are counted, so that what a template adds to an answer, or where it is cut, makes little difference.
+
+def _why_declared(teacher: str, given: Dataset, trainer: Trainer) -> str | None:
+    """
+    Says why nothing shows that what a teacher sampled is what is trained on; `None` if that is shown.
+
+    Token ids are compared, whatever the tokenizers are: where they are the same, it is what was sampled. A chat
+    template may drop a part of an answer, and texts may have been changed since.
 
     Args:
+        teacher (`str`): Its id in the column `teacher_fingerprint`.
         given (`Dataset`): What [`generate_sft_data`] made.
-        trained (`Dataset`): What the trainer made of it, a row for each of its rows.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The trainer's.
-
-    Returns:
-        `bool`: False if most of what is learnt was not sampled.
+        trainer ([`~transformers.Trainer`]): Its `train_dataset` is what it made of `given`.
     """
+    trained, args = trainer.train_dataset, trainer.args
     columns = trained.column_names if isinstance(trained, Dataset) else ()
-    sampled = {"completion_ids", COLUMN} <= {*given.column_names}
-    if not sampled or "input_ids" not in columns or "seq_lengths" in columns or len(trained) != len(given):
-        return True
-    rows = range(min(len(given), _COMPARED_ROWS))
-    own = isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer_digest(tokenizer)[:8]
+    source = trained if {COLUMN, "completion_ids"} <= {*columns} else given
+    if "completion_ids" not in source.column_names:
+        return "the data has no column `completion_ids`, the tokens that it sampled, which `generate_sft_data` writes"
+    if "input_ids" not in columns:
+        return "the trainer's `train_dataset` has no column `input_ids`, the tokens that are trained on"
+    rows = np.flatnonzero([value == teacher for value in source[COLUMN]])
+    if not len(rows):
+        return "no row of the data given names it"
+    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), _COMPARED_ROWS)).astype(int)]
+    keeps_rows = source is trained or not (getattr(args, "packing", False) or getattr(args, "shuffle_dataset", False))
+    if keeps_rows and len(trained) == len(source):
+        share = _share_of_learnt(source.select(rows), trained.select(rows))
+        what = f"{share:.0%} of what is trained on was sampled"
+    else:
+        share = _share_of_sampled(source.select(rows), trained)
+        what = f"{share:.0%} of what was sampled is found in what is trained on, whose rows were packed or shuffled"
+    if share >= 0.5:
+        return None
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    is_other = tokenizer is None or tokenizer_part(teacher) != tokenizer_digest(tokenizer)[:8]
+    other = " (it has another tokenizer, and the same text may have other ids)" if is_other else ""
+    return f"only {what}, as token ids{other}"
+
+
+def _share_of_learnt(sampled: Dataset, trained: Dataset) -> float:
+    """
+    The share of what is learnt that was sampled, in the same rows. Warns if much that was sampled is not learnt.
+
+    Pairs of neighbouring tokens are counted, so that what a template adds to an answer, or where it is cut, makes
+    little difference. The first token makes a pair with the beginning, so that answers of one token count.
+    """
     written, learnt, both = Counter(), Counter(), Counter()
-    for before, after in zip(given.select(rows), trained.select(rows), strict=True):
-        if tokenizer_part(before[COLUMN] or "") != own:
-            continue  # another tokenizer's ids
-        ids = after["input_ids"]
+    for before, after in zip(sampled, trained, strict=True):
+        ids, prompt = after["input_ids"], before.get("prompt_ids") or []
         mask = after.get("completion_mask") or after.get("assistant_masks")
         if mask is None and after.get("labels") is not None:
             mask = [label != -100 for label in after["labels"]]
         if mask is not None:
             ids = [id for id, is_learnt in zip(ids, mask, strict=True) if is_learnt]
-        elif ids[: len(before["prompt_ids"])] == before["prompt_ids"]:
-            ids = ids[len(before["prompt_ids"]) :]
-        pairs = [Counter(zip(tokens, tokens[1:], strict=False)) for tokens in (before["completion_ids"], ids)]
+        if ids[: len(prompt)] == prompt:
+            ids = ids[len(prompt) :]
+        pairs = [Counter(zip((None, *tokens), tokens, strict=False)) for tokens in (before["completion_ids"], ids)]
         for total, count in zip((written, learnt, both), (*pairs, pairs[0] & pairs[1]), strict=True):
             total.update(count)
     of_written = both.total() / max(written.total(), 1)
     of_learnt = both.total() / max(learnt.total(), 1)
-    if written and of_written < 0.9:
+    if of_written < 0.9:
         logger.warning(
-            f"Only {of_written:.0%} of what the teacher sampled is trained on, in the first {len(rows)} rows: a chat "
+            f"Only {of_written:.0%} of what the teacher sampled is trained on, in {len(sampled)} rows: a chat "
             "template drops a part of the answers (such as their reasoning), `max_length` cuts them, or their texts "
             "were changed. `generate_sft_data(..., truncated='keep')` also writes `input_ids`, which `SFTTrainer` "
             "takes as they are; filter by `finish_reason` to leave out those that were cut."
         )
-    if learnt and of_learnt < 0.5:
-        logger.warning(
-            "Most of what is trained on was not sampled by the teacher, whom the card only declares for it."
-        )
-    return not learnt or of_learnt >= 0.5
+    return of_learnt
+
+
+def _share_of_sampled(sampled: Dataset, trained: Dataset) -> float:
+    """The share of what was sampled that is somewhere in what is trained on: of runs of 8 tokens, or as many as a
+    short answer has with its prompt."""
+    hashes: dict[int, list[np.ndarray]] = {}
+    for row in sampled:
+        # Trainers end an answer in ways of their own; and a part of a long one is enough.
+        answer, prompt = row["completion_ids"], row.get("prompt_ids") or []
+        answer = (answer[:-1] or answer)[:_COMPARED_TOKENS]
+        ids = [*prompt[max(len(prompt) + len(answer) - _RUN, 0) :], *answer] if len(answer) < _RUN else answer
+        if answer:
+            length = min(len(ids), _RUN)
+            hashes.setdefault(length, []).append(_run_hashes(np.array(ids), length))
+    found = total = 0
+    for length, parts in hashes.items():
+        wanted = np.unique(np.concatenate(parts))
+        is_found = np.zeros(len(wanted), bool)
+        for batch in trained.select_columns(["input_ids"]).with_format("arrow").iter(100):
+            tokens = batch["input_ids"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            there = _run_hashes(tokens, length)
+            places = np.minimum(np.searchsorted(wanted, there), len(wanted) - 1)
+            is_found[places[wanted[places] == there]] = True
+        found, total = found + int(is_found.sum()), total + len(wanted)
+    return found / max(total, 1)
+
+
+def _run_hashes(tokens: np.ndarray, length: int) -> np.ndarray:
+    """Hashes of the runs of `length` neighbouring tokens: `(tokens - length + 1,)` uint64."""
+    if len(tokens) < length:
+        return np.empty(0, np.uint64)
+    factors = np.random.default_rng(0).integers(2**64, size=_RUN, dtype=np.uint64)[:length]
+    return np.lib.stride_tricks.sliding_window_view(tokens.astype(np.uint64), length) @ (factors | np.uint64(1))
 
 
 def _teachers_of(dataset: Dataset) -> Counter[str | None]:

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 REQUIRED_COLUMNS = ("prompt_ids", "completion_ids", "teacher_logprobs", "teacher_fingerprint")
 TOPK_COLUMNS = ("teacher_topk_ids", "teacher_topk_logprobs")
+# The domain whose teacher scored a row, in tables of several teachers.
+TEACHER_ID = "teacher_id"
 OPTIONAL_COLUMNS = ("ref_logprobs", "completion_mask", *TOPK_COLUMNS)
 # One entry a completion token.
 TOKEN_COLUMNS = ("completion_ids", "teacher_logprobs", *OPTIONAL_COLUMNS)
@@ -323,11 +325,18 @@ class TableRows:
 
     Args:
         dataset (`datasets.Dataset`): A valid table.
+        columns (`tuple[str, ...]`, *optional*): Other columns to read, of one value a row.
     """
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: Dataset, columns: tuple[str, ...] = ()):
         names = [name for name in dict.fromkeys(("prompt_ids", *TOKEN_COLUMNS)) if name in dataset.column_names]
-        self.dataset = dataset.select_columns(names).with_format("arrow")
+        self.source, self.columns = dataset, columns
+        self.dataset = dataset.select_columns([*names, *columns]).with_format("arrow")
+
+    @property
+    def teacher_ids(self) -> np.ndarray | None:
+        """The column `teacher_id`, `(rows,)`; `None` if there is none."""
+        return np.array(self.source[TEACHER_ID][:]) if TEACHER_ID in self.source.column_names else None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -337,7 +346,10 @@ class TableRows:
 
     def __getitems__(self, rows: list[int]) -> list[dict[str, np.ndarray]]:
         table = self.dataset[rows]
-        columns = {name: _row_arrays(name, table[name].combine_chunks()) for name in table.column_names}
+        columns = {
+            name: table[name].to_pylist() if name in self.columns else _row_arrays(name, table[name].combine_chunks())
+            for name in table.column_names
+        }
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 

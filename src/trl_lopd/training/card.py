@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -17,8 +18,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl.trainer.utils import generate_model_card, get_config_model_id
 
 from ..identity.cards import count_teachers, read_model_card, stamp_model_card
-from ..identity.fingerprint import TeacherFingerprint, content_id
+from ..identity.fingerprint import TeacherFingerprint, content_id, weights_part
+from ..identity.stamp import checkpoint_fingerprint
 from ..table.schema import TRAINED_ROWS, column_counts, row_hashes
+
+logger = logging.getLogger(__name__)
 
 _PAPER = {
     "title": "Lightning OPD: Efficient Post-Training for Large Reasoning Models with Offline On-Policy Distillation",
@@ -49,6 +53,25 @@ class SavedCheckpoint:
     fingerprint: TeacherFingerprint | None
 
 
+def fingerprint_saved(trainer: Trainer, directory: str) -> TeacherFingerprint | None:
+    """Computes the fingerprint of weights that an [`OfflineOPDTrainer`] just saved; `None` if they have none.
+
+    An adapter over another base than it was trained on is not what was trained, and gets none: its base was changed
+    after it was loaded, or what its config names was.
+    """
+    fingerprint, student = checkpoint_fingerprint(directory), trainer.student
+    if fingerprint is None or fingerprint.adapter is None or student.is_adapter:
+        return fingerprint  # the id of a student that is an adapter already does not tell its base from the adapter
+    if fingerprint.weights.startswith(weights_part(student.fingerprint or "")):
+        return fingerprint
+    logger.warning(
+        f"The adapter in {directory} was not trained over the base that it names in `adapter_config.json`: loaded "
+        f"from there, it is another model. Save the base that it was trained on, {student.fingerprint}, and name its "
+        "directory as `base_model_name_or_path`. The card is not bound to the weights."
+    )
+    return None
+
+
 def describe_round(trainer: Trainer) -> dict[str, Any]:
     """Describes the training of an [`OfflineOPDTrainer`] as an entry of `opd_rounds`, see [`~identity.cards`]."""
     student, check, mode = trainer.student, trainer.rows.trained, trainer.args.teacher_consistency
@@ -74,18 +97,22 @@ def describe_round(trainer: Trainer) -> dict[str, Any]:
 
 
 # Arguments that a resumed run may not change: those of the loss, beside what the card names; those that decide the
-# order of rows; and those restored with the optimizer and the scheduler, where another value would be ignored.
+# rows of a step (however many processes share them); and those restored with the optimizer and the scheduler, where
+# another value would be ignored.
 _KEPT_ARGUMENTS = (
-    *("beta", "advantage_clip", "ratio_clip", "loss_aggregation", "teacher_logprob_floor"),
+    *("beta", "advantage_clip", "ratio_clip", "loss_aggregation", "teacher_weights", "teacher_logprob_floor"),
     *("max_completion_length", "max_length"),
-    *("seed", "data_seed", "train_sampling_strategy", "packing"),
+    *("seed", "data_seed", "train_sampling_strategy", "packing", "dataloader_drop_last", "total_train_batch_size"),
     *("learning_rate", "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim"),
 )
 
 
-def check_resumed(trainer: Trainer, checkpoint: str) -> None:
+def check_resumed(trainer: Trainer, checkpoint: str) -> int:
     """
     Compares a checkpoint with the run that goes on from it: the card of the result is about both.
+
+    Returns:
+        `int`: The step that it was saved after.
 
     Raises:
         ValueError: If the checkpoint is of another run: of another trainer, student, round, table or objective; or of
@@ -118,6 +145,10 @@ def check_resumed(trainer: Trainer, checkpoint: str) -> None:
         for name in _KEPT_ARGUMENTS
         if name in then and then[name] != here[name]
     ]
+    if here["train_sampling_strategy"] == "group_by_length":
+        groups = [of["per_device_train_batch_size"] * of["gradient_accumulation_steps"] for of in (then, here)]
+        if groups[0] != groups[1]:
+            changed.append(f"its rows were sorted by length in groups of {groups[0]} rows a process, not {groups[1]}")
     scored_by = scored_by_now = {}
     if rounds:
         before, now = rounds[earlier], describe_round(trainer)
@@ -134,13 +165,18 @@ def check_resumed(trainer: Trainer, checkpoint: str) -> None:
         if scored_by.keys() != scored_by_now.keys():
             names = [", ".join(sorted(ids.values())) for ids in (scored_by, scored_by_now)]
             changed.append(f"its rows were scored by {names[0]}, and these by {names[1]}")
-        elif hashes.is_file() and not np.array_equal(np.load(hashes), np.unique(row_hashes(trainer.train_dataset))):
-            changed.append(f"it was trained on other rows than the {len(trainer.train_dataset)} of `train_dataset`")
+        elif hashes.is_file():
+            before, now = np.load(hashes), row_hashes(trainer.train_dataset)
+            if not np.array_equal(np.unique(before), np.unique(now)):
+                changed.append(f"it was trained on other rows than the {len(now)} of `train_dataset`")
+            elif not np.array_equal(before, now):
+                changed.append(f"`train_dataset` has the same rows, in another order or number: {len(now)} rows")
     if changed:
         raise ValueError(
             f"{checkpoint} was trained with other settings: {'; '.join(changed)}. Resume it with the same, or train "
             "on from it in a new round: give it as `model`, with another `output_dir`."
         )
+    return state.global_step
 
 
 def _content(name: Any) -> str:
@@ -198,11 +234,12 @@ def write_card(
 def write_arguments(trainer: Trainer, output_dir: str) -> None:
     """Writes the training arguments as JSON and hashes of the training rows.
 
-    The JSON file is for users and for `trl-lopd report`, because `training_args.bin` is a pickle. With the hashes, a
-    report can show rows that the student was not trained on.
+    The JSON file is for users and for `trl-lopd report`, because `training_args.bin` is a pickle. With the hashes, in
+    the order of the rows, a report can show rows that the student was not trained on, and [`check_resumed`] sees
+    whether a resumed run would read other rows.
     """
     if isinstance(trainer.train_dataset, Dataset):
-        np.save(Path(output_dir, TRAINED_ROWS), np.unique(row_hashes(trainer.train_dataset)))
+        np.save(Path(output_dir, TRAINED_ROWS), row_hashes(trainer.train_dataset))
     else:  # of another run
         Path(output_dir, TRAINED_ROWS).unlink(missing_ok=True)
     Path(output_dir, "training_args.json").write_text(_settings(trainer))
@@ -210,6 +247,9 @@ def write_arguments(trainer: Trainer, output_dir: str) -> None:
 
 def _settings(trainer: Trainer) -> str:
     settings = trainer.args.to_dict()
+    settings["total_train_batch_size"] = trainer.get_total_train_batch_size(trainer.args)
+    if trainer.args.accelerator_config.split_batches:  # each process gets a part of every batch
+        settings["total_train_batch_size"] //= trainer.accelerator.num_processes
     if (run := _wandb_run()) is not None:
         settings["wandb_run"] = {"entity": run.entity, "project": run.project, "id": run.id}
     return json.dumps(settings, indent=2, default=str)

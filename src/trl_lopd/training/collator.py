@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import TableError
 from ..generation.teachers import batches_of_like_length
 from ..models import Positions
-from ..table.schema import TOPK_COLUMNS
+from ..table.schema import TEACHER_ID, TOPK_COLUMNS
 from .packing import best_fit_decreasing
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,8 @@ class OfflineOPDCollator:
 
     For each sequence, `truncated` `(sequences,)`: whether its completion, with every per-token column, was truncated
     on the right to fit the limits. With `validate`, also `teacher_fingerprint` and `student_fingerprint`, lists of
-    strings, and `is_filler` `(sequences,)`, see [`~rows.WholeStream`].
+    strings, and `is_filler` `(sequences,)`, see [`~rows.WholeStream`]. With `teacher_weights`, `weights`
+    `(sequences,)` float32.
 
     Args:
         pad_token_id: pads `input_ids`.
@@ -75,6 +76,7 @@ class OfflineOPDCollator:
         max_tokens: splits the batch into micro-batches of at most this many tokens, padding included, as few as
             best-fit decreasing finds, and returns them as a list.
         validate: called first with the rows of each batch, for rows that have not been validated yet.
+        teacher_weights: weight of the rows of each `teacher_id`.
 
     Raises:
         TableError: a prompt leaves no room for a completion, all trainable tokens of a completion were truncated, or a
@@ -90,6 +92,7 @@ class OfflineOPDCollator:
     positions: Positions = Positions(None, False)
     max_tokens: int | None = None
     validate: Callable[[list[Row]], None] | None = None
+    teacher_weights: dict[str, float] | None = None
 
     def __call__(self, items: list[Row | list[Row]]) -> Batch | list[Batch]:
         """Makes a batch of rows. An item may also be a pack, a list of rows."""
@@ -170,6 +173,8 @@ class OfflineOPDCollator:
         batch["truncated"] = np.array(
             [len(row["completion_ids"]) > span.stop - span.start for row, span in zip(rows, spans, strict=True)]
         )
+        if self.teacher_weights is not None:
+            batch["weights"] = np.array([self._weight(row) for row in rows], dtype=np.float32)
         tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
         if self.validate is not None:
             # The collator may run in a dataloader worker, so fingerprints go into the batch. The training process
@@ -178,6 +183,12 @@ class OfflineOPDCollator:
                 tensors[name] = [row.get(name) for row in rows]
             tensors[FILLER] = torch.tensor([row.get(FILLER, False) for row in rows])
         return tensors
+
+    def _weight(self, row: Row) -> float:
+        weight = self.teacher_weights.get(row.get(TEACHER_ID))
+        if weight is None:
+            raise TableError(f"A row cannot be weighed: {no_weight(row.get(TEACHER_ID), self.teacher_weights)}")
+        return weight
 
     @staticmethod
     def _trained(row: Row, span: slice) -> np.ndarray:
@@ -207,6 +218,14 @@ class OfflineOPDCollator:
         if name in ("teacher_logprobs", "teacher_topk_logprobs") and self.teacher_logprob_floor is not None:
             values[values == -np.inf] = self.teacher_logprob_floor
         return values
+
+
+def no_weight(teacher_id: str | None, weights: dict[str, float]) -> str:
+    """Returns the error message for a row whose teacher has no weight."""
+    return (
+        f"its `{TEACHER_ID}` is {teacher_id!r}, for which `teacher_weights` has no weight, only for "
+        f"{', '.join(map(repr, weights))}. Give one for each; 1.0 is neutral."
+    )
 
 
 def too_long(length: int, max_tokens: int) -> str:

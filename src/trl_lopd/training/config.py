@@ -92,6 +92,10 @@ class OfflineOPDConfig(TrainingArguments):
         loss_aggregation (`str`, *optional*, defaults to `"sequence_mean"`):
             `"sequence_mean"`: mean over each sequence's tokens, then over sequences. `"token_mean"`: mean over all
             tokens.
+        teacher_weights (`dict[str, float]`, *optional*):
+            Weight of the rows of each `teacher_id`, a column of a table with several teachers. A row's loss and
+            gradient are multiplied by it, and what they are the mean over stays the same: with `{"math": 1.0, "code":
+            0.5}`, rows of `"code"` count half. Metrics, and the loss on held-out rows, are not weighted.
         advantage_clip (`float`, *optional*, defaults to `10.0`):
             Advantages of the sampled objective are clipped to plus or minus this many nats.
         ratio_clip (`float`, *optional*):
@@ -100,7 +104,7 @@ class OfflineOPDConfig(TrainingArguments):
             region.
     """
 
-    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs", "teacher_weights"]
 
     learning_rate: float = field(default=2e-6, metadata={"help": "The initial learning rate for AdamW."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "The scheduler type to use."})
@@ -189,6 +193,10 @@ class OfflineOPDConfig(TrainingArguments):
         default="sequence_mean",
         metadata={"help": "What the loss is the mean over.", "choices": ["sequence_mean", "token_mean"]},
     )
+    teacher_weights: dict[str, float] | str | None = field(
+        default=None,
+        metadata={"help": "Weight of the rows of each `teacher_id`, as {math: 1.0, code: 0.5}."},
+    )
     advantage_clip: float = field(
         default=10.0, metadata={"help": "Advantages of the sampled objective are clipped to +-this many nats."}
     )
@@ -251,6 +259,8 @@ class OfflineOPDConfig(TrainingArguments):
                 "`max_tokens_per_device` limits memory."
             )
         super().__post_init__()
+        if self.teacher_weights is not None:
+            self.teacher_weights = _checked_weights(self.teacher_weights)
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is no device to copy to, and torch would warn
         if self.fp16 and self.device.type == "cpu":
@@ -280,6 +290,17 @@ class OfflineOPDConfig(TrainingArguments):
         kwargs = settings["model_init_kwargs"] or {}
         settings["model_init_kwargs"] = {name: value for name, value in kwargs.items() if name != "token"}
         return settings
+
+
+def _checked_weights(weights: Any) -> dict[str, float]:
+    if not isinstance(weights, dict) or not weights:
+        raise ValueError(f"`teacher_weights` is a weight for each `teacher_id`, as {{'math': 1.0}}; got {weights!r}.")
+    for teacher, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+            raise ValueError(f"`teacher_weights`: the weight of {teacher!r} is a number from 0 on, not {weight!r}.")
+    if not any(weights.values()):
+        raise ValueError("`teacher_weights` are all 0: nothing would be learnt.")
+    return {teacher: float(weight) for teacher, weight in weights.items()}
 
 
 def refuse_unsupported(args: OfflineOPDConfig, streams: bool) -> None:

@@ -69,7 +69,7 @@ def is_known(metric: str) -> bool:
 
 
 def _is_one_of(metric: str, names: tuple[str, ...]) -> bool:
-    return re.search(rf"(^|_)({'|'.join(names)})$", metric) is not None
+    return re.search(rf"(^|[_/])({'|'.join(names)})$", metric) is not None
 
 
 def choose_best_model_metric(

@@ -79,6 +79,8 @@ class Objective:
             )
 
         weights = token_weights(sequences, num_sequences, self.args.loss_aggregation, num_items)
+        if "weights" in batch:
+            weights = weights * batch["weights"][sequences]
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
         out = model(**inputs, targets=Targets(batch["positions"], ids, distinct, weights, loss))
         with torch.no_grad():

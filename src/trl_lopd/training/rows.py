@@ -29,15 +29,17 @@ from ..models import check_positions, stretches_from
 from ..processes import on_main_process
 from ..table.schema import (
     REQUIRED_COLUMNS,
+    TEACHER_ID,
     TOKEN_COLUMNS,
     TableSummary,
+    column_counts,
     lengths,
     prompt_and_row_hashes,
     refuse_no_dataset,
     validate_rows,
     validate_table,
 )
-from .collator import FILLER, OfflineOPDCollator, Row, padded_length, too_long
+from .collator import FILLER, OfflineOPDCollator, Row, no_weight, padded_length, too_long
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -154,6 +156,8 @@ class TrainingRows:
             teacher_logprob_floor=args.teacher_logprob_floor,
             padding_free=args.padding_free,
             positions=self.student.positions,
+            max_tokens=args.max_tokens_per_device,
+            teacher_weights=args.teacher_weights,
         )
 
     def is_prepared(self, dataset: Any) -> bool:
@@ -197,6 +201,8 @@ class TrainingRows:
             check.verdict = on_main_process(args.distributed_state, lambda: check.judge(table, name))
         columns = set(table.column_names)
         self.loss_type = resolve_loss_type(args, columns, self.loss_type)
+        if check is self.trained and args.teacher_weights:
+            _check_weights(table, args.teacher_weights, name)
         self._report(summary, name)
         _report_truncation(table, args, name)
         row_lengths = fitting_lengths(table, args)
@@ -372,6 +378,24 @@ def _report_stretched(row_lengths: np.ndarray, limit: float, name: str) -> None:
             f"`{name}`: {int((row_lengths >= limit).sum())} rows have {limit} tokens or more. From there on, the "
             "longest row of a batch changes the rotary embeddings of all its rows, so that log-probabilities depend "
             f"on which rows are read together. Set the batch size to 1, or `max_length` to less than {limit}."
+        )
+
+
+def _check_weights(table: Dataset, weights: dict[str, float], name: str) -> None:
+    """Refuses weights without rows, and rows without weights."""
+    if TEACHER_ID not in table.column_names:
+        raise TableError(
+            f"`teacher_weights` weighs rows by their column `{TEACHER_ID}`, and `{name}` has none, only "
+            f"{', '.join(table.column_names)}."
+        )
+    counts = column_counts(table, TEACHER_ID)
+    if unknown := [teacher for teacher in counts if teacher not in weights]:
+        row = table[TEACHER_ID][:].index(unknown[0])
+        raise TableError(f"`{name}`, row {row}: {no_weight(unknown[0], weights)}")
+    if unused := [teacher for teacher in weights if teacher not in counts]:
+        raise TableError(
+            f"`teacher_weights` has a weight for {', '.join(map(repr, unused))}, and no row of `{name}` has that "
+            f"`{TEACHER_ID}`: it has {', '.join(map(repr, counts))}."
         )
 
 

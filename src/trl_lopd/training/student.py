@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import copy
+import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from .config import OfflineOPDConfig
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class Student:
     """
@@ -44,6 +49,7 @@ class Student:
         fingerprint (`str`, *optional*): Id of its fingerprint; empty if it cannot be fingerprinted, `None` if teacher
             consistency is not checked.
         positions ([`Positions`]): How long a row it can read.
+        loaded_revision (`str`, *optional*): Commit on the Hub that a loaded model holds, if it is known.
     """
 
     model: str | PreTrainedModel | PeftModel
@@ -54,6 +60,7 @@ class Student:
     card: dict[str, Any]
     fingerprint: str | None
     positions: Positions
+    loaded_revision: str | None = None
 
     @classmethod
     def describe(
@@ -91,7 +98,7 @@ class Student:
             tokenizer = load_tokenizer(model, **hub_kwargs)
 
         card = read_model_card(model_id, hub_kwargs["revision"]) if model_id else {}
-        fingerprint = None
+        fingerprint = loaded_revision = None
         if args.teacher_consistency != "off":
             altered = isinstance(model, str) and warn_of_altering_kwargs(args.model_init_kwargs, model)
             computed = None if altered else _fingerprint(model, tokenizer, args, hub_kwargs)
@@ -101,7 +108,12 @@ class Student:
                 # The model was loaded from another revision than `main`, which has its own card.
                 card = read_model_card(model_id, loaded_revision)
         positions = positions_of(config, trust_remote_code=hub_kwargs["trust_remote_code"])
-        return cls(model, name, config, tokenizer, adapter, card, fingerprint, positions)
+        return cls(model, name, config, tokenizer, adapter, card, fingerprint, positions, loaded_revision)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Returns whether the student is an adapter over a base already."""
+        return self.adapter is not None if isinstance(self.model, str) else is_peft_model(self.model)
 
     @property
     def sft_teachers(self) -> list[dict[str, Any]]:
@@ -147,10 +159,30 @@ class Student:
         if peft_config is not None:
             model = _wrap_in_adapters(model, peft_config, args)
         if is_peft_model(model):
+            self._name_revision_of_base(model, args)
             assert_adapters_are_seen(model)
             if args.activation_checkpointing:
                 _checkpoint_through_adapters(model, args)
         return model
+
+    def _name_revision_of_base(self, model: PeftModel, args: OfflineOPDConfig) -> None:
+        """Writes the revision of the base into the config of its adapters, which would be loaded over `main`."""
+        base = model.get_base_model().config._name_or_path
+        if isinstance(self.model, str):
+            revision = (args.model_init_kwargs or {}).get("revision") if self.adapter is None else None
+        else:
+            revision = None if Path(base).is_dir() else self.loaded_revision
+        for name, config in model.peft_config.items():
+            if config.revision is not None or config.base_model_name_or_path not in (None, base):
+                continue
+            if revision is not None:
+                model.peft_config[name] = copy.copy(config)  # the config may be the caller's, for other models
+                model.peft_config[name].revision = revision
+            elif not isinstance(self.model, str) and base and not Path(base).is_dir():
+                logger.warning(
+                    f"Nothing says which revision of {base} the loaded student is: its adapter will be loaded over "
+                    "`main`. If it is another one, set `revision` in the config of the adapter."
+                )
 
     def _load(self, args: OfflineOPDConfig, quantization_config: BitsAndBytesConfig | None) -> Any:
         init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
@@ -234,9 +266,6 @@ def _wrap_in_adapters(model: PreTrainedModel, peft_config: PeftConfig, args: Off
     quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
     if quantized:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    revision = (args.model_init_kwargs or {}).get("revision")
-    if revision is not None and peft_config.revision is None:
-        peft_config = replace(peft_config, revision=revision)  # else the adapter would be loaded over `main`
     kwargs = {}
     if _is_zero3(args) and not quantized:
         # ZeRO-3 gathers parameters into buffers of one dtype.

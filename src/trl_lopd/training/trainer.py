@@ -22,10 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..identity.cards import count_teachers, record_of
-from ..identity.stamp import checkpoint_fingerprint
 from ..processes import on_main_process
-from ..table.schema import TableRows
-from .card import SavedCheckpoint, check_resumed, describe_round, write_arguments, write_card
+from ..table.schema import TEACHER_ID, TableRows
+from .card import SavedCheckpoint, check_resumed, describe_round, fingerprint_saved, write_arguments, write_card
 from .collator import FILLER
 from .config import OfflineOPDConfig, refuse_tensor_parallelism, refuse_unsupported
 from .criteria import choose_best_model_metric
@@ -287,7 +286,7 @@ class OfflineOPDTrainer(Trainer):
             )
         self._evaluated = EvaluationTotals(self.accelerator)
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics = self._evaluated.metrics(self.args.loss_aggregation)
+        metrics = self._evaluated.metrics(self.args.loss_aggregation, getattr(dataloader.dataset, "teacher_ids", None))
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
@@ -333,7 +332,7 @@ class OfflineOPDTrainer(Trainer):
             self.rows.trained.gather()
         if self.is_world_process_zero():
             os.makedirs(output_dir, exist_ok=True)  # with sharded weights the directory may not exist yet
-            self.saved = SavedCheckpoint(output_dir, self.state.global_step, checkpoint_fingerprint(output_dir))
+            self.saved = SavedCheckpoint(output_dir, self.state.global_step, fingerprint_saved(self, output_dir))
             write_arguments(self, output_dir)
         # After saving the weights, because PEFT writes its own card with them.
         self.create_model_card(output_dir=output_dir)
@@ -389,8 +388,8 @@ class OfflineOPDTrainer(Trainer):
             self.rows.use_for_training(dataset)
         elif not self.rows.is_prepared(dataset):  # passed after the initialization
             self.rows.prepare(dataset, "eval_dataset" if description == "Evaluation" else "test_dataset")
-        # Only training uses micro-batches, because evaluation has its own batch size.
-        self.data_collator = replace(collator, max_tokens=self.args.max_tokens_per_device if training else None)
+        # Only training uses weights, and micro-batches: evaluation has its own batch size.
+        self.data_collator = replace(collator, **({} if training else {"max_tokens": None, "teacher_weights": None}))
         if isinstance(dataset, IterableDataset):
             self.data_collator.validate = self.rows.check_of(dataset)
             if (processes := self.accelerator.num_processes) > 1:
@@ -408,7 +407,7 @@ class OfflineOPDTrainer(Trainer):
             self.data_collator = collator
 
     def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> TableRows | PackedRows:
-        rows = TableRows(dataset)
+        rows = TableRows(dataset, (TEACHER_ID,) if self.args.teacher_weights else ())
         if not self.args.packing or description != "Training":
             return rows
         row_lengths = fitting_lengths(dataset, self.args)
@@ -442,18 +441,20 @@ class OfflineOPDTrainer(Trainer):
         # Discard the state of unfinished steps.
         self.window.reset()
         self._check_loss.reset()
-        checkpoint = kwargs.get("resume_from_checkpoint")
+        checkpoint, begun_at = kwargs.get("resume_from_checkpoint"), None
         if checkpoint is not None:
-            on_main_process(self.accelerator.state, lambda: check_resumed(self, checkpoint))
+            begun_at = on_main_process(self.accelerator.state, lambda: check_resumed(self, checkpoint))
             if isinstance(self.train_dataset, IterableDataset):
                 self.rows.trained.resume(checkpoint)
-        return super()._inner_training_loop(*args, **kwargs)
+        output = super()._inner_training_loop(*args, **kwargs)
+        if begun_at is not None and begun_at == self.state.global_step >= self.state.max_steps:
+            logger.warning(f"Training had reached its end, step {begun_at}: there is nothing to resume.")
+        return output
 
     def _run_epoch(self, *args, **kwargs):
         # `Trainer` would take another step from the checkpoint of a run that had reached its end.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-            logger.warning(f"Training had reached its end, step {self.state.global_step}: there is nothing to resume.")
             return
         super()._run_epoch(*args, **kwargs)
 

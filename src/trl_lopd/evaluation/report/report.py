@@ -594,7 +594,7 @@ def _candidates(
     Args:
         name (`str`): Of the table.
         split (`str` or `None`): All rows of it may be shown; otherwise those of one split that were not trained on.
-        trained (`(rows,)` uint64 or `None`): Sorted hashes of the rows that were trained on, if that is known.
+        trained (`(rows,)` uint64 or `None`): Hashes of the rows that were trained on, if that is known.
     """
     loaded = load_table(name, split=split)
     splits = loaded if isinstance(loaded, dict) else {str(loaded.split or split or "all rows"): loaded}

@@ -102,14 +102,30 @@ class EvaluationTotals:
         """Returns one of the totals for each sequence, `(sequences,)` float64, in the order of the rows."""
         return torch.cat([batch[name] for batch in self.batches]).double().cpu().numpy()
 
-    def metrics(self, aggregation: str) -> dict[str, float]:
-        """Returns the loss over all sequences and the other metrics; empty if there were no sequences."""
+    def metrics(self, aggregation: str, teacher_ids: np.ndarray | None = None) -> dict[str, float]:
+        """
+        Returns the loss over all sequences and the other metrics; empty if there were no sequences.
+
+        Args:
+            aggregation (`str`): What the loss is the mean over.
+            teacher_ids (`(sequences,)` array, *optional*): With several different ones, each also has metrics of its
+                own, `teacher_id/name`.
+        """
         names = self.batches[0] if self.batches else ()
         columns = {name: torch.cat([batch[name] for batch in self.batches]).double().cpu() for name in names}
         if not columns:
             return {}
-        totals = {name: _number(_combine(name, values)) for name, values in columns.items()}
-        return {"loss": mean_loss(totals, aggregation), **_metrics(totals)}
+
+        def of(rows: slice | np.ndarray) -> dict[str, float]:
+            totals = {name: _number(_combine(name, values[rows])) for name, values in columns.items()}
+            return {"loss": mean_loss(totals, aggregation), **_metrics(totals)}
+
+        metrics = of(slice(None))
+        several = () if teacher_ids is None else sorted({*teacher_ids.tolist()} - {None})
+        for teacher_id in several if len(several) > 1 else ():
+            part = of(np.flatnonzero(teacher_ids == teacher_id))
+            metrics |= {f"{teacher_id}/{name}": value for name, value in part.items()}
+        return metrics
 
 
 def _combine(name: str, values: Tensor) -> Tensor:

@@ -1,0 +1,138 @@
+"""Tables of several teachers: weights of their rows, and metrics of each."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_args, make_trainer
+from test_trainer import plain_loss
+
+from trl_lopd import EffOPDCallback, TableError
+
+WEIGHTS = {"math": 1.5, "code": 0.25}
+
+
+@pytest.fixture(scope="module")
+def two(table):
+    return table.add_column("teacher_id", ["math" if i % 3 else "code" for i in range(len(table))])
+
+
+def of(table, teacher):
+    return table.select(np.flatnonzero(np.array(table["teacher_id"]) == teacher))
+
+
+@pytest.mark.parametrize("loss_type", ["topk", "sampled"])
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 3}, {"max_tokens_per_device": 40}], ids=str)
+def test_weights_multiply_the_gradient_of_their_rows(tmp_path, student_dir, two, loss_type, options):
+    rows, accumulation = two.select(range(6)), options.get("gradient_accumulation_steps", 1)
+    size = 6 // accumulation
+    trainer = make_trainer(
+        tmp_path, student_dir, rows, loss_type=loss_type, teacher_weights=WEIGHTS, per_device_train_batch_size=size,
+        **options,
+    )  # fmt: skip
+    model = trainer.model
+    parts = {teacher: of(rows, teacher) for teacher in WEIGHTS}
+    assert all(len(part) > 1 for part in parts.values())
+    expected = sum(
+        WEIGHTS[t] * len(part) / 6 * plain_loss(model, part, loss_type, "sequence_mean") for t, part in parts.items()
+    )
+    expected.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    model.train()
+    batches, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), accumulation, torch.device("cpu"))
+    trainer.current_gradient_accumulation_steps = accumulation
+    loss = sum(trainer.training_step(model, batch, count) for batch in batches)
+    torch.testing.assert_close(loss, expected.detach().float(), atol=1e-5, rtol=2e-5)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, grads[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_each_teacher_has_the_metrics_of_its_rows(tmp_path, student_dir, two):
+    trainer = make_trainer(
+        tmp_path, student_dir, two, eval_dataset=two, teacher_weights=WEIGHTS, per_device_eval_batch_size=5
+    )
+    plain = make_trainer(tmp_path, student_dir, two)
+    metrics = trainer.evaluate()
+    expected = {"": plain.evaluate(two.remove_columns("teacher_id"))}
+    expected |= {f"{teacher}/": plain.evaluate(of(two, teacher).remove_columns("teacher_id")) for teacher in WEIGHTS}
+    for teacher, values in expected.items():
+        names = [name.removeprefix("eval_") for name in values if not re.search("second|time|epoch", name)]
+        assert "reverse_kl_topk" in names and "loss" in names
+        for name in names:
+            assert metrics[f"eval_{teacher}{name}"] == pytest.approx(values[f"eval_{name}"], rel=1e-5), name
+    # One teacher is what all rows have.
+    assert not any("/reverse" in name for name in plain.evaluate(of(two, "math")))
+
+
+def test_the_best_model_can_be_that_of_one_teacher(tmp_path, student_dir, two):
+    trainer = make_trainer(
+        tmp_path, student_dir, two, eval_dataset=two, metric_for_best_model="eval_code/reverse_kl_topk",
+        eval_strategy="steps", save_strategy="steps", eval_steps=2, save_steps=2, max_steps=4,
+        load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer.train()
+    seen = [log["eval_code/reverse_kl_topk"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert trainer.state.best_metric == min(seen) and len(set(seen)) == 2
+
+
+@pytest.mark.parametrize(
+    ("weights", "match"),
+    [
+        ({"math": 1.0}, "row 0: its `teacher_id` is 'code'"),
+        (WEIGHTS | {"law": 1.0}, "no row of `train_dataset` has that `teacher_id`"),
+    ],
+)
+def test_rows_and_weights_belong_together(tmp_path, student_dir, two, weights, match):
+    with pytest.raises(TableError, match=match):
+        make_trainer(tmp_path, student_dir, two, teacher_weights=weights)
+    with pytest.raises(TableError, match="weighs rows by their column `teacher_id`"):
+        make_trainer(tmp_path, student_dir, two.remove_columns("teacher_id"), teacher_weights=weights)
+
+
+def test_a_row_of_a_stream_without_a_weight_is_named(tmp_path, student_dir, two):
+    trainer = make_trainer(tmp_path, student_dir, two.to_iterable_dataset(), teacher_weights={"code": 1.0})
+    with pytest.raises(TableError, match="its `teacher_id` is 'math'"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    "weights", [{}, {"math": -1.0}, {"math": float("nan")}, {"math": True}, {"math": 0.0}], ids=str
+)
+def test_what_is_no_weight(tmp_path, weights):
+    with pytest.raises(ValueError, match="`teacher_weights`"):
+        make_args(tmp_path, teacher_weights=weights)
+
+
+class Gate:
+    """Candidates gain much on one teacher's rows, and lose a little on the other's."""
+
+    greater_is_better = False
+
+    def __init__(self, rows, loss):
+        self.teacher_ids, self.loss, self.calls = np.array(rows["teacher_id"]), loss, 0
+
+    def __call__(self, model):
+        self.calls += 1
+        noise = np.random.default_rng(self.calls).normal(0, 0.01, len(self.teacher_ids))
+        change = np.where(self.teacher_ids == "math", -1.0, self.loss)
+        return 5.0 + noise + (self.calls > 1) * change
+
+
+@pytest.mark.parametrize(
+    ("loss", "each_teacher", "accepted"), [(0.2, True, 1), (0.2, False, 3), (-0.2, True, 3), (0.0, True, 3)]
+)
+def test_effopd_gains_on_no_teacher_at_the_cost_of_another(
+    tmp_path, student_dir, two, loss, each_teacher, accepted
+):  # fmt: skip
+    trainer = make_trainer(tmp_path, student_dir, two, max_steps=2)
+    callback = EffOPDCallback(trainer, Gate(two, loss), schedule=[1], scales=(3,), each_teacher=each_teacher)
+    trainer.add_callback(callback)
+    trainer.train()
+    (search,) = callback.history
+    assert search["accepted"] == accepted
+    assert search["worse_on"] == (["code"] if accepted == 1 else [])
