@@ -327,8 +327,8 @@ def test_a_run_that_is_not_the_same_is_refused(tmp_path, student_dir, teacher_di
         collect_rollouts(prompts, student, output_dir=tmp_path / "rollouts", max_completion_length=3, **change)
 
 
-def test_killed_ten_times_it_ends_in_the_same_rollouts(tmp_path, student_dir):
-    prompts = [f"w{i % 29 + 3} w{i // 29 + 3}" for i in range(160)]
+def test_killed_again_and_again_it_ends_in_the_same_rollouts(tmp_path, student_dir):
+    prompts = [f"w{i % 29 + 3} w{i // 29 + 3}" for i in range(80)]
     Dataset.from_dict({"prompt": prompts}).save_to_disk(tmp_path / "prompts")
     kills.check("sample", 1, tmp_path, str(tmp_path / "prompts"), str(student_dir))
 
