@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
+import ranks
 import torch
 from conftest import make_model, save_student
 from hub import Hub
@@ -129,16 +127,12 @@ def test_a_revision_is_judged_by_its_own_card_and_weights(tmp_path, student_dir,
     table.save_to_disk(tmp_path / "table")
     later = tmp_path / "later"
     changed(load(student_dir)).save_pretrained(later)
+    (tmp_path / "revisions.py").write_text(REVISIONS)
     with Hub() as hub:
         first = hub.put("model", "tester/student", {path.name: path.read_bytes() for path in student_dir.iterdir()})
         files = {path.name: path.read_bytes() for path in later.iterdir()}
         hub.put("model", "tester/student", files | {"README.md": b"# Trained on\n"})
-        done = subprocess.run(
-            [sys.executable, "-c", REVISIONS, first, str(tmp_path / "table"), str(tmp_path / "out")],
-            env=hub.env(tmp_path / "home"),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        words = (tmp_path / "revisions.py", first, tmp_path / "table", tmp_path / "out")
+        done = ranks.launch(*words, processes=None, env=hub.env(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[-3:-1] == ["verified", "True"]

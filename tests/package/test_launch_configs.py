@@ -49,7 +49,7 @@ def words_of(command, tmp_path):
 
 
 def made_of(command, tmp_path, monkeypatch):
-    """What accelerate makes of a command, up to where it would start processes: its arguments and their environment."""
+    """What accelerate makes of a command, up to where it would start processes: arguments and their environment."""
     if "deepspeed" in name_of(command) or "zero" in name_of(command):
         pytest.importorskip("deepspeed")
     started = []
