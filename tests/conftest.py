@@ -45,14 +45,16 @@ def make_tokenizer(size: int = VOCAB) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(seed: int = 0, hidden: int = 16, scale: float = 1.0, vocab: int = VOCAB, **config) -> LlamaForCausalLM:
+def make_model(
+    seed: int = 0, hidden: int = 16, scale: float = 1.0, vocab: int = VOCAB, layers: int = 2, **config
+) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocab,
             hidden_size=hidden,
             intermediate_size=2 * hidden,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             max_position_embeddings=128,
             pad_token_id=0,
