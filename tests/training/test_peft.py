@@ -147,8 +147,10 @@ def test_quantized_weights_alone_cannot_be_trained(tmp_path, student_dir, table)
 # ---- Options that save memory ----
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"use_reentrant": True}, {"every_n_layers": 2}])
-@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize(
+    ("kwargs", "adapters"),
+    [({}, False), ({"every_n_layers": 2}, False), ({}, True), ({"use_reentrant": True}, True)],
+)
 def test_activation_checkpointing_changes_no_loss(tmp_path, student_dir, table, kwargs, adapters):
     losses = []
     for options in ({}, {"activation_checkpointing": True, "activation_checkpointing_kwargs": kwargs}):
