@@ -94,7 +94,7 @@ if __name__ == "__main__":
         if rng.random() < 0.2:
             time.sleep(rng.uniform(0.0, 0.3))  # while it starts
         else:
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 30
             while shards_done(out) < enough and time.monotonic() < deadline:
                 time.sleep(0.002)
             time.sleep(rng.uniform(0.0, 0.02))
