@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import gc
 import importlib.metadata
 import os
+import types
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -13,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Threads cost more than they give on models this small.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import accelerate.utils.memory
 import numpy as np
 import pytest
 import torch
@@ -24,14 +25,10 @@ from trl_lopd.identity.fingerprint import fingerprint_teacher
 
 # accelerate and datasets read the metadata of installed packages again and again, which takes a tenth of all tests.
 importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+# At the start of every training accelerate collects garbage, which would be looked for in all that was imported.
+accelerate.utils.memory.gc = types.SimpleNamespace(collect=lambda: 0)
 
 VOCAB = 32
-
-
-def pytest_collection_finish():
-    """Takes what was imported out of what is collected: accelerate collects garbage at the start of every training."""
-    gc.collect()
-    gc.freeze()
 
 
 def make_tokenizer(size: int = VOCAB) -> PreTrainedTokenizerFast:
@@ -45,14 +42,16 @@ def make_tokenizer(size: int = VOCAB) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(seed: int = 0, hidden: int = 16, scale: float = 1.0, vocab: int = VOCAB, **config) -> LlamaForCausalLM:
+def make_model(
+    seed: int = 0, hidden: int = 16, scale: float = 1.0, vocab: int = VOCAB, layers: int = 2, **config
+) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocab,
             hidden_size=hidden,
             intermediate_size=2 * hidden,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             max_position_embeddings=128,
             pad_token_id=0,

@@ -2,7 +2,7 @@
 
 As a script it is that process. It runs nothing itself: it forks, and each fork is a rank that runs a script as
 `python SCRIPT ARGUMENTS` would, with the environment that torchrun would give it. What is read when libraries are
-imported, such as `HF_ENDPOINT`, is that of the first launch.
+imported is that of the first launch, but for the address and the caches of a Hub.
 """
 
 from __future__ import annotations
@@ -65,6 +65,18 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def read_hub_settings() -> None:
+    """Has the libraries take the Hub of the environment, as if they were imported only now."""
+    import importlib
+
+    import datasets.config
+    import huggingface_hub
+
+    constants = importlib.reload(huggingface_hub.constants)
+    importlib.reload(datasets.config)
+    huggingface_hub.hf_api.api.endpoint = constants.ENDPOINT
+
+
 def run_rank(request: dict, environment: dict[str, str]) -> None:
     """Becomes a process of its own, and ends with what its script ends with."""
     import runpy
@@ -78,6 +90,8 @@ def run_rank(request: dict, environment: dict[str, str]) -> None:
             os.dup2(descriptor, number)
         os.environ.clear()
         os.environ |= request["env"] | environment
+        if "HF_ENDPOINT" in os.environ:
+            read_hub_settings()
         os.chdir(request["cwd"])
         module = request["argv"][0] == "-m"
         sys.argv = request["argv"][module:]

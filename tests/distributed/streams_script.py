@@ -25,12 +25,12 @@ def main(student, table, foreign, out):
         gradient_accumulation_steps=1, teacher_consistency="warn",
     )  # fmt: skip
     metrics = {}
-    for rows in (1, 2, 9, 13, 16):
+    for rows in (1, 2, 9, 16):
         held_out = table.select(range(rows))
         metrics[f"{rows} rows"] = trainer.evaluate(held_out)
         for shards in (1, 2, 3):
             if shards <= rows:
-                for workers in (0, 2):
+                for workers in (0, 2) if rows == 9 else (0,):
                     trainer.args.dataloader_num_workers = workers
                     stream = held_out.to_iterable_dataset(num_shards=shards)
                     metrics[f"{rows} rows, {shards} shards, {workers} workers"] = trainer.evaluate(stream)

@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).parent / "effopd_script.py"
 # What the launches run; one launch for what starts up together.
 ONE = ["scripted", "bf16_without_master", "lora", "by_default", "raising", "whole", "continued", "refused"]
 TORCH = {
-    "ddp": ["scripted", "by_default"],
+    "ddp": ["scripted"],
     "fsdp2": ["scripted", "raising", "whole", "continued", "refused"],
     "fsdp2-keep": ["scripted"],
 }
@@ -104,8 +104,8 @@ def test_nothing_is_gathered(launch, kind):
     for one in found:
         assert one["collectives"]["read"] == one["collectives"]["write"] == 0
         if kind == "zero2":
-            # As the engine does after its own steps, for each of the two groups of parameters: 14 times here.
-            assert one["collectives"]["publish"] == 2 * 14
+            # As the engine does after its own steps, for each of the two groups of parameters: nine times here.
+            assert one["collectives"]["publish"] == 2 * 9
         elif kind != "zero3-persistent":
             assert one["collectives"]["publish"] == 0
     if kind == "ddp":

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from conftest import make_model
 from datasets import Dataset
@@ -42,10 +41,8 @@ def test_the_chain_survives_the_hub(tmp_path, teacher_dir, tokenizer):
     make_model(seed=5).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     with Hub() as hub:
-        done = subprocess.run(
-            [sys.executable, str(SCRIPT), str(teacher_dir), str(tmp_path / "base"), str(tmp_path)],
-            env=hub.env(tmp_path / "home"), capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+        words = (SCRIPT, teacher_dir, tmp_path / "base", tmp_path)
+        done = ranks.launch(*words, processes=None, env=hub.env(tmp_path / "home"))
         assert done.returncode == 0, done.stderr[-3000:]
         assert "round 1: verified intact" in done.stdout and "round 2: verified intact" in done.stdout
         assert not hub.unknown

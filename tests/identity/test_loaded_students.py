@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
+import ranks
 import torch
 from conftest import make_model, save_student
 from hub import Hub
@@ -62,9 +60,15 @@ def test_what_was_changed_since_is_declared(tmp_path, student_dir, table, change
     assert evidence(tmp_path, change(load(student_dir)), table) == ("declared", "declared")
 
 
-@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("loaded", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("saved", "loaded", "tied"),
+    [
+        *((saved, torch.bfloat16, False) for saved in (torch.bfloat16, torch.float16, torch.float32)),
+        *((saved, torch.float32, False) for saved in (torch.bfloat16, torch.float16, torch.float32)),
+        (torch.bfloat16, torch.float32, True),
+        (torch.float32, torch.bfloat16, True),
+    ],
+)
 def test_a_cast_is_no_change(tmp_path, tokenizer, teacher_dir, table, saved, loaded, tied):
     student = make_model(seed=5, tie_word_embeddings=tied).to(saved)
     student = save_student(tmp_path / "student", student, tokenizer, teacher_dir)
@@ -141,17 +145,13 @@ def test_a_revision_is_judged_by_its_own_card_and_weights(tmp_path, student_dir,
     table.save_to_disk(tmp_path / "table")
     later = tmp_path / "later"
     changed(load(student_dir)).save_pretrained(later)
+    (tmp_path / "revisions.py").write_text(REVISIONS)
     with Hub() as hub:
         first = hub.put("model", "tester/student", {path.name: path.read_bytes() for path in student_dir.iterdir()})
         files = {path.name: path.read_bytes() for path in later.iterdir()}
         hub.put("model", "tester/student", files | {"README.md": b"# Trained on\n"})
-        done = subprocess.run(
-            [sys.executable, "-c", REVISIONS, first, str(tmp_path / "table"), str(tmp_path / "out")],
-            env=hub.env(tmp_path / "home"),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        words = (tmp_path / "revisions.py", first, tmp_path / "table", tmp_path / "out")
+        done = ranks.launch(*words, processes=None, env=hub.env(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[-5:-1] == ["verified", "True", *["tester/student True True"] * 2]
 

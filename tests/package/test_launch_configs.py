@@ -1,4 +1,4 @@
-"""Every file of accelerate_configs, with the options that docs/launching.md gives for a CPU; three really launched."""
+"""Every file of accelerate_configs, with the options that docs/launching.md gives for a CPU; two are trained with."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import ranks
 import torch.distributed.run
 import yaml
 from accelerate import FullyShardedDataParallelPlugin
@@ -48,11 +48,9 @@ def words_of(command, tmp_path):
     return ["--main_process_port", "0", *words]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=name_of)
-def test_a_command_of_the_page_is_what_its_config_says(tmp_path, monkeypatch, command):
-    """All that accelerate makes of it, up to where it would start processes."""
-    name = name_of(command)
-    if "zero" in name or "deepspeed" in name:
+def made_of(command, tmp_path, monkeypatch):
+    """What accelerate makes of a command, up to where it would start processes: arguments and their environment."""
+    if "deepspeed" in name_of(command) or "zero" in name_of(command):
         pytest.importorskip("deepspeed")
     started = []
 
@@ -65,11 +63,20 @@ def test_a_command_of_the_page_is_what_its_config_says(tmp_path, monkeypatch, co
         def wait(self):
             pass
 
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(torch.distributed.run, "run", lambda args: started.append(dict(os.environ)))
-    monkeypatch.setattr(subprocess, "Popen", Process)
-    launch.launch_command(launch.launch_command_parser().parse_args(words_of(command, tmp_path)))
+    args = launch.launch_command_parser().parse_args(words_of(command, tmp_path))
+    with monkeypatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(torch.distributed.run, "run", lambda args: started.append(dict(os.environ)))
+        patch.setattr(subprocess, "Popen", Process)
+        launch.launch_command(args)
     (env,) = started
+    return args, env
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=name_of)
+def test_a_command_of_the_page_is_what_its_config_says(tmp_path, monkeypatch, command):
+    name = name_of(command)
+    _, env = made_of(command, tmp_path, monkeypatch)
     config = {} if name == "deepspeed_json" else yaml.safe_load((ROOT / f"accelerate_configs/{name}.yaml").read_text())
     assert env["ACCELERATE_MIXED_PRECISION"] == "no"
     assert (env.get("ACCELERATE_USE_DEEPSPEED") == "true") == ("zero" in name or "deepspeed" in name)
@@ -93,16 +100,11 @@ def test_a_command_of_the_page_is_what_its_config_says(tmp_path, monkeypatch, co
 
 # On a CPU accelerate trains DDP where `fsdp2` asks for `fully_shard`; tests/distributed has that.
 @pytest.mark.parametrize("name", ["zero3", "deepspeed_json"])
-def test_commands_of_the_page_run_on_a_cpu(tmp_path, name):
-    if name != "ddp":
-        pytest.importorskip("deepspeed")
+def test_commands_of_the_page_train_on_a_cpu(tmp_path, monkeypatch, name):
     (command,) = [command for command in COMMANDS if name_of(command) == name]
-    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    words = [*words_of(command, tmp_path), "--output_dir", str(tmp_path / "out")]
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *words],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, env=env,
-    )  # fmt: skip
+    args, env = made_of(command, tmp_path, monkeypatch)
+    words = [*args.training_script_args, "--output_dir", tmp_path / "out"]
+    done = ranks.launch(args.training_script, *words, processes=int(args.num_processes), env=env, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     # DeepSpeed writes tied weights twice, so the files differ in keys.
     trained, start = (

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ranks
 from datasets import load_dataset
 from hub import Hub
 
@@ -165,14 +166,10 @@ def test_on_the_hub(tmp_path, finished):
             (table,) = load_dataset("tester/table", streaming=streaming).values()
             assert [row["row"] for row in table] == eval(sys.argv[2])
     """
+    (tmp_path / "upload.py").write_text(script)
+    words = (tmp_path / "upload.py", finished, EXPECTED_ROWS)
     with Hub() as hub:
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(finished), repr(EXPECTED_ROWS)],
-            env=hub.env(tmp_path / "home"),
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = ranks.launch(*words, processes=None, env=hub.env(tmp_path / "home"))
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -104,7 +104,9 @@ def train_example(tmp_path, *flags):
 
 def test_the_main_job_prints_its_table_and_little_else(tmp_path):
     """Into a file: a line for each log and each evaluation."""
-    done = train_example(tmp_path)
+    prompts = (ROOT / "examples" / "quickstart" / "prompts.jsonl").read_text().splitlines(keepends=True)[:32]
+    (tmp_path / "prompts.jsonl").write_text("".join(prompts))
+    done = train_example(tmp_path, "--eval_prompts", tmp_path / "prompts.jsonl")
     lines = lines_of(done)
     assert len(lines) < 30, lines
     assert not [line for line in lines if re.search(r"^{|it/s|pin_memory|accelerator", line)], lines

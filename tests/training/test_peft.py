@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
+import ranks
 import torch
 from accelerate import ParallelismConfig
 from conftest import make_args, make_model, make_trainer, save_student
@@ -93,11 +91,10 @@ assert read_model_card("tester/adapter")["opd_rounds"]
 
 def test_an_adapter_is_pushed_and_pulled(tmp_path, student_dir, table):
     table.save_to_disk(tmp_path / "table")
+    (tmp_path / "push.py").write_text(PUSH)
+    words = (tmp_path / "push.py", student_dir, tmp_path / "table", tmp_path / "out")
     with Hub() as hub:
-        done = subprocess.run(
-            [sys.executable, "-c", PUSH, str(student_dir), str(tmp_path / "table"), str(tmp_path / "out")],
-            env=hub.env(tmp_path / "home"), capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+        done = ranks.launch(*words, processes=None, env=hub.env(tmp_path / "home"))
         assert done.returncode == 0, done.stderr[-3000:]
         files = hub.files("model", "tester/adapter")
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(files)
@@ -150,8 +147,10 @@ def test_quantized_weights_alone_cannot_be_trained(tmp_path, student_dir, table)
 # ---- Options that save memory ----
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"use_reentrant": True}, {"every_n_layers": 2}])
-@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize(
+    ("kwargs", "adapters"),
+    [({}, False), ({"every_n_layers": 2}, False), ({}, True), ({"use_reentrant": True}, True)],
+)
 def test_activation_checkpointing_changes_no_loss(tmp_path, student_dir, table, kwargs, adapters):
     losses = []
     for options in ({}, {"activation_checkpointing": True, "activation_checkpointing_kwargs": kwargs}):

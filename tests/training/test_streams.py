@@ -31,8 +31,7 @@ def rows_of(card):
     return {teacher["id"]: teacher["rows"] for teacher in card["teachers"]}
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-@pytest.mark.parametrize("max_tokens_per_device", [None, 64])
+@pytest.mark.parametrize(("workers", "max_tokens_per_device"), [(0, None), (1, 64), (2, None), (2, 64)])
 def test_the_card_names_the_teachers_of_the_rows_trained_on_whoever_read_them(
     tmp_path, student_dir, table, foreign, workers, max_tokens_per_device, caplog
 ):
