@@ -231,3 +231,18 @@ def test_data_may_begin_anew_when_a_run_is_resumed(tmp_path, student_dir, table)
         firsts.append(read[0])
     rows = [table[i]["prompt_ids"] + table[i]["completion_ids"] for i in (8, 0)]
     assert [first[: len(row)] for first, row in zip(firsts, rows, strict=True)] == rows
+
+
+def test_what_does_not_pay_is_said_before_training(tmp_path, student_dir, table, caplog):
+    def warnings(**options):
+        caplog.clear()
+        make_trainer(tmp_path, student_dir, table, **options)
+        return [record.getMessage() for record in caplog.records if "docs/evidence.md" in record.getMessage()]
+
+    # 24 rows, 4 a step.
+    assert warnings(max_steps=78) == []
+    assert len(passes := warnings(max_steps=90)) == 1 and "24 training rows will be read 15 times" in passes[0]
+    assert len(warnings(max_steps=45, gradient_accumulation_steps=2)) == 1
+    assert len(warnings(max_steps=-1, num_train_epochs=20)) == 1
+    assert len(sampled := warnings(loss_type="sampled")) == 1 and "top-k" in sampled[0]
+    assert warnings(loss_type="sampled", max_steps=1) == sampled

@@ -41,6 +41,9 @@ from ..table.schema import (
 )
 from .collator import FILLER, OfflineOPDCollator, Row, no_weight, padded_length, too_long
 
+# Passes over a table beyond which more rows pay more than another pass, measured by `benchmarks/evidence.py`.
+_MOST_PASSES = 13
+
 if TYPE_CHECKING:
     from transformers import Trainer
 
@@ -201,8 +204,10 @@ class TrainingRows:
             check.verdict = on_main_process(args.distributed_state, lambda: check.judge(table, name))
         columns = set(table.column_names)
         self.loss_type = resolve_loss_type(args, columns, self.loss_type)
-        if check is self.trained and args.teacher_weights:
-            _check_weights(table, args.teacher_weights, name)
+        if check is self.trained:
+            _advise(len(table), columns, args)
+            if args.teacher_weights:
+                _check_weights(table, args.teacher_weights, name)
         self._report(summary, name)
         _report_truncation(table, args, name)
         row_lengths = fitting_lengths(table, args)
@@ -378,6 +383,24 @@ def _report_stretched(row_lengths: np.ndarray, limit: float, name: str) -> None:
             f"`{name}`: {int((row_lengths >= limit).sum())} rows have {limit} tokens or more. From there on, the "
             "longest row of a batch changes the rotary embeddings of all its rows, so that log-probabilities depend "
             f"on which rows are read together. Set the batch size to 1, or `max_length` to less than {limit}."
+        )
+
+
+def _advise(num_rows: int, columns: set[str], args: OfflineOPDConfig) -> None:
+    """Warns of what the measurements in docs/evidence.md say will not pay."""
+    if args.loss_type == "sampled" and "teacher_topk_ids" in columns:
+        logger.warning(
+            "`loss_type='sampled'` reads one log-probability of the teacher a token, and the table has its top-k. In "
+            "all our measurements the divergence on those ended ahead, and this update made all but weak students "
+            "worse (docs/evidence.md). Leave `loss_type` unset to use them."
+        )
+    rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    passes = args.max_steps * rows_a_step / num_rows if args.max_steps > 0 else args.num_train_epochs
+    if passes > _MOST_PASSES and not args.packing:
+        logger.warning(
+            f"The {num_rows} training rows will be read {passes:.0f} times. In our measurements up to {_MOST_PASSES} "
+            "times paid, and beyond that more rows did: 1,000 rows read 38 times ended where 3,000 did that were read "
+            "three times (docs/evidence.md)."
         )
 
 
