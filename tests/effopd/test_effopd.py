@@ -175,6 +175,22 @@ def test_a_schedule_of_one_s_own(tmp_path, schedule, steps):
     assert [search["step"] for search in callback.history] == steps
 
 
+def test_a_run_is_not_resumed_without_its_searches(tmp_path, table, student_dir):
+    def start(steps, with_searches):
+        args = make_args(tmp_path, max_steps=steps, save_strategy="steps", save_steps=2)
+        trainer = OfflineOPDTrainer(str(student_dir), args, table)
+        if with_searches:
+            values = iter(range(100, 0, -1))
+            callback = EffOPDCallback(trainer, lambda model: float(next(values)), greater_is_better=False)
+            trainer.add_callback(callback)
+        return trainer
+
+    start(2, True).train()
+    with pytest.raises(ValueError, match="added `effopd` to its record"):
+        start(4, False).train(resume_from_checkpoint=True)
+    start(4, True).train(resume_from_checkpoint=True)
+
+
 # ---- What is left alone ----
 
 

@@ -156,6 +156,10 @@ def check_resumed(trainer: Trainer, checkpoint: str) -> int:
             # Names are for people: a copy of the student is the same student.
             if _content(before.get(name)) != _content(now.get(name)):
                 changed.append(f"`{name}` was {before.get(name)} and is {now.get(name)}")
+        # A stream's samplers are not known before it is read.
+        added = sorted(before.keys() - now.keys() - {"sampled_by"})
+        if added and not any(hasattr(callback, "card_record") for callback in trainer.callback_handler.callbacks):
+            changed.append(f"a callback added `{', '.join(added)}` to its record, and this run has no such callback")
         scored_by, scored_by_now = (
             {_content(entry["id"]): str(entry["id"]) for entry in record.get("teachers") or []}
             for record in (before, now)
