@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
 from trl_lopd import (
@@ -56,6 +56,7 @@ from tasks import TASKS  # noqa: E402
 BATCH_SIZE, ROWS, HELD_OUT, TOP_K, LEARNING_RATE = 64, 3_000, 200, 4, 3e-4
 # What held-out rows say of a student, by the names of the trainer.
 SELECTORS = ("eval_reverse_kl_topk", "eval_loss", "eval_huber", "eval_top1_agreement", "eval_entropy")
+MORE_STEPS = 150
 BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 BEST = 0.5
 
@@ -69,6 +70,7 @@ class Arm:
         teacher: who scores them: `"teacher"` or another of `OTHERS`.
         count: rows of the table, beside those that are held out; with `"sft"`, further answers of the teacher.
         sft_answers: answers that the student was fine-tuned on; `None` is the task's number.
+        more_answers: answers of the scoring teacher that it was fine-tuned on after that, for `MORE_STEPS`.
         options: of the trainer's configuration.
         mixed: half of the forward and half of the reverse divergence.
         steps: where it is measured; training ends at the last.
@@ -78,6 +80,7 @@ class Arm:
     teacher: str = "teacher"
     count: int = ROWS
     sft_answers: int | None = None
+    more_answers: int = 0
     options: tuple[tuple[str, object], ...] = ()
     mixed: bool = False
     steps: tuple[int, ...] = (150, 600)
@@ -85,11 +88,12 @@ class Arm:
     def table(self) -> Arm:
         """What of it decides the table that it reads, or whose costs it is compared with."""
         rows = "student" if self.rows in ("online", "sft") else self.rows
-        return Arm(rows, self.teacher, self.count, self.sft_answers)
+        return Arm(rows, self.teacher, self.count, self.sft_answers, self.more_answers)
 
     def key(self) -> str:
         options = [f"{name}={value}" for name, value in self.options]
         parts = [self.rows, self.teacher, self.count, f"sft-{self.sft_answers}", *options]
+        parts += [f"more-{self.more_answers}"] if self.more_answers else []
         return ",".join(map(str, [*parts, *(["mixed"] if self.mixed else []), "-".join(map(str, self.steps))]))
 
 
@@ -170,6 +174,18 @@ def teachers() -> Claim:
     return Claim("Whose scores", lines, "SFT student", tasks=("addition",))
 
 
+def remedy() -> Claim:
+    (other,) = (name for name in OTHERS if name == "another way of writing")
+    lines = [SFT]
+    for answers in (0, 100, 300, 1_000):
+        overridden = (("teacher_consistency", "off"),) if not answers else ()
+        arm = Arm(teacher=other, more_answers=answers, options=(*topk(BEST).options, *overridden), steps=(150,))
+        if answers:
+            lines.append(Line(f"{answers:,} answers of the new teacher", arm, 0))
+        lines.append(Line(f"{answers:,} answers, then its scores", arm, 150))
+    return Claim("When another teacher scores", lines, "SFT student", tasks=("addition",))
+
+
 def update() -> Claim:
     arms = {
         "tau 10": sampled(),
@@ -206,7 +222,7 @@ def budget() -> Claim:
     return Claim("Rows or epochs", lines, "3,000 rows, 600 steps", tasks=("addition",))
 
 
-CLAIMS = {f.__name__: [f()] for f in (divergences, online, schedule, teachers, update, budget)}
+CLAIMS = {f.__name__: [f()] for f in (divergences, online, schedule, teachers, remedy, update, budget)}
 CLAIMS["rows"] = [
     rows(3_000, ("addition", "chains", "walk")),
     rows(10_000, ("walk",)),
@@ -235,6 +251,17 @@ def build_student(task: str, teacher: Path, path: Path, seed: int, answers: int,
     problems = build.draw_problems(TASKS[task], seed, answers, 0)["sft"]
     begun = time.process_time()
     build.make_student(TASKS[task], build.make_tokenizer(), str(teacher), problems, path, steps, seed)
+    return {"seconds": time.process_time() - begun, "curve": {"0": measure(task, str(path), teacher)}}
+
+
+def build_more(task: str, teacher: Path, scorer: Path, student: Path, path: Path, seed: int, arm: Arm) -> dict:
+    """An SFT student that learnt from some answers of another teacher after that."""
+    answers = arm.sft_answers or TASKS[task].sft_answers
+    problems = build.draw_problems(TASKS[task], seed, answers, arm.count + HELD_OUT + arm.more_answers)["rollouts"]
+    begun, tokenizer = time.process_time(), build.make_tokenizer()
+    written = build.answer(TASKS[task], str(scorer), problems[arm.count + HELD_OUT :], seed)
+    model = AutoModelForCausalLM.from_pretrained(student)
+    build.fine_tune(model, tokenizer, written, path, MORE_STEPS, seed)
     return {"seconds": time.process_time() - begun, "curve": {"0": measure(task, str(path), teacher)}}
 
 
@@ -423,7 +450,8 @@ class Work:
         return (QUICKSTART if task == "addition" else self.directory / task) / "teacher"
 
     def student(self, task: str, arm: Arm, seed: int) -> Path:
-        return self.directory / task / f"student-{seed}-{arm.sft_answers or TASKS[task].sft_answers}"
+        name = f"student-{seed}-{arm.sft_answers or TASKS[task].sft_answers}"
+        return self.directory / task / (f"{name}-more-{arm.more_answers}" if arm.more_answers else name)
 
     def table(self, task: str, arm: Arm, seed: int) -> Path:
         own, student = arm.table(), self.student(task, arm, seed)
@@ -449,8 +477,12 @@ class Work:
             self.result(teacher, build_teacher, task, teacher)
         if scorer != teacher:
             self.result(scorer, build_teacher, OTHERS[arm.teacher], scorer, teacher)
-        student, answers = self.student(task, arm, seed), arm.sft_answers or TASKS[task].sft_answers
+        student = self.student(task, replace(arm, more_answers=0), seed)
+        answers = arm.sft_answers or TASKS[task].sft_answers
         self.result(student, build_student, task, teacher, student, seed, answers, TASKS[task].sft_steps)
+        if arm.more_answers:
+            first, student = student, self.student(task, arm, seed)
+            self.result(student, build_more, task, teacher, scorer, first, student, seed, arm)
         table = self.table(task, arm, seed)
         own = self.result(table, build_table, task, arm.table(), teacher, scorer, student, table, seed)
         run = self.run(task, arm, seed)

@@ -198,6 +198,13 @@ def draw_problems(task: Task, seed: int, sft_answers: int, rollouts: int, held_o
     }
 
 
+def answer(task: Task, teacher: str, problems: list[str], seed: int) -> Dataset:
+    """A teacher's answers, to fine-tune on."""
+    sampling = dict(max_completion_length=task.max_answer_tokens, batch_size=500, rows_per_shard=4096, seed=seed)
+    # Answers that were cut are learnt as they are, token by token: `fine_tune` ends none of them.
+    return generate_sft_data(problems, teacher, truncated="keep", **sampling)
+
+
 def make_student(
     task: Task,
     tokenizer: PreTrainedTokenizerFast,
@@ -208,9 +215,7 @@ def make_student(
     seed: int,
 ) -> LlamaForCausalLM:
     """Fine-tunes a new student on the teacher's answers to `problems`."""
-    sampling = dict(max_completion_length=task.max_answer_tokens, batch_size=500, rows_per_shard=4096, seed=seed)
-    # Answers that were cut are learnt as they are, token by token: `fine_tune` ends none of them.
-    answers = generate_sft_data(problems, teacher, truncated="keep", **sampling)
+    answers = answer(task, teacher, problems, seed)
     model = make_model(tokenizer, seed=seed + 2, hidden=64, layers=4)
     fine_tune(model, tokenizer, answers, path, steps, seed=seed)
     return model
