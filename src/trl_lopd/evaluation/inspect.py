@@ -541,6 +541,8 @@ def _facts(rows: int, measured: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if measured["advantage"]:
         clipped = f"{_share(scores['clipped'])} clipped at ±{scores['clip']:g}"
         yield "advantage", f"{spread}; nats a token at the start, {clipped}"
+        if measured["advantage"]["std"] < 1:
+            yield "", "std below 1: there loss_type='sampled' cost every student accuracy (docs/evidence.md)"
     elif measured["teacher_logprob"]:
         yield "teacher", f"log-probability: {spread}; nats a token"
         yield "advantage", "not known: it needs `ref_logprobs`, which scoring adds with `ref_model`"

@@ -43,6 +43,8 @@ from .collator import FILLER, OfflineOPDCollator, Row, no_weight, padded_length,
 
 # Passes over a table beyond which more rows pay more than another pass, measured by `benchmarks/evidence.py`.
 _MOST_PASSES = 13
+# Standard deviation of the advantages, in nats, below which the sampled update cost every student accuracy there.
+_LEAST_SPREAD = 1.0
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -205,7 +207,7 @@ class TrainingRows:
         columns = set(table.column_names)
         self.loss_type = resolve_loss_type(args, columns, self.loss_type)
         if check is self.trained:
-            _advise(len(table), columns, args)
+            _advise(table, self.loss_type, args)
             if args.teacher_weights:
                 _check_weights(table, args.teacher_weights, name)
         self._report(summary, name)
@@ -386,22 +388,35 @@ def _report_stretched(row_lengths: np.ndarray, limit: float, name: str) -> None:
         )
 
 
-def _advise(num_rows: int, columns: set[str], args: OfflineOPDConfig) -> None:
-    """Warns of what the measurements in docs/evidence.md say will not pay."""
-    if args.loss_type == "sampled" and "teacher_topk_ids" in columns:
-        logger.warning(
-            "`loss_type='sampled'` reads one log-probability of the teacher a token, and the table has its top-k. In "
-            "all our measurements the divergence on those ended ahead, and this update made all but weak students "
-            "worse (docs/evidence.md). Leave `loss_type` unset to use them."
-        )
+def _advise(table: Dataset, loss_type: str, args: OfflineOPDConfig) -> None:
+    """Warns of what was measured not to pay, see docs/evidence.md."""
+    if loss_type == "sampled" and "ref_logprobs" in table.column_names:
+        spread = _spread_of_advantages(table, args.advantage_clip)
+        if spread < _LEAST_SPREAD:
+            remedy = "leave `loss_type` unset" if "teacher_topk_ids" in table.column_names else "score with `top_k=8`"
+            logger.warning(
+                f"The advantages have a standard deviation of {spread:.2f} nats. Wherever it was less than "
+                f"{_LEAST_SPREAD}, the sampled update cost accuracy, and the divergence on the teacher's top-k did "
+                f"better (docs/evidence.md): {remedy}."
+            )
     rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    passes = args.max_steps * rows_a_step / num_rows if args.max_steps > 0 else args.num_train_epochs
+    passes = args.max_steps * rows_a_step / len(table) if args.max_steps > 0 else args.num_train_epochs
     if passes > _MOST_PASSES and not args.packing:
         logger.warning(
-            f"The {num_rows} training rows will be read {passes:.0f} times. In our measurements up to {_MOST_PASSES} "
-            "times paid, and beyond that more rows did: 1,000 rows read 38 times ended where 3,000 did that were read "
-            "three times (docs/evidence.md)."
+            f"The {len(table)} training rows will be read {passes:.0f} times. Where we measured, {_MOST_PASSES} passes "
+            "paid, and beyond that more rows did: 1,000 rows read 38 times ended where 3,000 did that were read three "
+            "times (docs/evidence.md)."
         )
+
+
+def _spread_of_advantages(table: Dataset, clip: float) -> float:
+    """Standard deviation of the clipped advantages before training, in nats a token, of the first rows."""
+    columns = table.select(range(min(len(table), 2000))).with_format("arrow")[:]
+    teacher, ref = (
+        columns[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(float)
+        for name in ("teacher_logprobs", "ref_logprobs")
+    )
+    return float((teacher - ref).clip(-clip, clip).std())
 
 
 def _check_weights(table: Dataset, weights: dict[str, float], name: str) -> None:
