@@ -240,10 +240,10 @@ def test_what_does_not_pay_is_said_before_training(tmp_path, student_dir, table,
         return [record.getMessage() for record in caplog.records if "docs/evidence.md" in record.getMessage()]
 
     # 24 rows, 4 a step.
-    assert warnings(max_steps=78) == []
-    assert len(passes := warnings(max_steps=90)) == 1 and "24 training rows will be read 15 times" in passes[0]
-    assert len(warnings(max_steps=45, gradient_accumulation_steps=2)) == 1
-    assert len(warnings(max_steps=-1, num_train_epochs=20)) == 1
+    assert warnings(max_steps=120) == []
+    assert len(passes := warnings(max_steps=130)) == 1 and "24 training rows will be read 22 times" in passes[0]
+    assert len(warnings(max_steps=65, gradient_accumulation_steps=2)) == 1
+    assert len(warnings(max_steps=-1, num_train_epochs=21)) == 1
     assert warnings(loss_type="sampled") == []  # advantages of random models spread over more than 1 nat
     refs = [[value + 0.5 * (i % 2) for i, value in enumerate(row)] for row in table["teacher_logprobs"]]
     table = close = table.remove_columns("ref_logprobs").add_column("ref_logprobs", refs)
