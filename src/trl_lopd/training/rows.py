@@ -403,9 +403,9 @@ def _advise(table: Dataset, loss_type: str, args: OfflineOPDConfig) -> None:
     passes = args.max_steps * rows_a_step / len(table) if args.max_steps > 0 else args.num_train_epochs
     if passes > _MOST_PASSES and not args.packing:
         logger.warning(
-            f"The {len(table)} training rows will be read {passes:.0f} times. Where measured, 13 passes paid and 38 did "
-            "not: 1,000 rows read 38 times ended where 3,000 did that were read three times (docs/evidence.md). Sample "
-            "more rows."
+            f"The {len(table)} training rows will be read {passes:.0f} times. Where measured, 13 passes paid, 38 did "
+            "not: 1,000 rows read 38 times ended where 3,000 did that were read three times (docs/evidence.md). "
+            "Sample more rows."
         )
 
 
