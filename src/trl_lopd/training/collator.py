@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import TableError
 from ..generation.teachers import batches_of_like_length
 from ..models import Positions
-from ..table.schema import TOPK_COLUMNS
+from ..table.schema import TEACHER_ID, TOPK_COLUMNS
 from .packing import best_fit_decreasing
 
 logger = logging.getLogger(__name__)
@@ -61,8 +61,8 @@ class OfflineOPDCollator:
       and `teacher_topk_logprobs` float32 `(trained, k)`.
 
     For each sequence, `truncated` `(sequences,)`: whether its completion, with every per-token column, was truncated
-    on the right to fit the limits. With `validate`, also `teacher_fingerprint` and `student_fingerprint`, lists of
-    strings, and `is_filler` `(sequences,)`, see [`~rows.WholeStream`].
+    on the right to fit the limits. With `validate`, also `teacher_fingerprint`, `teacher_id` and
+    `student_fingerprint`, lists of strings, and `is_filler` `(sequences,)`, see [`~rows.WholeStream`].
 
     Args:
         pad_token_id: pads `input_ids`.
@@ -174,7 +174,7 @@ class OfflineOPDCollator:
         if self.validate is not None:
             # The collator may run in a dataloader worker, so fingerprints go into the batch. The training process
             # checks and counts them.
-            for name in ("teacher_fingerprint", "student_fingerprint"):
+            for name in ("teacher_fingerprint", TEACHER_ID, "student_fingerprint"):
                 tensors[name] = [row.get(name) for row in rows]
             tensors[FILLER] = torch.tensor([row.get(FILLER, False) for row in rows])
         return tensors
