@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from pkgutil import resolve_name
 
 import kills
 import numpy as np
 import pytest
-from conftest import make_model, make_rollouts, make_tokenizer
-from datasets import concatenate_datasets, load_dataset
+import yaml
+from conftest import make_args, make_model, make_rollouts, make_tokenizer
+from datasets import Dataset, concatenate_datasets, load_dataset
 from servers import stub_server
+from trl import SFTConfig, SFTTrainer
 
-from trl_lopd import ShardError, TableError, fingerprint_teacher, load_table, read_dataset_card, score_rollouts
+from trl_lopd import (
+    OfflineOPDTrainer,
+    ShardError,
+    TableError,
+    TeacherConsistencyError,
+    TeacherStampCallback,
+    cli,
+    collect_rollouts,
+    fingerprint_teacher,
+    generate_sft_data,
+    load_table,
+    read_dataset_card,
+    read_model_card,
+    score_rollouts,
+)
 from trl_lopd.identity.cards import record_of
 from trl_lopd.table.store import HIDDEN
 
@@ -236,3 +253,114 @@ def test_killed_twenty_times_it_ends_in_the_same_table(tmp_path, teachers, stude
         assert {path.name for path in (tmp_path / name / HIDDEN).iterdir()} == {"manifest.json", "process-0.lock"}
     cards = [(tmp_path / name / "README.md").read_text().replace(name, "") for name in ("whole", "killed")]
     assert cards[0] == cards[1] and read_dataset_card(tmp_path / "killed")["teachers"][0]["probes"]
+
+
+# ---- SFT data ----
+
+
+PROMPTS = [f"w{3 + i % 25} w{5 + i % 7}" for i in range(25)]
+SAMPLING = {"temperature": 2.0, "max_completion_length": 12, "seed": 1}
+
+
+@pytest.mark.parametrize("truncated", ["drop", "keep"])
+def test_each_prompt_is_answered_by_its_own_teacher(tmp_path, teachers, truncated):
+    prompts = with_names(Dataset.from_dict({"prompt": PROMPTS}))
+    options = SAMPLING | {"truncated": truncated, "num_generations": 2, "rows_per_shard": 4}
+    in_memory = generate_sft_data(prompts, teachers, **options)
+    data = generate_sft_data(prompts, teachers, output_dir=tmp_path / "data", **options)
+    assert data.to_dict() == in_memory.to_dict() and record_of(data) == record_of(in_memory)
+    assert record_of(load_table(tmp_path / "data", split="train")) == record_of(data)
+    again = generate_sft_data(prompts, teachers, output_dir=tmp_path / "data", **options)
+    assert again.to_dict() == data.to_dict() and record_of(again) == record_of(data)
+    ids = {name: fingerprint_teacher(teachers[name]).id for name in teachers}
+    place = -1
+    for row in data:  # in the order of the prompts
+        assert row["teacher_fingerprint"] == ids[row["teacher_id"]]
+        place = next(
+            i for i in range(max(place, 0), 25) if prompts[i] == {k: row[k] for k in ("prompt", "teacher_id")}
+        )
+    assert set(data["teacher_id"]) == {"math", "code"} and ("input_ids" in data.column_names) == (truncated == "keep")
+    entries = record_of(data)["sft_teachers"]
+    assert {t["id"]: t["teacher_ids"] for t in entries} == {
+        id: {name: data["teacher_id"][:].count(name)} for name, id in ids.items()
+    }
+    cut = sum(t["sampling"]["truncated_answers"] for t in entries)
+    assert 0 < cut < 50 and len(data) == (50 if truncated == "keep" else 50 - cut)
+    assert all(t["probes"] for t in entries)
+
+
+def test_prompts_without_a_teacher_are_named(teachers):
+    prompts = with_names(Dataset.from_dict({"prompt": PROMPTS}))
+    wrong = prompts.map(lambda row, i: {"teacher_id": None} if i == 6 else {}, with_indices=True)
+    with pytest.raises(TableError, match="Row 6, column 'teacher_id' is null"):
+        generate_sft_data(wrong, teachers)
+    empty = prompts.map(lambda row, i: {"prompt": ""} if i == 6 else {}, with_indices=True)
+    with pytest.raises(ValueError, match="Prompt 6 is empty"):
+        generate_sft_data(empty, teachers)
+    with pytest.raises(TypeError, match="a list of rows"):
+        generate_sft_data(PROMPTS, teachers)
+
+
+# ---- The command line, and the way to a student ----
+
+
+@pytest.mark.parametrize("config", [False, True])
+def test_on_the_command_line_and_in_yaml(tmp_path, teachers, config):
+    with_names(Dataset.from_dict({"prompt": PROMPTS})).to_parquet(tmp_path / "prompts.parquet")
+    with_names(make_rollouts(10), "domain").to_parquet(tmp_path / "rollouts.parquet")
+    jobs = {
+        "rollout": {"model_name_or_path": teachers, "dataset_name": str(tmp_path / "prompts.parquet"),
+                    "role": "teacher", "max_completion_length": 6, "truncated": "keep"},
+        "score": {"teacher": teachers, "teacher_column": "domain", "dataset_name": str(tmp_path / "rollouts.parquet")},
+    }  # fmt: skip
+    for job, options in jobs.items():
+        options |= {"output_dir": str(tmp_path / job)}
+        if config:
+            (tmp_path / "job.yaml").write_text(yaml.safe_dump(options))
+            flags = ["--config", str(tmp_path / "job.yaml")]
+        else:
+            flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        assert cli.main([job, *flags]) == 0
+        table = load_table(tmp_path / job, split="train")
+        assert table["teacher_id"] == [NAMES[i % 5] for i in range(len(table))]
+        assert len(set(zip(table["teacher_fingerprint"], table["teacher_id"], strict=True))) == 2
+
+
+def test_from_the_prompts_to_a_student_of_two_teachers(tmp_path, teachers, tokenizer, caplog):
+    data = generate_sft_data(
+        with_names(Dataset.from_dict({"prompt": PROMPTS})), teachers, truncated="keep", **SAMPLING
+    )
+    args = SFTConfig(
+        str(tmp_path / "sft"), use_cpu=True, bf16=False, report_to="none", max_steps=2, save_steps=1,
+        per_device_train_batch_size=2, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = SFTTrainer(make_model(seed=5), args, train_dataset=data, processing_class=tokenizer)
+    trainer.add_callback(TeacherStampCallback(trainer, data))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "student"))
+    wrote = {t["id"]: t["teacher_ids"] for t in read_model_card(tmp_path / "student")["sft_teachers"]}
+    assert wrote == {t["id"]: t["teacher_ids"] for t in record_of(data)["sft_teachers"]} and len(wrote) == 2
+
+    prompts = with_names(Dataset.from_dict({"prompt": PROMPTS}))
+    rollouts = collect_rollouts(prompts, str(tmp_path / "student"), max_completion_length=6)
+    table = score_rollouts(rollouts, teachers, top_k=2)
+    with caplog.at_level(logging.WARNING):
+        trainer = OfflineOPDTrainer(str(tmp_path / "student"), make_args(tmp_path / "opd"), table)
+    assert "teacher_id" not in caplog.text and "SFT data" not in caplog.text
+    trainer.train()
+    trainer.save_model(str(tmp_path / "round-1"))
+    card = read_model_card(tmp_path / "round-1")
+    assert {t["id"]: t["teacher_ids"] for t in card["sft_teachers"]} == wrote
+    assert (card["opd_rounds"][0]["teacher_consistency"], card["opd_rounds"][0]["rows"]) == ("verified", 25)
+
+    swapped = score_rollouts(rollouts, {"math": teachers["code"], "code": teachers["math"]}, top_k=2)
+    one_for_both = score_rollouts(rollouts, teachers["math"], top_k=2)
+    for wrong in (swapped, one_for_both):
+        with pytest.raises(TeacherConsistencyError, match="column `teacher_id`.*those of 'code' by teacher@"):
+            OfflineOPDTrainer(str(tmp_path / "student"), make_args(tmp_path / "opd"), wrong)
+    # Of several tables, each of its own teacher.
+    joined = concatenate_datasets([table.filter(lambda row: row["teacher_id"] == name) for name in teachers])  # noqa: B023
+    OfflineOPDTrainer(str(tmp_path / "student"), make_args(tmp_path / "opd-2"), joined).train()
+    # The second round begins with what the first one says.
+    with pytest.raises(TeacherConsistencyError, match="those of 'code' by teacher@"):
+        OfflineOPDTrainer(str(tmp_path / "round-1"), make_args(tmp_path / "opd-3"), swapped)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from ..identity.probes import probes_of_run
 from ..identity.vocabulary import contradicting_text, different_tokens, distinct_ids, say, tokenizer_of
 from ..models import (
     check_positions,
+    free_memory,
     hub_kwargs,
     load_model,
     load_tokenizer,
@@ -301,9 +301,7 @@ class _Scorer:
         """Lets go of the models that were loaded, for the next teacher."""
         for name in ("local_teacher", "reference"):
             self.__dict__.pop(name, None)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
     def check_lengths(self, dataset: Dataset) -> None:
         """Checks that the models can read rows of these lengths. Errors name the row of the whole table."""

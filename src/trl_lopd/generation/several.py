@@ -120,7 +120,8 @@ def run_parts(
         return [*(card.get("teachers") or ()), *(card.get("sft_teachers") or ())]
     # What was done before is counted by the parts.
     run.before = Counter()
-    run.bar.reset()
+    if run.bar.n:
+        run.bar.reset()
     tables, entries, counts = [], [], Counter()
     for name, rows in parts.items():
         path = directory and directory / f"teacher-{quote(name, safe='')}"
