@@ -27,6 +27,12 @@ def score(out: str, rollouts: str, teacher: str, student: str) -> datasets.Datas
     )
 
 
+def score_several(out: str, rollouts: str, math: str, code: str) -> datasets.Dataset:
+    rows = datasets.load_from_disk(rollouts)
+    teachers = {"math": math, "code": code}
+    return score_rollouts(rows, teachers, output_dir=out, top_k=3, rows_per_shard=2, max_batch_tokens=64)
+
+
 def sample(out: str, prompts: str, student: str) -> datasets.Dataset:
     return collect_rollouts(
         datasets.load_from_disk(prompts),
@@ -39,7 +45,7 @@ def sample(out: str, prompts: str, student: str) -> datasets.Dataset:
     )
 
 
-JOBS = {"score": score, "sample": sample}
+JOBS = {"score": score, "score_several": score_several, "sample": sample}
 
 
 def check(job: str, processes: int, directory: Path, *args: str, kills: int = 6) -> None:
@@ -81,7 +87,8 @@ def start(processes: int, *args: str) -> list[int]:
 
 
 def shards_done(out: str) -> int:
-    return sum(name.endswith(".parquet") for name in os.listdir(out)) if os.path.isdir(out) else 0
+    # With those of the parts, if several teachers score.
+    return len([*Path(out).glob("*.parquet"), *Path(out).glob(".trl_lopd/parts/*/*.parquet")])
 
 
 if __name__ == "__main__":

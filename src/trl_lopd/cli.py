@@ -18,8 +18,8 @@ from . import __version__
 from .errors import OfflineOPDError
 from .evaluation import inspect as overview
 from .evaluation.inspect import print_line as _line
-from .identity.cards import read_model_card, stamp_model_card
-from .identity.fingerprint import TeacherFingerprint, fingerprint_teacher, is_id
+from .identity.cards import entry, read_model_card, stamp_model_card
+from .identity.fingerprint import fingerprint_teacher, is_id
 
 # The options of these commands are dataclasses, which TRL's parser reads from flags and YAML.
 _JOBS = {
@@ -87,7 +87,8 @@ def _add_stamp(commands: Any) -> argparse.ArgumentParser:
         "--sft_teacher",
         action="append",
         required=True,
-        help="id (name@...) of the teacher, or its directory or Hub id, which is then fingerprinted; may be repeated",
+        help="id (name@...) of the teacher, or its directory or Hub id, which is then fingerprinted; may be repeated. "
+        "DOMAIN=TEACHER also declares of which `teacher_id` it wrote the data",
     )
     command.add_argument("--replace", action="store_true", help="replace the teachers that the card names already")
     command.set_defaults(answer=_stamp)
@@ -249,18 +250,27 @@ def _stamp(args: argparse.Namespace) -> Answer:
             f"The card of {args.model} names SFT teachers already ({', '.join(e['id'] for e in before)}). Give "
             "`--replace` to replace them."
         )
+    domains: dict[str, list[str]] = {}
+    for given in args.sft_teacher:
+        domain, _, name = given.rpartition("=") if not Path(given).exists() else ("", "", given)
+        domains.setdefault(name, []).extend([domain] if domain else [])
     # Names on the Hub have no "@", so a name with one is an id. If it is malformed, stamping raises an error.
-    are_ids = [is_id(name) or ("@" in name and not Path(name).exists()) for name in args.sft_teacher]
-    teachers = [
+    are_ids = [is_id(name) or ("@" in name and not Path(name).exists()) for name in domains]
+    fingerprints = [
         name if is_teacher_id else fingerprint_teacher(as_name(name))
-        for name, is_teacher_id in zip(args.sft_teacher, are_ids, strict=True)
+        for name, is_teacher_id in zip(domains, are_ids, strict=True)
+    ]
+    teachers = [
+        entry(fingerprint, "declared", teacher_ids=dict.fromkeys(of) or None)
+        for fingerprint, of in zip(fingerprints, domains.values(), strict=True)
     ]
     checkpoint = checkpoint_fingerprint(args.model) if local else None
     stamp_model_card(args.model, sft_teachers=teachers, checkpoint=checkpoint)
-    ids = [t.id if isinstance(t, TeacherFingerprint) else t for t in teachers]
+    ids = [teacher["id"] for teacher in teachers]
 
     def show(_: dict[str, Any]) -> None:
-        _line(f"Declared in the card of {args.model}: SFT data by {', '.join(ids)}.")
+        named = [f"{id} ({', '.join(of)})" if of else id for id, of in zip(ids, domains.values(), strict=True)]
+        _line(f"Declared in the card of {args.model}: SFT data by {', '.join(named)}.")
         _line('Training accepts that with teacher_consistency="declared_ok".')
 
     return 0, {"model": args.model, "sft_teachers": ids, "evidence": "declared"}, show

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -28,6 +28,9 @@ from .identity.cards import load_rows, load_table, read_model_card, stamp_datase
 from .identity.fingerprint import fingerprint_teacher
 from .models import hub_kwargs
 from .processes import processes
+from .table.schema import TEACHER_ID
+
+_TEACHER_COLUMN_HELP = "With several teachers, the column with the name of each row's teacher. By default teacher_id."
 
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
 
@@ -67,9 +70,13 @@ class TableArguments(JobArguments):
 class RolloutArguments(RolloutOptions, TableArguments):
     """Options of `trl-lopd rollout`; see [`collect_rollouts`]."""
 
-    model_name_or_path: str = field(
-        metadata={"help": "The model that answers: directory, Hub id, or address of a vLLM server."}
+    model_name_or_path: dict[str, Any] | str | None = field(  # without `None`, flags would be read as dictionaries
+        metadata={
+            "help": "The model that answers: directory, Hub id, or address of a vLLM server. Several teachers by "
+            "name, as YAML or JSON: {math: my-org/a, code: my-org/b}."
+        }
     )
+    teacher_column: str | None = field(default=None, metadata={"help": _TEACHER_COLUMN_HELP})
     dataset_name: str = field(metadata={"help": "Prompts: Hub id, directory, or a parquet, JSON lines or CSV file."})
     role: str = field(
         default="student",
@@ -97,7 +104,10 @@ class RolloutArguments(RolloutOptions, TableArguments):
             self.keep_columns = [self.keep_columns]
         if self.role not in ("student", "teacher"):
             raise ValueError(f'`role` is "student" or "teacher", not {self.role!r}.')
-        _check_server_kwargs(self, self.engine, self.model_name_or_path)
+        self.model_name_or_path = _one_or_several("model_name_or_path", self.model_name_or_path)
+        if self.role == "student" and (isinstance(self.model_name_or_path, dict) or self.teacher_column):
+            raise ValueError("Several models, and `teacher_column`, are for teachers: give `--role teacher`.")
+        _check_server_kwargs(self, self.engine, *_names(self.model_name_or_path))
 
 
 @dataclass(kw_only=True)
@@ -105,12 +115,19 @@ class ScoreArguments(ScoringOptions, TableArguments):
     """Options of `trl-lopd score`; see [`score_rollouts`]."""
 
     dataset_name: str = field(metadata={"help": "Rollouts: directory, parquet file or Hub id."})
-    teacher: str = field(
-        metadata={"help": "The teacher: directory, Hub id, or address of a vLLM or SGLang server that serves it."}
+    teacher: dict[str, Any] | str | None = field(  # without `None`, flags would be read as dictionaries
+        metadata={
+            "help": "The teacher: directory, Hub id, or address of a vLLM or SGLang server that serves it. Several by "
+            "name, as YAML or JSON: {math: my-org/a, code: 'http://localhost:8000'}."
+        }
     )
-    fingerprint: str | None = field(
+    teacher_column: str | None = field(default=None, metadata={"help": _TEACHER_COLUMN_HELP})
+    fingerprint: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "The model that the server is declared to serve: directory or Hub id, of `revision`."},
+        metadata={
+            "help": "The model that the server is declared to serve: directory or Hub id, of `revision`. By name, if "
+            "there are several teachers."
+        },
     )
     teacher_card: str | None = field(
         default=None,
@@ -123,9 +140,12 @@ class ScoreArguments(ScoringOptions, TableArguments):
     def __post_init__(self) -> None:
         TableArguments.__post_init__(self)
         ScoringOptions.__post_init__(self)
-        _check_server_kwargs(self, self.teacher)
+        self.teacher = _one_or_several("teacher", self.teacher)
+        if self.fingerprint is not None:
+            self.fingerprint = _one_or_several("fingerprint", self.fingerprint)
+        _check_server_kwargs(self, *_names(self.teacher))
         for name in ("fingerprint", "teacher_card"):
-            if getattr(self, name) and not is_address(self.teacher):
+            if getattr(self, name) and not any(map(is_address, _names(self.teacher))):
                 raise ValueError(f"`{name}` is for a teacher on a server; `teacher` is {self.teacher!r}.")
 
 
@@ -182,6 +202,8 @@ def rollout(args: RolloutArguments) -> Dataset:
             collect, options["ref_logprobs"] = collect_rollouts, args.ref_logprobs
         else:
             collect = generate_sft_data
+            if args.teacher_column:
+                options["teacher_column"] = args.teacher_column
         return _pushed(collect(load_prompts(args), model, output_dir=args.output_dir, **options), args)
 
 
@@ -190,13 +212,18 @@ def score(args: ScoreArguments) -> Dataset:
     with _surroundings(args):
         rollouts = load_table(args.dataset_name, args.dataset_config, split=args.dataset_split)
         options: dict[str, Any] = _options(args, ScoringOptions)
-        teacher: Any = args.teacher
-        if is_address(teacher):
-            teacher = server_at(teacher, **(args.server_kwargs or {}))
-            if args.teacher_card:
-                options["teacher_card"] = read_model_card(args.teacher_card)
-            if args.fingerprint:
-                options["fingerprint"] = fingerprint_teacher(args.fingerprint, **hub_kwargs(args.init_kwargs))
+        kwargs = hub_kwargs(args.init_kwargs)
+        teacher: Any = _each(
+            args.teacher, lambda name: server_at(name, **(args.server_kwargs or {})) if is_address(name) else name
+        )
+        if args.teacher_card:
+            options["teacher_card"] = card = read_model_card(args.teacher_card)
+            if isinstance(teacher, dict):
+                options["teacher_card"] = {name: card for name, given in args.teacher.items() if is_address(given)}
+        if args.fingerprint:
+            options["fingerprint"] = _each(args.fingerprint, lambda name: fingerprint_teacher(name, **kwargs))
+        if args.teacher_column:
+            options["teacher_column"] = args.teacher_column
         return _pushed(
             score_rollouts(rollouts, teacher, output_dir=args.output_dir, ref_model=args.ref_model, **options), args
         )
@@ -235,11 +262,28 @@ def _options(args: JobArguments, options_class: type) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _model_of(args: RolloutArguments | EvaluateArguments) -> tuple[str, dict[str, Any]]:
-    """Returns the model that answers, and a client as its `engine` if `server_kwargs` are given."""
+def _one_or_several(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | str:
+    """Parses the models of an option by name; the name of one model is returned unchanged."""
+    if value is None:
+        raise ValueError(f"`{name}` is needed.")
+    return as_dict(name, value) if str(value).lstrip().startswith("{") else value
+
+
+def _names(models: dict[str, Any] | str) -> list[str]:
+    return list(models.values()) if isinstance(models, dict) else [models]
+
+
+def _each(models: dict[str, Any] | str, make: Callable[[str], Any]) -> Any:
+    return {name: make(model) for name, model in models.items()} if isinstance(models, dict) else make(models)
+
+
+def _model_of(args: RolloutArguments | EvaluateArguments) -> tuple[Any, dict[str, Any]]:
+    """Returns the model or models that answer, and a client as the `engine` if `server_kwargs` are given."""
     model = args.model_name_or_path
     if not args.server_kwargs:
         return model, {}
+    if isinstance(model, dict):
+        raise ValueError("`server_kwargs` are for one server. Start the servers of several teachers without.")
     address = model if is_address(model) else args.engine
     engine = create_client(VLLMServer, address, args.server_kwargs)
     return served_model(model) if is_address(model) else model, {"engine": engine}
@@ -265,14 +309,16 @@ def load_prompts(args: RolloutArguments) -> Dataset:
     else:
         prompts = load_table(args.dataset_name, args.dataset_config, split=args.dataset_split)
     template_columns = [name for name in TEMPLATE_COLUMNS if name in prompts.column_names]
-    columns = list(dict.fromkeys([args.prompt_column, *args.keep_columns, *template_columns]))
+    named_by = [args.teacher_column or TEACHER_ID] if isinstance(args.model_name_or_path, dict) else []
+    columns = list(dict.fromkeys([args.prompt_column, *args.keep_columns, *named_by, *template_columns]))
     replaced = (*WRITTEN_COLUMNS, *(SFT_COLUMNS if args.role == "teacher" else ()))
     if written := [name for name in args.keep_columns if name in replaced]:
         raise ValueError(
             f"`keep_columns` names {written}, which sampling writes or fine-tuning would read instead of the answers: "
             "rename the column in the prompts."
         )
-    for option, names in (("prompt_column", [args.prompt_column]), ("keep_columns", args.keep_columns)):
+    given = {"prompt_column": [args.prompt_column], "keep_columns": args.keep_columns, "teacher_column": named_by}
+    for option, names in given.items():
         if missing := [name for name in names if name not in prompts.column_names]:
             raise ValueError(
                 f"{args.dataset_name} has no column {missing[0]!r}, only {prompts.column_names}: set `{option}`."
@@ -368,7 +414,9 @@ def check_config(path: str, arguments: type) -> None:
 
 def _check_server_kwargs(args: JobArguments, *names: str) -> None:
     if args.server_kwargs and not any(is_address(name) for name in names):
-        raise ValueError(f"`server_kwargs` are for a server, but no address is given, only {', '.join(names)}.")
+        raise ValueError(
+            f"`server_kwargs` are for a server, but no address is given, only {', '.join(map(str, names))}."
+        )
 
 
 @contextmanager

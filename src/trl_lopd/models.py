@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import re
@@ -108,6 +109,13 @@ def _config_of(model: str | PreTrainedModel, hub_kwargs: dict[str, Any]) -> PreT
         adapter = PeftConfig.from_pretrained(model, revision=hub_kwargs.get("revision"))
         model, hub_kwargs = adapter.base_model_name_or_path, {**hub_kwargs, "revision": adapter.revision}
     return AutoConfig.from_pretrained(model, **hub_kwargs)
+
+
+def free_memory() -> None:
+    """Gives the memory of models that nothing refers to any more to those that are loaded next."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def check_positions(tokens: np.ndarray, positions: Positions, model: str, what: str = "Row") -> None:

@@ -190,6 +190,76 @@ def test_a_record_whose_digests_do_not_give_its_id_is_refused():
     assert not verdict.consistent and "The card of org/student contradicts itself" in verdict.reason
 
 
+def wrote(teacher, rows=None, **domains):
+    """An entry of a card: rows of each domain, those of `unknown` without one."""
+    total = rows if rows is not None else sum(domains.values())
+    domains.pop("unknown", None)
+    return {"id": teacher, "evidence": "verified", "rows": total, **({"teacher_ids": domains} if domains else {})}
+
+
+BY_DOMAIN = [wrote(A, math=6), wrote(B, code=4)]
+RIGHT, SWAPPED, ALL_A = [(A, "math"), (B, "code")], [(B, "math"), (A, "code")], [(A, "math"), (A, "code")]
+NOT_CHECKED = "SFT data of its domain is not checked"
+
+
+@pytest.mark.parametrize(
+    "entries, pairs, refused, warned",
+    [
+        (BY_DOMAIN, RIGHT, None, None),
+        (BY_DOMAIN, [(A.replace("a@", "renamed@"), "math")], None, None),
+        (
+            BY_DOMAIN,
+            SWAPPED,
+            f"'math' by {B}, while 1 teacher ({A}) wrote the SFT data of 'math'; those of 'code'",
+            None,
+        ),
+        (BY_DOMAIN, ALL_A, f"those of 'code' by {A}, while 1 teacher ({B}) wrote", None),
+        (BY_DOMAIN, [*RIGHT, (B, "math")], f"those of 'math' by {B}", None),
+        # Both wrote some of a domain: either may score it.
+        ([wrote(A, math=6, code=1), wrote(B, code=4)], [*RIGHT, (A, "code")], None, None),
+        # One teacher for both: nobody else can have written it.
+        ([wrote(A, math=6, code=4)], ALL_A, None, None),
+        ([wrote(A, math=6), wrote(A, code=4)], ALL_A, None, None),
+        ([wrote(A, rows=9)], ALL_A, None, None),
+        ([wrote(A, math=9)], [(A, None)], None, None),
+        ([wrote(A, math=9)], [(B, "math")], "Teacher mismatch: the SFT data", None),
+        # What is not known is said.
+        (BY_DOMAIN, [A, B], None, NOT_CHECKED),
+        (BY_DOMAIN, [(A, "math"), (B, None)], None, "the table has rows without a `teacher_id`"),
+        ([wrote(A, rows=6), wrote(B, rows=4)], SWAPPED, None, "does not say of all of it of which domain it is"),
+        ([wrote(A, rows=6), wrote(B, rows=4)], [A], None, NOT_CHECKED),
+        ([wrote(A, math=6), wrote(B, rows=4)], RIGHT, None, "names no SFT data of that domain, only of 'math'"),
+        ([wrote(A, math=6), wrote(B, rows=4)], [(A, "math")], None, None),
+        ([wrote(A, math=6), wrote(B, rows=4)], [(B, "math")], None, NOT_CHECKED),
+        ([wrote(A, math=6, unknown=1), wrote(B, code=4)], ALL_A, None, NOT_CHECKED),
+        (
+            BY_DOMAIN,
+            [*RIGHT, (B, "law")],
+            None,
+            "rows of 'law', and the card of org/student names no SFT data of that",
+        ),
+        ([wrote(A, math=6)], [(A, "law")], None, "only of 'math'"),
+        # Declared by a person, without numbers.
+        ([{"id": A, "teacher_ids": {"math": None}}, {"id": B, "teacher_ids": {"code": None}}], RIGHT, None, None),
+        (
+            [{"id": A, "teacher_ids": {"math": None}}, {"id": B, "teacher_ids": {"code": None}}],
+            SWAPPED,
+            f"by {B}",
+            None,
+        ),
+        # Forged.
+        ([wrote(A, rows=3, math=6), wrote(B, code=4)], RIGHT, "contradicts itself. It counts 3 rows of", None),
+        ([wrote(A, math=9, code=-3), wrote(B, code=4)], RIGHT, "contradicts itself. It counts 6 rows of", None),
+    ],
+)
+def test_each_row_is_held_against_the_teachers_of_its_domain(entries, pairs, refused, warned):
+    verdict = judge({"sft_teachers": entries}, pairs)
+    assert verdict.consistent is (refused is None)
+    assert refused is None or refused in verdict.reason
+    assert bool(verdict.warnings) is (warned is not None)
+    assert warned is None or warned in " ".join(verdict.warnings)
+
+
 def test_strict_raises_the_reason():
     expected = judge({}, [A]).reason
     for kwargs in ({}, {"teacher_consistency": "strict"}, {"teacher_consistency": "declared_ok"}):

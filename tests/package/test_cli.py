@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -75,6 +76,30 @@ def test_stamp_declares_and_inspect_then_accepts_it_only_as_declared(call, bare,
     assert code == 1 and "consistent (declared), not enough for mode strict" in out
     assert call("inspect", bare, tables / "right", "--teacher_consistency", "declared_ok")[0] == 0
     assert call("inspect", bare, tables / "wrong", "--teacher_consistency", "declared_ok")[0] == 1
+
+
+def test_domains_are_declared_and_inspected(call, tmp_path, bare, student_dir, teacher_dir):
+    teacher, other = fingerprint_teacher(teacher_dir).id, fingerprint_teacher(student_dir).id
+    given = ["--sft_teacher", f"math={teacher_dir}", "--sft_teacher", f"code={other}"]
+    code, out, _ = call("stamp", bare, *given, "--replace")
+    assert code == 0 and f"{teacher} (math), {other} (code)." in out
+    entries = read_model_card(bare)["sft_teachers"]
+    assert [(t["id"], t["teacher_ids"]) for t in entries] == [(teacher, {"math": None}), (other, {"code": None})]
+    code, out, _ = call("inspect", bare)
+    assert (
+        code == 0 and f"{teacher}  declared\n" in out and re.search(r"^ +math +rows not counted$", out, re.MULTILINE)
+    )
+
+    rows = make_rollouts(5).add_column("teacher_id", ["math", "code", "math", "math", "law"])
+    score_rollouts(rows, str(teacher_dir), top_k=1, output_dir=tmp_path / "one")
+    code, out, _ = call("inspect", tmp_path / "one", "--json")
+    assert json.loads(out)["table"]["splits"]["all rows"]["domains"] == {teacher: {"math": 3, "code": 1, "law": 1}}
+    code, out, _ = call("inspect", tmp_path / "one")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    at = lines.index(f"scored by {teacher} 5 rows")
+    assert lines[at + 1 : at + 4] == ["math 3 rows (60.0%)", "code 1 rows (20.0%)", "law 1 rows (20.0%)"]
+    code, out, _ = call("inspect", bare, tmp_path / "one", "--teacher_consistency", "declared_ok")
+    assert code == 1 and f"those of 'code' by {teacher}, while 1 teacher ({other}) wrote the SFT data of 'code'" in out
 
 
 def test_stamp_does_not_put_a_declaration_in_the_place_of_what_is_known(call, tmp_path, student_dir, teacher_dir):

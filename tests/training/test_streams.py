@@ -8,7 +8,15 @@ import pytest
 from conftest import make_args, make_model, make_rollouts, without_topk
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
-from trl_lopd import OfflineOPDTrainer, TableError, TeacherConsistencyError, read_model_card, score_rollouts
+from trl_lopd import (
+    OfflineOPDTrainer,
+    TableError,
+    TeacherConsistencyError,
+    fingerprint_teacher,
+    read_model_card,
+    score_rollouts,
+    stamp_model_card,
+)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +118,44 @@ def test_a_foreign_row_stops_training_and_evaluation(tmp_path, student_dir, tabl
     trainer = OfflineOPDTrainer(str(student_dir), args, table, eval_dataset=mixed)
     with pytest.raises(TeacherConsistencyError, match="Teacher mismatch"):
         trainer.evaluate()
+
+
+@pytest.fixture
+def two_domains(tmp_path, tokenizer, student_dir, table, foreign):
+    """A student that learnt math from one teacher and code from another, and rows of both, rightly scored."""
+    student = tmp_path / "student"
+    make_model(seed=2).save_pretrained(student)
+    tokenizer.save_pretrained(student)
+    teachers = [rows[0]["teacher_fingerprint"] for rows in (table, foreign)]
+    entries = [{"id": id, "evidence": "verified", "rows": 5, "teacher_ids": {name: 5}}
+               for id, name in zip(teachers, ("math", "code"), strict=True)]  # fmt: skip
+    stamp_model_card(student, sft_teachers=entries, checkpoint=fingerprint_teacher(student))
+    return student, table.add_column("teacher_id", ["math"] * 24), foreign.add_column("teacher_id", ["code"] * 24)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_domains_of_a_stream_are_looked_at_row_by_row(tmp_path, two_domains, workers, caplog):
+    student, math, code = two_domains
+    (own,), (other,) = math.unique("teacher_fingerprint"), code.unique("teacher_fingerprint")
+    stream = concatenate_datasets([math.select(range(8)), code]).to_iterable_dataset()
+    options = dict(max_steps=6, save_strategy="steps", save_steps=4, dataloader_num_workers=workers)
+    with caplog.at_level(logging.WARNING):
+        card, _ = train_on(stream, tmp_path / "right", student, **options)
+    assert "domain" not in caplog.text and card["teacher_consistency"] == "verified"
+    assert [(t["id"], t["teacher_ids"]) for t in card["teachers"]] == [(other, {"code": 16}), (own, {"math": 8})]
+    # Both teachers are known; only their domains are exchanged in some rows.
+    wrong = code.select(range(8)).map(lambda row: {"teacher_id": "math"})
+    swapped = concatenate_datasets([math.select(range(8)), wrong, code.select(range(8, 24))]).to_iterable_dataset()
+    with pytest.raises(TeacherConsistencyError, match=f"those of 'math' by {other}, while 1 teacher .{own}. wrote"):
+        train_on(swapped, tmp_path / "wrong", student, dataloader_num_workers=workers)
+    whole, _ = train_on(swapped, tmp_path / "a", student, teacher_consistency="warn", **options)
+    checkpoint = str(tmp_path / "a" / "out" / "checkpoint-4")
+    resumed, _ = train_on(swapped, tmp_path / "b", student, checkpoint, teacher_consistency="warn", **options)
+    assert whole == resumed and whole["teacher_consistency"] == "overridden (warn)"
+    # As a table.
+    table = concatenate_datasets([math, wrong])
+    with pytest.raises(TeacherConsistencyError, match="those of 'math' by"):
+        OfflineOPDTrainer(str(student), make_args(tmp_path), table)
 
 
 # ---- Rows that are not alike ----

@@ -160,11 +160,12 @@ def describe_rows(rows: Dataset, worst: int = 3, tokenizer: PreTrainedTokenizerB
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): To decode them with.
 
     Returns:
-        `dict`: `rows`, `completion_tokens`, rows of each of `teachers` and `students`, `scored`, `integrity`, `card`,
+        `dict`: `rows`, `completion_tokens`, rows of each of `teachers` and `students`, `domains` (of each teacher, the
+        rows of each `teacher_id`; empty without the column), `scored`, `integrity`, `card`,
         `problems`, `statistics` (see [`statistics`]; `None` without token ids, or if the rows are not valid, which is
         then among the problems) and `worst_rows` (see [`worst_rows`]).
     """
-    from ..table.schema import TableError, column_counts
+    from ..table.schema import TableError, column_counts, teacher_counts
 
     summary: dict[str, Any] = {"rows": len(rows)}
     measured, shown, invalid = None, [], []
@@ -176,6 +177,10 @@ def describe_rows(rows: Dataset, worst: int = 3, tokenizer: PreTrainedTokenizerB
         invalid = [f"This table cannot be trained on. {error}"]
     for key, column in (("teachers", "teacher_fingerprint"), ("students", "student_fingerprint")):
         summary[key] = dict(column_counts(rows, column))
+    summary["domains"] = {}
+    for (teacher, domain), count in teacher_counts(rows).items():
+        if domain is not None:
+            summary["domains"].setdefault(teacher, {})[domain] = count
     record = record_of(rows)
     status, changed = check_rows(rows)
     problems = changed if status == "altered" else ()  # otherwise the status says all
@@ -478,6 +483,7 @@ def _show_model(model: dict[str, Any]) -> None:
             share = f" ({item['share']:.1%})" if "share" in item else ""
             print_line(f"  {title:12} {item['id']}  {item.get('evidence', 'declared')}{rows}{share}")
             title = ""
+            _show_domains(item.get("teacher_ids") or {}, card.get("sft_rows"))
 
     own, card = model["fingerprint"], model["card"]
     print_line(f"Model {model['name']}", "bold")
@@ -508,6 +514,7 @@ def _show_rows(name: str, split: str, summary: dict[str, Any], decoded_with: str
     ):
         for id, count in summary[key].items() or {"not named": summary["rows"]}.items():
             print_line(f"  {title:12} {id or 'not named'}  {count:,} rows")
+            _show_domains(summary["domains"].get(id, {}) if key == "teachers" else {}, summary["rows"])
     measured = summary["statistics"]
     if not measured or not summary["rows"]:
         return
@@ -515,6 +522,13 @@ def _show_rows(name: str, split: str, summary: dict[str, Any], decoded_with: str
         print_line(f"  {title:12} {text}")
     if summary["worst_rows"]:
         _show_worst(summary["worst_rows"], bool(measured["advantage"]), split, decoded_with)
+
+
+def _show_domains(domains: dict[str, int | None], total: int | None) -> None:
+    """Prints the rows of each domain of a teacher, with their share of all rows."""
+    for domain, rows in sorted(domains.items(), key=lambda item: -(item[1] or 0)):
+        share = f" ({_share(rows / total)})" if rows and total else ""
+        print_line(f"  {'':12}   {domain:12} {f'{rows:,} rows{share}' if rows else 'rows not counted'}")
 
 
 def _facts(rows: int, measured: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset, DatasetInfo, Features, List, Value, concatenate_datasets
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from trl.data_utils import is_conversational
 
-from ..identity.cards import attach_record, entry, read_dataset_card, read_model_card, write_record
+from ..identity.cards import attach_record, count_teachers, entry, read_dataset_card, read_model_card, write_record
 from ..identity.fingerprint import fingerprint_teacher, with_evidence
 from ..identity.probes import probes_of_run
 from ..models import (
     Positions,
     check_positions,
     eos_token_ids,
+    free_memory,
     hub_kwargs,
     load_model,
     load_tokenizer,
@@ -31,13 +32,14 @@ from ..models import (
 )
 from ..names import as_name
 from ..processes import on_main_process, own_device, processes, wait_for_everyone
-from ..table.schema import TOKEN_COLUMNS, describe, lengths
+from ..table.schema import TOKEN_COLUMNS, describe, lengths, refuse_no_dataset, teacher_counts
 from .addresses import is_address, served_model
 from .options import ENGINES, ROLLOUT_DEFAULTS, SFT_DATA_DEFAULTS, RolloutOptions, Sampling, takes
 from .prompts import Prompt, as_dataset, continues_answers, encode_prompts, warn_of_texts
-from .runs import ShardedRun
+from .runs import ShardedRun, take
 from .samplers import ContinuousBatchingSampler, Sample, Sampler, TransformersSampler
 from .servers import VLLMServer
+from .several import of_each, remove_parts, row_numbers, run_parts, split_rows
 from .teachers import LocalTeacher
 
 if TYPE_CHECKING:
@@ -120,18 +122,20 @@ def collect_rollouts(
     model = _Model.resolve(student, "student", options, processing_class, fingerprint)
     name = model.source if isinstance(model.source, str) else model.source.config._name_or_path
     card = read_model_card(name, options.init_kwargs.get("revision")) if name else {}
-    record = {"sft_teachers": [teacher["id"] for teacher in card.get("sft_teachers") or []]}
-    return _collect(prompts, model, output_dir, record, ref_logprobs)
+    sft_teachers = [teacher["id"] for teacher in card.get("sft_teachers") or []]
+    answers, about, _ = _run(_prepare_prompts(prompts, model), model, output_dir, ref_logprobs=ref_logprobs)
+    return _recorded(answers, {"students": [about | {"sft_teachers": sft_teachers}]}, output_dir)
 
 
 @takes(RolloutOptions, **SFT_DATA_DEFAULTS)
 def generate_sft_data(
     prompts: Dataset | Sequence[Prompt],
-    teacher: str | Path | PreTrainedModel,
+    teacher: str | Path | PreTrainedModel | dict[str, str | Path | PreTrainedModel],
     *,
+    teacher_column: str | None = None,
     output_dir: str | Path | None = None,
-    processing_class: PreTrainedTokenizerBase | None = None,
-    fingerprint: TeacherFingerprint | None = None,
+    processing_class: PreTrainedTokenizerBase | dict[str, PreTrainedTokenizerBase] | None = None,
+    fingerprint: TeacherFingerprint | dict[str, TeacherFingerprint] | None = None,
     options: RolloutOptions,
 ) -> Dataset:
     """
@@ -141,8 +145,13 @@ def generate_sft_data(
     Args:
         prompts, output_dir, processing_class, fingerprint:
             As in [`collect_rollouts`], for the teacher instead of the student.
-        teacher (`str`, `Path` or [`~transformers.PreTrainedModel`]):
+        teacher (`str`, `Path`, [`~transformers.PreTrainedModel`] or `dict`):
             A local directory or Hub id, a loaded model, or the address of a vLLM server, as in [`collect_rollouts`].
+            Several teachers are a `dict` of such by name, `{"math": ..., "code": ...}`: each answers the prompts that
+            name it, one teacher after the other. `processing_class` and `fingerprint` are then `dict`s by name, too.
+        teacher_column (`str`, *optional*):
+            With several teachers, the column with the name of each prompt's teacher. Defaults to `"teacher_id"`, as in
+            TRL; the names in another column are copied to `teacher_id`.
         **options:
             The fields of [`~generation.options.RolloutOptions`], as in [`collect_rollouts`], with the defaults 1 for
             `temperature` and `"drop"` for `truncated`: `SFTTrainer` ends every text with an end-of-sequence token, so
@@ -162,9 +171,19 @@ def generate_sft_data(
 
     Raises:
         ValueError, ShardError, ServerError: As in [`collect_rollouts`].
+        TableError: A prompt names none of several teachers, or a teacher has no prompts.
     """
+    if isinstance(teacher, dict):
+        refuse_no_dataset(prompts, "prompts")
+        prompts, parts = split_rows(prompts, teacher, teacher_column)
+        given = of_each(teacher, tokenizer=processing_class, fingerprint=fingerprint)
+        models = {name: _Model.resolve(teacher[name], "teacher", options, **given[name]) for name in teacher}
+        return _collect_parts(prompts, parts, models, output_dir)
+    if teacher_column is not None:
+        raise ValueError("`teacher_column` is for several teachers, a dictionary of them by name.")
     model = _Model.resolve(teacher, "teacher", options, processing_class, fingerprint)
-    return _collect(prompts, model, output_dir, {"share": 1.0}, ref_logprobs=False)
+    answers, about, _ = _run(_prepare_prompts(prompts, model), model, output_dir)
+    return _recorded(answers, {"sft_teachers": count_teachers(teacher_counts(answers), [about])}, output_dir)
 
 
 @dataclass
@@ -281,54 +300,112 @@ class _Model:
             del settings["batch_size"]
         return {name: value for name, value in settings.items() if value is not None and value != []}
 
+    def pins(self) -> dict[str, Any]:
+        """Returns all that its answers depend on, beside the prompts."""
+        return {
+            self.role: self.signature,
+            "model_init_kwargs": pinned_kwargs(self.options.init_kwargs),
+            # Of the generation config, which is no part of the fingerprint.
+            "eos_token_ids": sorted(self.sampling.eos_token_ids),
+            **self.settings(),
+        }
 
-def _collect(
-    prompts: Dataset | Sequence[Prompt],
+    def unload(self) -> None:
+        """Lets go of the model, for the next one."""
+        for name in ("loaded", "sampler"):
+            self.__dict__.pop(name, None)
+        free_memory()
+
+
+def _run(
+    prompts: Dataset,
     model: _Model,
     output_dir: str | Path | None,
-    record: dict[str, Any],
-    ref_logprobs: bool,
-) -> Dataset:
-    """Samples the answers of a model; `record` is added to its entry in the record of the result."""
+    *,
+    ref_logprobs: bool = False,
+    with_input_ids: bool | None = None,
+    whole: ShardedRun | None = None,
+) -> tuple[Dataset, dict[str, Any], dict[str, int]]:
+    """Samples the answers of a model: the answers, the model's entry, and the counts of the run."""
     state, options = processes(), model.options
-    prompts = _prepare_prompts(prompts, model)
     as_columns = _AnswerColumns(
         model,
         ref_logprobs,
         as_messages=model.role == "teacher" and is_conversational({"prompt": prompts[0]["prompt"]}),
-        # In these cases `SFTTrainer` could tokenize the texts differently from the tokens that were sampled.
-        with_input_ids=model.role == "teacher"
-        and (options.truncated == "keep" or bool(options.chat_template_kwargs) or continues_answers(prompts)),
+        with_input_ids=_need_input_ids(prompts, model) if with_input_ids is None else with_input_ids,
     )
     pins = {
         "run": "answers of a " + model.role,
         "prompts": on_main_process(state, lambda: describe(prompts)) if output_dir is not None else None,
-        model.role: model.signature,
         "ref_logprobs": ref_logprobs,
-        "model_init_kwargs": pinned_kwargs(options.init_kwargs),
-        "eos_token_ids": sorted(model.sampling.eos_token_ids),  # of the generation config, which is no part of `model`
-        **model.settings(),
+        **model.pins(),
     }
-    sizes = np.full(len(prompts), options.num_generations)
-    with ShardedRun("Sampling", "answer", sizes, options.rows_per_shard, output_dir, pins) as run:
+    sizes, about = np.full(len(prompts), options.num_generations), {}
+    with ShardedRun("Sampling", "answer", sizes, options.rows_per_shard, output_dir, pins, whole) as run:
         for shard, span in run.pending():
             _answer(run, shard, prompts, span, as_columns)
         if model.is_probed and state.is_main_process:
             card = read_dataset_card(output_dir) if output_dir is not None else {}
-            record["probes"] = probes_of_run(card, model.fingerprint.id, lambda: model.loaded, model.tokenizer)
+            about["probes"] = probes_of_run(card, model.fingerprint.id, lambda: model.loaded, model.tokenizer)
         answers = run.dataset()
         counts = run.counts()
         check_positions(np.add(*lengths(answers)), model.positions, "the model")
     _report_cut(counts, len(answers), options)
     sampled = {**model.settings(), "truncated_answers": counts["truncated"]}
     evidence = {"evidence": "declared"} if model.is_declared else {}
-    model_entry = entry(model.fingerprint, rows=len(answers), sampling=sampled, **evidence, **record)
+    return answers, entry(model.fingerprint, rows=len(answers), sampling=sampled, **evidence, **about), counts
+
+
+def _collect_parts(
+    prompts: Dataset, parts: dict[str, Dataset], models: dict[str, _Model], output_dir: str | Path | None
+) -> Dataset:
+    """Samples the answers of each of several teachers to its prompts, and puts them together."""
+    first = next(iter(models.values()))
+    options = first.options
+    # All prompts first, for errors that name the prompt of all.
+    as_dataset(prompts, first.tokenizer, options.chat_template_kwargs or {})
+    parts = {name: _prepare_prompts(rows, models[name]) for name, rows in parts.items()}
+    with_input_ids, state = _need_input_ids(prompts, first), processes()
+    pins = {
+        "run": "answers of several teachers",
+        "prompts": on_main_process(state, lambda: describe(prompts)) if output_dir is not None else None,
+        "teachers": {name: model.pins() for name, model in models.items()},
+    }
+
+    def answer(name: str, rows: Dataset, directory: Path | None) -> tuple[Dataset, dict[str, Any], dict[str, int]]:
+        answers, about, counts = _run(rows, models[name], directory, with_input_ids=with_input_ids, whole=run)
+        models[name].unload()
+        if directory is not None and state.is_main_process:
+            write_record(directory, {"sft_teachers": [about]})
+        return answers, about, counts
+
+    sizes = np.full(len(prompts), options.num_generations)
+    with ShardedRun("Sampling", "answer", sizes, options.rows_per_shard, output_dir, pins) as run:
+        entries = [*(entry(model.fingerprint) for model in models.values()), *run_parts(run, parts, answer)]
+        answers = run.dataset()
+        record = {"sft_teachers": count_teachers(teacher_counts(answers), entries)}
+        answers = _recorded(answers, record, output_dir)
+        remove_parts(run)
+        return answers
+
+
+def _need_input_ids(prompts: Dataset, model: _Model) -> bool:
+    """Returns whether `SFTTrainer` could tokenize the texts differently from the tokens that are sampled."""
+    options = model.options
+    return model.role == "teacher" and (
+        options.truncated == "keep" or bool(options.chat_template_kwargs) or continues_answers(prompts)
+    )
+
+
+def _recorded(answers: Dataset, entries: dict[str, Any], output_dir: str | Path | None) -> Dataset:
+    """Adds a record of who sampled the answers, and of the whole."""
     record = {
-        "students" if model.role == "student" else "sft_teachers": [model_entry],
+        **entries,
         "rows": len(answers),
         "completion_tokens": int(lengths(answers)[1].sum()),
         "skipped_rows": 0,
     }
+    state = processes()
     attach_record(answers, record)
     if output_dir is not None and state.is_main_process:
         write_record(output_dir, record)
@@ -347,7 +424,9 @@ def _prepare_prompts(prompts: Dataset | Sequence[Prompt], model: _Model) -> Data
     if model.positions.fails:
         # Otherwise the model would fail in the middle of a batch.
         prompt_lengths = np.array([len(ids) for batch in prompts.iter(1000) for ids in model.encode(batch)])
-        needed = prompt_lengths + model.options.max_completion_length
+        numbers = row_numbers(prompts)
+        needed = np.zeros(numbers.max() + 1, np.int64)
+        needed[numbers] = prompt_lengths + model.options.max_completion_length
         check_positions(needed, model.positions, "the model", "With `max_completion_length`, prompt")
     return prompts
 
@@ -355,7 +434,7 @@ def _prepare_prompts(prompts: Dataset | Sequence[Prompt], model: _Model) -> Data
 def _answer(run: ShardedRun, shard: int, prompts: Dataset, span: range, as_columns: _AnswerColumns) -> None:
     """Samples the answers to the prompts of a shard, and writes the shard."""
     model, count = as_columns.model, as_columns.model.options.num_generations
-    rows = _take(prompts, [row for row in span for _ in range(count)])
+    rows = take(prompts, [row for row in span for _ in range(count)])
     prompt_ids = [ids for ids in model.encode(prompts[span.start : span.stop]) for _ in range(count)]
     samples = model.sampler.sample(
         prompt_ids, model.sampling, span.start * count, lambda tokens: run.advance(tokens, 1)
@@ -367,7 +446,7 @@ def _answer(run: ShardedRun, shard: int, prompts: Dataset, span: range, as_colum
     kept = [i for i, cut in enumerate(is_cut) if model.options.truncated == "keep" or not cut]
     run.write(
         shard,
-        part if len(kept) == len(samples) else _take(part, kept),
+        part if len(kept) == len(samples) else take(part, kept),
         answers=len(samples),
         truncated=sum(is_cut),
         dropped=len(samples) - len(kept),
@@ -388,11 +467,6 @@ def _report_cut(counts: dict[str, int], rows: int, options: RolloutOptions) -> N
             f"{counts['truncated']} of {counts['answers']} answers were cut at {limit} tokens and "
             f"{'dropped' if options.truncated == 'drop' else 'kept'}."
         )
-
-
-def _take(dataset: Dataset, rows: list[int]) -> Dataset:
-    """Copies some rows. Unlike `select`, it leaves no indices mapping, whose removal would show a progress bar."""
-    return Dataset(dataset.with_format("arrow")[rows], info=DatasetInfo(features=dataset.features))
 
 
 def _check_engine(engine: str | Sampler, model: str | PreTrainedModel) -> None:

@@ -7,13 +7,13 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, DatasetInfo, concatenate_datasets
 from datasets.utils import are_progress_bars_disabled
 from tqdm.auto import tqdm
 
@@ -48,6 +48,8 @@ class ShardedRun:
         rows_per_shard (`int`): Input rows of a shard.
         output_dir (`str` or `Path`, *optional*): Directory of the store. Without it all is in memory.
         pins (`dict`, *optional*): See [`ShardStore`].
+        whole ([`ShardedRun`], *optional*): The run of which this is a part, see [`~several`]. The part moves the
+            progress bar of the whole, whose totals are those of its parts.
 
     Raises:
         ValueError: If there are several processes and no `output_dir`.
@@ -62,8 +64,9 @@ class ShardedRun:
         rows_per_shard: int,
         output_dir: str | Path | None,
         pins: dict[str, Any],
+        whole: ShardedRun | None = None,
     ):
-        self.state = processes()
+        self.state, self.whole = processes(), whole
         if self.state.num_processes > 1 and output_dir is None:
             raise ValueError("Several processes write into one directory: give `output_dir`.")
         self.title, self.unit, self.sizes, self.rows_per_shard = title, unit, sizes, rows_per_shard
@@ -84,7 +87,7 @@ class ShardedRun:
             if self.store is not None:
                 # The main process first: it checks the directory, and makes it a store.
                 on_main_process(self.state, lambda: stack.enter_context(self.store) and None)
-                self.before = self.store.counts() if self.state.is_main_process else {}
+                self.before = Counter(self.store.counts() if self.state.is_main_process else {})
                 wait_for_everyone(self.state)
                 if not self.state.is_main_process:
                     stack.enter_context(self.store)
@@ -93,16 +96,21 @@ class ShardedRun:
             )
             self._pending = list(share) if self.store is None else self.store.pending
             total = sum(self.sizes[self._span(shard)].sum() for shard in share)
-            self.bar = stack.enter_context(
-                tqdm(
-                    total=int(total),
-                    initial=int(total - sum(self.sizes[self._span(shard)].sum() for shard in self._pending)),
-                    desc=self.title,
-                    unit=self.unit,
-                    unit_scale=self.unit == "token",
-                    disable=not self.state.is_local_main_process or are_progress_bars_disabled(),
+            done = int(total - sum(self.sizes[self._span(shard)].sum() for shard in self._pending))
+            if self.whole is not None:
+                self.bar = self.whole.bar
+                self.bar.update(done)
+            else:
+                self.bar = stack.enter_context(
+                    tqdm(
+                        total=int(total),
+                        initial=done,
+                        desc=self.title,
+                        unit=self.unit,
+                        unit_scale=self.unit == "token",
+                        disable=not self.state.is_local_main_process or are_progress_bars_disabled(),
+                    )
                 )
-            )
             self.start = time.perf_counter()
             self._stack = stack.pop_all()
         return self
@@ -121,12 +129,19 @@ class ShardedRun:
     def advance(self, tokens: int, units: int | None = None) -> None:
         """Moves the progress bar by as many units, by default tokens."""
         self.tokens += tokens
+        if self.whole is not None:
+            self.whole.tokens += tokens
         self.bar.update(tokens if units is None else units)
         if units is not None:
             self.bar.set_postfix_str(f"{self._rate():,.0f} token/s", refresh=False)
 
     def _rate(self) -> float:
         return self.tokens / (time.perf_counter() - self.start)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all shards are on disk, of all processes; to be asked when all have entered."""
+        return self.store is not None and self.store.is_complete
 
     def write(self, shard: int, part: Dataset, **counts: int) -> None:
         """Keeps what came out of a shard: any number of rows, all shards with the same columns."""
@@ -152,6 +167,9 @@ class ShardedRun:
         wait_for_everyone(self.state)
         if self.store is None:
             return concatenate_datasets(self.parts)
+        if self.whole is not None:
+            self.whole.before.update(self.before)
+            return self.store.dataset()
         self.bar.close()
         seconds = time.perf_counter() - self.start
         table = self.store.dataset()
@@ -172,3 +190,8 @@ class ShardedRun:
             logger.info(json.dumps(totals))
             self._report({name: value for name, value in totals.items() if not isinstance(value, str)})
         return table
+
+
+def take(dataset: Dataset, rows: Sequence[int]) -> Dataset:
+    """Copies some rows. Unlike `select`, it leaves no indices mapping, whose removal would show a progress bar."""
+    return Dataset(dataset.with_format("arrow")[list(rows)], info=DatasetInfo(features=dataset.features))

@@ -31,6 +31,7 @@ from ..identity.probes import probes_of_run
 from ..identity.vocabulary import contradicting_text, different_tokens, distinct_ids, say, tokenizer_of
 from ..models import (
     check_positions,
+    free_memory,
     hub_kwargs,
     load_model,
     load_tokenizer,
@@ -51,13 +52,15 @@ from ..table.schema import (
     refuse_no_dataset,
     rows_digest,
     table_features,
+    teacher_counts,
     validate_table,
     vocab_limits,
 )
 from ..table.store import read_pins
 from .addresses import is_address, server_at
 from .options import ScoringOptions, takes
-from .runs import ShardedRun
+from .runs import ShardedRun, take
+from .several import of_each, remove_parts, row_numbers, run_parts, split_rows
 from .teachers import DEFAULT_BUDGET, LocalTeacher, RowError, Scores, Teacher
 
 if TYPE_CHECKING:
@@ -65,18 +68,21 @@ if TYPE_CHECKING:
 
     from ..identity.fingerprint import TeacherFingerprint
 
+    OneTeacher = str | Path | PreTrainedModel | Teacher
+
 logger = logging.getLogger(__name__)
 
 
 @takes(ScoringOptions)
 def score_rollouts(
     dataset: Dataset,
-    teacher: str | Path | PreTrainedModel | Teacher,
+    teacher: OneTeacher | dict[str, OneTeacher],
     *,
+    teacher_column: str | None = None,
     output_dir: str | Path | None = None,
-    processing_class: PreTrainedTokenizerBase | None = None,
+    processing_class: PreTrainedTokenizerBase | dict[str, PreTrainedTokenizerBase] | None = None,
     ref_model: str | Path | PreTrainedModel | None = None,
-    fingerprint: TeacherFingerprint | None = None,
+    fingerprint: TeacherFingerprint | dict[str, TeacherFingerprint] | None = None,
     teacher_card: dict[str, Any] | None = None,
     options: ScoringOptions,
 ) -> Dataset:
@@ -94,9 +100,15 @@ def score_rollouts(
     Args:
         dataset ([`~datasets.Dataset`]):
             Rollouts with `prompt_ids` and `completion_ids`, as `collect_rollouts` makes. Other columns are kept.
-        teacher (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`Teacher`]):
+        teacher (`str`, `Path`, [`~transformers.PreTrainedModel`], [`Teacher`] or `dict`):
             A local directory or Hub id, loaded in its own dtype; a loaded model; or a served one, given by the address
-            of its server, such as `"http://localhost:8000"`, or as a `VLLMServer` or `SGLangServer`.
+            of its server, such as `"http://localhost:8000"`, or as a `VLLMServer` or `SGLangServer`. Several teachers
+            are a `dict` of such by name, `{"math": ..., "code": ...}`: each scores the rows that name it, one teacher
+            after the other, and signs them. `processing_class`, `fingerprint` and `teacher_card` are then `dict`s by
+            name, too, and all other options are those of all.
+        teacher_column (`str`, *optional*):
+            With several teachers, the column with the name of each row's teacher. Defaults to `"teacher_id"`, as in
+            TRL; the names in another column are copied to `teacher_id`.
         output_dir (`str` or `Path`, *optional*):
             Directory to write the table to, shard by shard. Without it, the table is only in memory, and lost if the
             process dies.
@@ -125,23 +137,47 @@ def score_rollouts(
 
     Raises:
         TableError: Another model than `ref_model` sampled the rows, or they cannot be scored: columns are missing or
-            present already, a prompt or completion is empty, ids are outside the teacher's vocabulary or stand for
-            other tokens there, or the teacher answers with NaN.
+            present already, a row names none of several teachers, a teacher has no rows, a prompt or completion is
+            empty, ids are outside the teacher's vocabulary or stand for other tokens there, or the teacher answers
+            with NaN.
         ShardError: `output_dir` has other content or another run's table, or another process writes to it.
         ServerError: A served teacher cannot be used.
         ValueError: An option out of range, several processes without `output_dir`, or a served teacher without a
             fingerprint or card.
     """
-    state = processes()
-    teacher, ref_model = as_name(teacher), as_name(ref_model)
+    ref_model = as_name(ref_model)
     if is_address(ref_model):
         raise ValueError("`ref_model` is loaded here: give its directory or Hub id, not the address of a server.")
     added = ["teacher_logprobs", "teacher_fingerprint", *(TOPK_COLUMNS if options.top_k else ())]
     added += ["ref_logprobs"] if ref_model is not None else []
     check_rollouts(dataset, added)
+    given = {"processing_class": processing_class, "fingerprint": fingerprint, "teacher_card": teacher_card}
+    if isinstance(teacher, dict):
+        dataset, parts = split_rows(dataset, teacher, teacher_column)
+        given_each = of_each(teacher, **given)
+        scorers = {
+            name: _resolve(teacher[name], rows, ref_model, options, **given_each[name]) for name, rows in parts.items()
+        }
+        return _score_parts(dataset, parts, scorers, output_dir)
+    if teacher_column is not None:
+        raise ValueError("`teacher_column` is for several teachers, a dictionary of them by name.")
+    table, record, _ = _run(dataset, _resolve(teacher, dataset, ref_model, options, **given), output_dir)
+    return _recorded(dataset, table, [record], output_dir)
+
+
+def _resolve(
+    teacher: OneTeacher,
+    dataset: Dataset,
+    ref_model: str | PreTrainedModel | None,
+    options: ScoringOptions,
+    processing_class: PreTrainedTokenizerBase | None,
+    fingerprint: TeacherFingerprint | None,
+    teacher_card: dict[str, Any] | None,
+) -> _Scorer:
+    """Finds out who a teacher is, and whether it can score these rows, before anything is scored."""
+    state, teacher = processes(), as_name(teacher)
     if is_address(teacher):
         teacher = server_at(teacher)
-
     is_served = hasattr(teacher, "score")
     if is_served:
         tokenizer = processing_class or getattr(teacher, "processing_class", None)
@@ -154,28 +190,57 @@ def score_rollouts(
         # Only one process reads the gigabytes of a checkpoint.
         fingerprint = fingerprint or on_main_process(state, lambda: fingerprint_teacher(teacher, tokenizer, **kwargs))
         record = entry(fingerprint, "declared" if is_declared else None)
-    scorer = _Scorer(
-        teacher, is_served, with_evidence(record["id"], record["evidence"]), tokenizer, ref_model, options
-    )
+    record["scoring"] = {"top_k": options.top_k}
+    scorer = _Scorer(teacher, is_served, record, tokenizer, ref_model, options)
     on_main_process(state, lambda: _check_reference(dataset, scorer))
     if same := on_main_process(state, lambda: _same_tokens_as(dataset, scorer)):
         record["same_tokens_as"] = same
-    scorer.check_lengths(np.add(*lengths(dataset)))
-    scorer.settle_budget(output_dir)
+    scorer.check_lengths(dataset)
+    return scorer
 
-    tokens = lengths(dataset)[1]
+
+def _run(
+    dataset: Dataset, scorer: _Scorer, output_dir: str | Path | None, whole: ShardedRun | None = None
+) -> tuple[Dataset, dict[str, Any], dict[str, int]]:
+    """Has a teacher score rows: the table, the teacher's entry, and the counts of the run."""
+    scorer.settle_budget(output_dir)
+    numbers, tokens, record = row_numbers(dataset), lengths(dataset)[1], scorer.record
     pins = _pins(dataset, scorer) if output_dir is not None else {}
-    with ShardedRun("Scoring", "token", tokens, options.rows_per_shard, output_dir, pins) as run:
+    with ShardedRun("Scoring", "token", tokens, scorer.options.rows_per_shard, output_dir, pins, whole) as run:
         for shard, span in run.pending():
-            part = scorer.score(dataset.select(span), span.start, run.advance)
+            part = scorer.score(dataset.select(span), numbers[span.start : span.stop], run.advance)
             run.write(shard, part, completion_tokens=int(tokens[span].sum()))
-        if not is_served and state.is_main_process:
+        if not scorer.is_served and run.state.is_main_process:
             # If the table was finished by an earlier run, its card has the probes.
             card = read_dataset_card(output_dir) if output_dir is not None else {}
-            if probes := probes_of_run(card, record["id"], lambda: scorer.local_teacher.model, tokenizer):
+            if probes := probes_of_run(card, record["id"], lambda: scorer.local_teacher.model, scorer.tokenizer):
                 record["probes"] = probes
-        table = run.dataset()
-    return _recorded(dataset, table, record | {"scoring": {"top_k": options.top_k}}, output_dir)
+        return run.dataset(), record, run.counts()
+
+
+def _score_parts(
+    dataset: Dataset, parts: dict[str, Dataset], scorers: dict[str, _Scorer], output_dir: str | Path | None
+) -> Dataset:
+    """Has each of several teachers score its rows, and puts them together."""
+    first = next(iter(scorers.values()))
+    tokens, pins = lengths(dataset)[1], {}
+    if output_dir is not None:
+        # What else decides the scores is among those of the parts.
+        teachers = {name: scorer.teacher_id for name, scorer in scorers.items()}
+        pins = _pins(dataset, first) | {"teacher": teachers}
+
+    def score(name: str, rows: Dataset, directory: Path | None) -> tuple[Dataset, dict[str, Any], dict[str, int]]:
+        table, record, counts = _run(rows, scorers[name], directory, run)
+        scorers[name].unload()
+        if directory is not None and run.state.is_main_process:
+            write_record(directory, {"teachers": [record]})
+        return table, record, counts
+
+    with ShardedRun("Scoring", "token", tokens, first.options.rows_per_shard, output_dir, pins) as run:
+        entries = [*(scorer.record for scorer in scorers.values()), *run_parts(run, parts, score)]
+        table = _recorded(dataset, run.dataset(), entries, output_dir)
+        remove_parts(run)
+        return table
 
 
 @dataclass
@@ -186,7 +251,7 @@ class _Scorer:
     Attributes:
         teacher (`str`, [`~transformers.PreTrainedModel`] or [`Teacher`]): The teacher.
         is_served (`bool`): Whether it is on a server.
-        teacher_id (`str`): Its fingerprint with its evidence, for the rows.
+        record (`dict`): Its entry for the card.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Its tokenizer.
         ref_model (`str` or [`~transformers.PreTrainedModel`], *optional*): The student that sampled the rollouts.
         options ([`ScoringOptions`]): Options of the scoring.
@@ -194,13 +259,18 @@ class _Scorer:
 
     teacher: str | PreTrainedModel | Teacher
     is_served: bool
-    teacher_id: str
+    record: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase | None
     ref_model: str | PreTrainedModel | None
     options: ScoringOptions
 
     def __post_init__(self) -> None:
         self.max_batch_tokens = self.options.max_batch_tokens
+
+    @property
+    def teacher_id(self) -> str:
+        """Returns its fingerprint with its evidence, for the rows."""
+        return with_evidence(self.record["id"], self.record["evidence"])
 
     @property
     def ref_kwargs(self) -> dict[str, Any]:
@@ -227,8 +297,17 @@ class _Scorer:
         num_tokens = vocab_limits(self.tokenizer)[0]
         return LocalTeacher(load_model(model, own_device(processes(), init_kwargs)), self.max_batch_tokens, num_tokens)
 
-    def check_lengths(self, tokens: np.ndarray) -> None:
-        """Checks that the models can read rows of these lengths, `(rows,)`."""
+    def unload(self) -> None:
+        """Lets go of the models that were loaded, for the next teacher."""
+        for name in ("local_teacher", "reference"):
+            self.__dict__.pop(name, None)
+        free_memory()
+
+    def check_lengths(self, dataset: Dataset) -> None:
+        """Checks that the models can read rows of these lengths. Errors name the row of the whole table."""
+        numbers = row_numbers(dataset)
+        tokens = np.zeros(numbers.max() + 1, np.int64)
+        tokens[numbers] = np.add(*lengths(dataset))
         if not self.is_served:
             check_positions(tokens, positions_of(self.teacher, **hub_kwargs(self.options.init_kwargs)), "the teacher")
         if self.ref_model is not None:
@@ -248,14 +327,14 @@ class _Scorer:
             on_main_process(state, lambda: self.local_teacher.find_budget()) if measures else DEFAULT_BUDGET
         )
 
-    def score(self, rows: Dataset, first_row: int, advance: Callable[[int], object]) -> Dataset:
-        """Adds the scores to rows. `first_row` is the index of the first one in the whole table, for errors."""
+    def score(self, rows: Dataset, numbers: np.ndarray, advance: Callable[[int], object]) -> Dataset:
+        """Adds the scores to rows. `numbers` are their indices in the whole table, for errors."""
         ref = None
         # The reference model scores first, so that its errors show before the teacher scores.
         if self.ref_model is not None:
-            ref = _score(self.reference, rows, first_row, 0)
+            ref = _score(self.reference, rows, numbers, 0)
         teacher = self.teacher if self.is_served else self.local_teacher
-        scores = _score(teacher, rows, first_row, self.options.top_k, advance)
+        scores = _score(teacher, rows, numbers, self.options.top_k, advance)
         return with_scores(rows, self.teacher_id, self.options.top_k, scores, ref)
 
 
@@ -275,8 +354,10 @@ def _pins(dataset: Dataset, scorer: _Scorer) -> dict[str, Any]:
     }
 
 
-def _recorded(dataset: Dataset, table: Dataset, teacher: dict[str, Any], output_dir: str | Path | None) -> Dataset:
-    """Validates the table, and adds a record of its teacher and of the students in the record of the rollouts."""
+def _recorded(
+    dataset: Dataset, table: Dataset, teachers: list[dict[str, Any]], output_dir: str | Path | None
+) -> Dataset:
+    """Validates the table, and adds a record of its teachers and of the students in the record of the rollouts."""
     state, columns = processes(), digest_columns(table.column_names)
     # Scores of -inf are accepted here with any floor, because the trainer decides on them.
     floored, digest = on_main_process(
@@ -290,7 +371,7 @@ def _recorded(dataset: Dataset, table: Dataset, teacher: dict[str, Any], output_
     students = _students_of(dataset)
     record = {
         **({"students": students} if students else {}),
-        "teachers": [teacher | {"rows": len(table), "share": 1.0}],
+        "teachers": count_teachers(teacher_counts(table), teachers),
         "rows": len(table),
         "completion_tokens": int(lengths(table)[1].sum()),
         "skipped_rows": 0,
@@ -322,7 +403,11 @@ def _students_of(dataset: Dataset) -> list[dict[str, Any]]:
 
 
 def _score(
-    teacher: Teacher, rows: Dataset, first_row: int, top_k: int, advance: Callable[[int], object] = lambda tokens: None
+    teacher: Teacher,
+    rows: Dataset,
+    numbers: np.ndarray,
+    top_k: int,
+    advance: Callable[[int], object] = lambda tokens: None,
 ) -> list[Scores]:
     """Scores each row. Errors name the row of the whole table."""
     values = TableRows(rows.select_columns(["prompt_ids", "completion_ids"])).__getitems__(list(range(len(rows))))
@@ -330,11 +415,11 @@ def _score(
     try:
         return teacher.score(sequences, [len(row["completion_ids"]) for row in values], top_k, advance)
     except RowError as error:
-        raise TableError(f"Row {first_row + error.row}: {error}") from None
+        raise TableError(f"Row {numbers[error.row]}: {error}") from None
     except RuntimeError as error:
         if (row := getattr(error, "row", None)) is None:
             raise
-        raise type(error)(f"Row {first_row + row} of the table: {error}", first_row + row) from error
+        raise type(error)(f"Row {numbers[row]} of the table: {error}", int(numbers[row])) from error
 
 
 def with_scores(
@@ -354,7 +439,8 @@ def with_scores(
         columns["ref_logprobs"] = _lists(offsets, pa.array(np.concatenate([scores.logprobs for scores in ref])))
     features = table_features(top_k=top_k, ref_logprobs=ref is not None)
     scores = Dataset(pa.table(columns).cast(type(features)({name: features[name] for name in columns}).arrow_schema))
-    return concatenate_datasets([rows.flatten_indices() if rows._indices is not None else rows, scores], axis=1)
+    rows = take(rows, range(len(rows))) if rows._indices is not None else rows
+    return concatenate_datasets([rows, scores], axis=1)
 
 
 def _entry_of_served(

@@ -13,6 +13,7 @@ trl_lopd:
     evidence: verified  # verified: computed from content; probed: behaves the same; declared: stated by a person
     rows: 3000
     share: 1.0          # of the SFT rows, those without a named teacher counted too
+    teacher_ids: {math: 3000}  # rows of each value of `teacher_id`, the domain; null if only the domain is known
     weights: ...        # and the rest of the teacher's record, see `TeacherFingerprint`, where it is known
   opd_rounds:           # what trained it after that, oldest first
   - student: student-sft@1-...
@@ -37,6 +38,7 @@ trl_lopd:
   - id: teacher@1-...
     evidence: verified
     rows: 3000
+    teacher_ids: {math: 3000}  # rows of each domain that it scored, of tables with the column `teacher_id`
     scoring: {top_k: 8, ...}
     probes: {...}       # how it answered, see `probes`
   rows: 3000
@@ -88,6 +90,8 @@ _ENTRY_LISTS = ("sft_teachers", "teachers", "students")
 _DESCRIPTION = re.compile(r"```json trl_lopd\n(.*?)\n```\n?", re.DOTALL)
 
 Teacher = TeacherFingerprint | str | dict[str, Any]
+# A row's `teacher_fingerprint`, or that with its `teacher_id`.
+Signature = str | tuple[str | None, str | None] | None
 
 
 # ---- Entries ----
@@ -125,39 +129,62 @@ def entry(teacher: Teacher, evidence: str | None = None, **more: Any) -> dict[st
     return {"id": with_evidence(id, "verified"), **record, "evidence": evidence, **more}
 
 
-def count_teachers(counts: dict[str | None, int], known: Iterable[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+def count_teachers(counts: dict[Signature, int], known: Iterable[dict[str, Any]] = ()) -> list[dict[str, Any]]:
     """
-    Entries of teachers with their rows and share, the largest share first.
+    Entries of teachers with their rows, share and domains, the largest share first.
 
     Args:
-        counts (`dict[str, int]`): Rows of each value in a `teacher_fingerprint` column; `None` and the empty string
-            stand for rows without a teacher, which count in the shares only. A value that is no id is taken as a
-            person's word.
+        counts (`dict`): Rows of each value in a `teacher_fingerprint` column, or of each pair of such a value and a
+            `teacher_id`, as [`teacher_counts`] gives. As a teacher, `None` and the empty string stand for rows
+            without one, which count in the shares only; a value that is no id is taken as a person's word. As a
+            `teacher_id`, `None` stands for rows whose domain is not known.
         known (`Iterable[dict]`, *optional*): Entries that say more about some of them. What does not hold for the
             rows that are counted is left out, with a warning where entries contradict each other.
     """
     entries: dict[str, list[dict[str, Any]]] = {}
     for record in known:
         entries.setdefault(content_id(record["id"]), []).append(record)
-    rows = Counter()
-    for id, count in counts.items():
+    rows: Counter[str] = Counter()
+    domains: dict[str | None, Counter[str | None]] = {}
+    for key, count in counts.items():
+        id, domain = key if isinstance(key, tuple) else (key, None)
         rows[content_id(id or "")] += count
+        domains.setdefault(id, Counter())[domain] += count
     about = {content: _of_rows(rows[content], records) for content, records in entries.items()}
     total = sum(counts.values())
     return [
         {
             **about.get(content_id(id), {}),
             **(entry(id) if is_id(id) else {"id": id, "evidence": "declared"}),
-            **({"rows": count, "share": round(count / total, 4)} if count else {}),
+            **({"rows": of.total(), "share": round(of.total() / total, 4)} if of.total() else {}),
+            **(
+                {"teacher_ids": known}
+                if (known := {name: of[name] or None for name in sorted(of.keys() - {None})})
+                else {}
+            ),
         }
-        for id, count in sorted(counts.items(), key=lambda item: -item[1])
+        for id, of in sorted(domains.items(), key=lambda item: -item[1].total())
         if id
     ]
 
 
+def signatures(entries: Iterable[dict[str, Any]]) -> Counter[tuple[str, str | None]]:
+    """The rows of each teacher and domain that [`count_teachers`] made entries of."""
+    counts: Counter[tuple[str, str | None]] = Counter()
+    for item in entries:
+        id = with_evidence(item["id"], item.get("evidence", "declared")) if is_id(item["id"]) else item["id"]
+        known = {name: rows or 0 for name, rows in (item.get("teacher_ids") or {}).items()}
+        for name, rows in known.items():
+            counts[id, name] += rows
+        if (rest := item.get("rows", 0) - sum(known.values())) > 0 or not known:
+            counts[id, None] += rest
+    return counts
+
+
 def _of_rows(rows: int, records: list[dict[str, Any]]) -> dict[str, Any]:
     """What entries of one teacher or student say of these rows, which may be fewer than they were written for."""
-    merged = {key: value for record in records for key, value in record.items()}
+    # Domains are counted anew.
+    merged = {key: value for record in records for key, value in record.items() if key != "teacher_ids"}
     for key in ("sampling", "scoring"):
         settings = [dict(record[key]) for record in records if key in record]
         cut = [values.pop("truncated_answers", None) for values in settings]
@@ -428,7 +455,7 @@ def attach_record(dataset: Dataset | IterableDataset, record: dict[str, Any]) ->
 
 def _dataset_record(splits: dict[str | None, Dataset]) -> dict[str, Any]:
     """What the card of a dataset with these splits says."""
-    from ..table.schema import add_digests, column_counts, lengths, rows_digest
+    from ..table.schema import add_digests, column_counts, lengths, rows_digest, teacher_counts
 
     records = [record_of(part) for part in splits.values()]
     # The parts of one table all carry its record; parts of several tables carry theirs.
@@ -438,12 +465,12 @@ def _dataset_record(splits: dict[str | None, Dataset]) -> dict[str, Any]:
     scored = all("teacher_logprobs" in part.column_names for part in splits.values())
     signed = {"students": "student_fingerprint", "teachers" if scored else "sft_teachers": "teacher_fingerprint"}
     for key, column in signed.items():
-        counts: Counter[str | None] = Counter()
+        counts: Counter[Signature] = Counter()
         for part in splits.values():
-            counts += column_counts(part, column)
+            counts += column_counts(part, column) if key == "students" else teacher_counts(part)
         entries = [item for record in known for item in record.get(key, ())]
-        if any(counts):
-            result[key] = count_teachers(counts, entries)
+        if counted := count_teachers(counts, entries):
+            result[key] = counted
     result["rows"] = sum(len(part) for part in splits.values())
     if all("completion_ids" in part.column_names for part in splits.values()):
         result["completion_tokens"] = int(sum(lengths(part)[1].sum() for part in splits.values()))
@@ -537,6 +564,10 @@ def _validated(record: Any, path: Path) -> dict[str, Any]:
     for where, item in [(KEY, record), *entries]:
         check(where, item, dict, "a mapping")
         check(f"{where}.probes", item.get("probes", {}), dict, "a mapping")
+        check(f"{where}.teacher_ids", item.get("teacher_ids", {}), dict, "a mapping")
+        for name, rows in item.get("teacher_ids", {}).items():
+            check(f"{where}.teacher_ids", name, str, "a mapping of texts")
+            check(f"{where}.teacher_ids.{name}", 0 if rows is None else rows, int, "a whole number, or null")
         for key in ("rows", "sft_rows"):
             check(f"{where}.{key}", item.get(key, 0), int, "a whole number")
     for where, item in entries:

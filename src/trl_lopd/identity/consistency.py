@@ -1,18 +1,20 @@
 """The rule: may this student train on this table?
 
 Teacher consistency (Lightning OPD, arXiv 2604.13010): the teacher that wrote the student's SFT answers must be the
-teacher that scored its rollouts. Where several teachers wrote them, every row must have been scored by one of these.
+teacher that scored its rollouts. Where several teachers wrote them, every row must have been scored by one of these,
+and by one that wrote SFT data of the row's domain (`teacher_id`), as far as the card and the table say which that is.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TeacherConsistencyError
-from .cards import record_of
+from .cards import Signature, record_of
 from .fingerprint import (
     EVIDENCE,
     SCHEMA_DIFFERS,
@@ -20,6 +22,7 @@ from .fingerprint import (
     TOKENIZER_DIFFERS,
     WEIGHTS_DIFFER,
     TeacherFingerprint,
+    content_id,
     diff_ids,
     evidence_of,
     is_id,
@@ -87,7 +90,7 @@ class Verdict:
 
 def check_teacher_consistency(
     student_card: dict[str, Any],
-    table: Dataset | Iterable[str | None],
+    table: Dataset | Iterable[Signature],
     *,
     sampled_by: Iterable[str | None] = (),
     student_fingerprint: TeacherFingerprint | str | None = None,
@@ -101,9 +104,10 @@ def check_teacher_consistency(
 
     Args:
         student_card (`dict`): What [`read_model_card`] gives for the student.
-        table ([`~datasets.Dataset`] or `Iterable[str]`): The table, or only the distinct values of its
-            `teacher_fingerprint` column. A value that is no fingerprint stands for rows of an unknown teacher, and
-            is never consistent.
+        table ([`~datasets.Dataset`] or `Iterable`): The table, or only the distinct values of its
+            `teacher_fingerprint` column, or its distinct pairs of `teacher_fingerprint` and `teacher_id`. A value
+            that is no fingerprint stands for rows of an unknown teacher, and is never consistent. A pair whose
+            teacher wrote no SFT data of its `teacher_id`, and others did, is not consistent either.
         sampled_by (`Iterable[str]`, *optional*): The distinct values of its `student_fingerprint` column, if `table`
             is not the table itself.
         student_fingerprint ([`TeacherFingerprint`] or `str`, *optional*): The student's own, or its id. Without it
@@ -127,27 +131,29 @@ def check_teacher_consistency(
     own_id = student_fingerprint.id if isinstance(student_fingerprint, TeacherFingerprint) else student_fingerprint
     rows, altered, claimed, dataset = "unverified", (), [], None
     if hasattr(table, "column_names"):
-        from ..table.schema import column_counts
+        from ..table.schema import column_counts, teacher_counts
 
         dataset = table
-        columns = [column_counts(table, name) for name in ("teacher_fingerprint", "student_fingerprint")]
         rows, altered = check_rows(table, table_name)
         claimed = record_of(table).get("teachers") or []
-        table, sampled_by = columns
-        if rows == "altered" and not all(any(same_teacher(t or "", e["id"]) for e in claimed) for t in table):
+        sampled_by = column_counts(table, "student_fingerprint")
+        table = teacher_counts(table)
+        if rows == "altered" and not all(any(same_teacher(t or "", e["id"]) for e in claimed) for t, _ in table):
             why = "has rows of teachers that its record does not name"
             rows, altered = _unverified(table_name, why)
-    teachers = [table] if isinstance(table, str) else list(table)
+    pairs = [t if isinstance(t, tuple) else (t, None) for t in ([table] if isinstance(table, str) else table)]
+    teachers = list(dict.fromkeys(teacher for teacher, _ in pairs))
     verdict = _judge_teachers(student_card, teachers, own_id, student, table_name, claimed, rows)
     if verdict.consistent:
         entries = [*claimed, *(student_card.get("sft_teachers") or [])]
         readers = [own_id] if own_id else [id for id in sampled_by if id and is_id(id)]
         verdict = _judge_tokens(verdict, teachers, readers, entries, processing_class, dataset, student, table_name)
     if verdict.consistent:
+        foreign, unknown = _judge_domains(pairs, student_card.get("sft_teachers") or [], student, table_name)
         problem, warnings, off_policy = _judge_student(sampled_by, own_id, student, table_name)
-        warnings = (*altered, *warnings, *_earlier_overrides(student_card, student))
+        warnings = (*altered, *unknown, *warnings, *_earlier_overrides(student_card, student))
         verdict = replace(verdict, warnings=warnings, rows=rows, off_policy=off_policy)
-        if problem:
+        if problem := foreign or problem:
             verdict = Verdict(False, None, problem)
     return verdict.enforce(teacher_consistency)
 
@@ -247,6 +253,62 @@ def _judge_teachers(
     return Verdict(True, weakest, f"Teachers agree ({weakest}): {wrote}, and {scored}.")
 
 
+def _judge_domains(
+    pairs: list[tuple[str, str | None]], entries: list[dict[str, Any]], student: str, table_name: str
+) -> tuple[str, list[str]]:
+    """What forbids training because others wrote the SFT data of a row's domain, and what of that is not known."""
+    known = {domain for entry in entries for domain in entry.get("teacher_ids") or ()}
+    one_wrote_all = len({content_id(entry["id"]) for entry in entries}) == 1
+    foreign, new, undecided = [], [], {domain for _, domain in pairs if domain is None and not one_wrote_all}
+    for teacher, domain in pairs:
+        own = [entry for entry in entries if same_teacher(teacher, entry["id"])]
+        wrote = [entry["id"] for entry in entries if domain in (entry.get("teacher_ids") or ())]
+        if domain is None or any(domain in (entry.get("teacher_ids") or ()) for entry in own):
+            continue
+        if wrote and all(_knows_domains(entry) for entry in own):
+            foreign.append(
+                f"those of {domain!r} by {teacher}, while {_listed(wrote)} wrote the SFT data of {domain!r}"
+            )
+        elif known and not wrote:
+            new.append(domain)
+        elif not one_wrote_all:
+            undecided.add(domain)
+    if foreign:
+        return (
+            f"Teacher mismatch: all who scored {table_name} wrote SFT data of {student}, but not of these rows' "
+            f"domains (column `teacher_id`): {'; '.join(foreign)}. Another teacher's scores bias the gradient however "
+            "little the student drifts. Score those rows again with the teacher that wrote the SFT data of their "
+            f"domain, or {_OVERRIDE}."
+        ), []
+    unknown = []
+    if new:
+        unknown.append(
+            f"{_capitalized(table_name)} has rows of {_quoted(new)}, and the card of {student} names no SFT data of "
+            f"{'that domain' if len({*new}) == 1 else 'those domains'}, only of {_quoted(known)}: whether their "
+            "teacher is the right one is not known."
+        )
+    if undecided:
+        wrote = _listed(list(dict.fromkeys(entry["id"] for entry in entries)))
+        reasons = [f"{table_name} has rows without a `teacher_id`, their domain"] if None in undecided else []
+        if not all(map(_knows_domains, entries)):
+            reasons.append("its card does not say of all of it of which domain it is (`teacher_ids`)")
+        unknown.append(
+            f"The SFT data of {student} was written by {wrote}, and {' and '.join(reasons)}: whether each row was "
+            "scored by the one that wrote the SFT data of its domain is not checked."
+        )
+    return "", unknown
+
+
+def _knows_domains(entry: dict[str, Any]) -> bool:
+    """Whether a card says of all rows that a teacher wrote of which domain they are."""
+    domains = entry.get("teacher_ids") or {}
+    return bool(domains) and entry.get("rows", 0) <= sum(rows or 0 for rows in domains.values())
+
+
+def _quoted(domains: Iterable[str]) -> str:
+    return ", ".join(map(repr, sorted({*domains})))
+
+
 def _judge_tokens(
     verdict: Verdict,
     teachers: list[str],
@@ -337,7 +399,8 @@ def contradictions(
     where: str, entries: list[dict[str, Any]], teachers: Iterable[str | None] = (), rows: str = "unverified"
 ) -> list[str]:
     """
-    What cannot be true of a card's teachers: digests that do not give their id, or rows of teachers it does not name.
+    What cannot be true of a card's teachers: digests that do not give their id, domains of other rows than it counts,
+    or rows of teachers it does not name.
 
     Args:
         where (`str`): What messages call the card.
@@ -352,6 +415,12 @@ def contradictions(
                 TeacherFingerprint.from_dict(entry)
         except ValueError as error:
             problems.append(f"{where} contradicts itself. {error}")
+        of_domains = [rows or 0 for rows in (entry.get("teacher_ids") or {}).values()]
+        if min(of_domains, default=0) < 0 or sum(of_domains) > entry.get("rows", sum(of_domains)):
+            problems.append(
+                f"{where} contradicts itself. It counts {entry.get('rows', 'no')} rows of {entry['id']}, and of its "
+                f"domains {json.dumps(entry['teacher_ids'])}."
+            )
     named = [teacher for teacher in teachers if teacher and entries]
     unclaimed = [teacher for teacher in named if not any(same_teacher(teacher, entry["id"]) for entry in entries)]
     # Tables without a record may have been joined to it since: then some rows are still of the teachers it names.

@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
-from ..table.schema import column_counts
-from .cards import count_teachers, read_model_card, record_of, stamp_model_card
+from ..table.schema import teacher_counts
+from .cards import Signature, count_teachers, read_model_card, record_of, signatures, stamp_model_card
 from .consistency import inherited_teachers
 from .fingerprint import (
     TeacherFingerprint,
@@ -48,9 +48,10 @@ class TeacherStampCallback(TrainerCallback):
     Stamps every checkpoint that a trainer saves or pushes with the teachers that wrote its data.
 
     They are read from the `teacher_fingerprint` column of the data, which [`generate_sft_data`] writes; what the
-    model's own card says of earlier SFT data is kept, and the shares are those of all of it. Only the main process
-    writes. A teacher counts as verified if the tokens that are trained on are those that it sampled, and else as
-    declared, with a warning that says why.
+    model's own card says of earlier SFT data is kept, and the shares are those of all of it. Where rows have a
+    `teacher_id`, their domain, the card says how many of each a teacher wrote. Only the main process writes. A teacher
+    counts as verified if the tokens that are trained on are those that it sampled, and else as declared, with a
+    warning that says why.
 
     ```python
     trainer = SFTTrainer(model, args, train_dataset=data)
@@ -97,19 +98,18 @@ class TeacherStampCallback(TrainerCallback):
         trainer.create_model_card = self._stamping_card(trainer, trainer.create_model_card)
 
     def _count(self) -> None:
-        """Counts the rows of each teacher."""
+        """Counts the rows of each teacher and domain."""
         trained = self._trained = self._trainer.train_dataset
         given = trained if self._given is None else self._given
         counts = _teachers_of(given)
         if given is not trained:
             counts = _of_those_trained_on(counts, trained, self._trainer.args)
         counts = _declared(counts, given, self._trainer)
-        for entry in self._earlier:
-            counts[with_evidence(entry["id"], entry["evidence"])] += entry.get("rows", 0)
-        counts[None] += max(self._earlier_rows - sum(entry.get("rows", 0) for entry in self._earlier), 0)
+        counts.update(signatures(self._earlier))
+        counts[None, None] += max(self._earlier_rows - sum(entry.get("rows", 0) for entry in self._earlier), 0)
         self.sft_rows = sum(counts.values())
         self.sft_teachers = count_teachers(counts, [*record_of(given).get("sft_teachers", ()), *self._earlier])
-        if unnamed := counts[None] + counts[""]:
+        if unnamed := sum(rows for (teacher, _), rows in counts.items() if not teacher):
             logger.warning(
                 f"{unnamed} of {self.sft_rows} SFT rows do not name a teacher. The card will give the others their "
                 "share of all rows."
@@ -126,7 +126,7 @@ class TeacherStampCallback(TrainerCallback):
         checkpoint = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         if state.global_step and os.path.isdir(checkpoint):  # resumed
             before, now = (
-                {content_id(t["id"]) or t["id"]: t["id"] for t in teachers}
+                {(content_id(t["id"]) or t["id"], *sorted(t.get("teacher_ids") or ())): _named(t) for t in teachers}
                 for teachers in (read_model_card(checkpoint).get("sft_teachers") or [], self.sft_teachers)
             )
             if before.keys() != now.keys():
@@ -179,11 +179,17 @@ class TeacherStampCallback(TrainerCallback):
         )
 
 
-def _declared(counts: Counter[str | None], given: Dataset, trainer: Trainer) -> Counter[str | None]:
-    """The rows of each teacher, declared where nothing shows that what it sampled is what is trained on."""
+def _named(entry: dict[str, Any]) -> str:
+    domains = ", ".join(entry.get("teacher_ids") or ())
+    return f"{entry['id']} ({domains})" if domains else entry["id"]
+
+
+def _declared(counts: Counter[Signature], given: Dataset, trainer: Trainer) -> Counter[Signature]:
+    """The rows of each teacher and domain; a teacher is declared where nothing shows that what it sampled is what is
+    trained on."""
     reasons = {
         teacher: _why_declared(teacher, given, trainer)
-        for teacher in counts
+        for teacher in dict.fromkeys(teacher for teacher, _ in counts)
         if teacher and evidence_of(teacher) != "declared"
     }
     if reasons := {teacher: reason for teacher, reason in reasons.items() if reason}:
@@ -191,9 +197,9 @@ def _declared(counts: Counter[str | None], given: Dataset, trainer: Trainer) -> 
             "The card only declares these teachers, because nothing shows that what they sampled is what is trained "
             f"on: {'; '.join(f'{teacher}, because {reason}' for teacher, reason in reasons.items())}."
         )
-    result: Counter[str | None] = Counter()
-    for teacher, rows in counts.items():
-        result[with_evidence(teacher, "declared") if teacher in reasons else teacher] += rows
+    result: Counter[Signature] = Counter()
+    for (teacher, domain), rows in counts.items():
+        result[with_evidence(teacher, "declared") if teacher in reasons else teacher, domain] += rows
     return result
 
 
@@ -300,8 +306,8 @@ def _run_hashes(tokens: np.ndarray, length: int) -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(tokens.astype(np.uint64), length) @ (factors | np.uint64(1))
 
 
-def _teachers_of(dataset: Dataset) -> Counter[str | None]:
-    """Rows of each teacher."""
+def _teachers_of(dataset: Dataset) -> Counter[Signature]:
+    """Rows of each teacher and domain."""
     if not isinstance(dataset, Dataset):
         raise TypeError(
             f"The teachers of a `{type(dataset).__name__}` cannot be counted. Give the rows as a `Dataset`, or "
@@ -313,18 +319,18 @@ def _teachers_of(dataset: Dataset) -> Counter[str | None]:
             "`generate_sft_data` writes the column; if the trainer dropped it, give the data as it was: "
             "`TeacherStampCallback(trainer, dataset)`."
         )
-    counts = column_counts(dataset, COLUMN)
-    if unknown := [value for value in counts if value and not is_id(value)]:
+    counts = teacher_counts(dataset)
+    if unknown := [teacher for teacher, _ in counts if teacher and not is_id(teacher)]:
         raise ValueError(
             f"The training data has {unknown[0]!r} in its `{COLUMN}` column, which is no fingerprint. "
             "`fingerprint_teacher(teacher).id` is; leave the column empty for rows that no teacher wrote."
         )
-    if not any(counts):
+    if not any(teacher for teacher, _ in counts):
         raise ValueError(f"No row of the training data names its teacher: the column `{COLUMN}` is empty.")
     return counts
 
 
-def _of_those_trained_on(given: Counter[str | None], trained: Any, args: TrainingArguments) -> Counter[str | None]:
+def _of_those_trained_on(given: Counter[Signature], trained: Any, args: TrainingArguments) -> Counter[Signature]:
     """The counts of the data given, if that may be what is trained on, or what the rows trained on say themselves."""
     columns = trained.column_names if isinstance(trained, Dataset) else ()
     if COLUMN in columns:

@@ -11,6 +11,7 @@
 | `teacher_topk_ids` (optional) | `list<int32[k]>` | the teacher's k most likely tokens at each completion token |
 | `teacher_topk_logprobs` (optional) | `list<float16[k]>` | their log π_T, nats, temperature 1 |
 | `student_fingerprint` (optional) | `string` | which checkpoint sampled the row; null if unknown |
+| `teacher_id` (optional) | `string` | domain of the row, where several teachers score one table; null if unknown |
 
 The two top-k columns come together, with one k for the whole table, which their type names: inner lists of one size
 need no offsets. So a completion token takes 8 bytes for its id and its score and 6 more for each of the k. Any other
@@ -40,9 +41,9 @@ if TYPE_CHECKING:
 
 REQUIRED_COLUMNS = ("prompt_ids", "completion_ids", "teacher_logprobs", "teacher_fingerprint")
 TOPK_COLUMNS = ("teacher_topk_ids", "teacher_topk_logprobs")
-# The domain whose teacher scored a row, in tables of several teachers.
-TEACHER_ID = "teacher_id"
 OPTIONAL_COLUMNS = ("ref_logprobs", "completion_mask", *TOPK_COLUMNS)
+# As in TRL: the name under which a row's teacher is given, such as "math".
+TEACHER_ID = "teacher_id"
 # One entry a completion token.
 TOKEN_COLUMNS = ("completion_ids", "teacher_logprobs", *OPTIONAL_COLUMNS)
 LOGPROB_COLUMNS = ("teacher_logprobs", "ref_logprobs", "teacher_topk_logprobs")
@@ -148,9 +149,28 @@ def column_counts(dataset: Dataset, column: str) -> Counter[str | None]:
     return counts
 
 
+def teacher_counts(dataset: Dataset) -> Counter[tuple[str | None, str | None]]:
+    """
+    How many rows have each pair of `teacher_fingerprint` and `teacher_id`. Empty without the first column; the second
+    is `None` in all pairs if it is missing or holds anything else than strings, and missing values count as `None`.
+    """
+    if "teacher_fingerprint" not in dataset.column_names or not holds_names(dataset, TEACHER_ID):
+        return Counter({(id, None): rows for id, rows in column_counts(dataset, "teacher_fingerprint").items()})
+    counts: Counter[tuple[str | None, str | None]] = Counter()
+    names = ["teacher_fingerprint", TEACHER_ID]
+    for batch in dataset.select_columns(names).with_format("arrow").iter(10_000):
+        counts.update(zip(*(batch[name].to_pylist() for name in names), strict=True))
+    return counts
+
+
+def holds_names(dataset: Dataset, column: str) -> bool:
+    """Whether a dataset has a column whose values are strings."""
+    return getattr(dataset.features.get(column), "dtype", None) in ("string", "large_string")
+
+
 def digest_columns(column_names: list[str]) -> list[str]:
     """The columns that [`rows_digest`] covers by default: all that sampling and scoring write."""
-    written = (*REQUIRED_COLUMNS, "ref_logprobs", *TOPK_COLUMNS, "student_fingerprint")
+    written = (*REQUIRED_COLUMNS, "ref_logprobs", *TOPK_COLUMNS, "student_fingerprint", TEACHER_ID)
     return [name for name in written if name in column_names]
 
 
@@ -245,6 +265,8 @@ _DIGEST_DTYPES = {
 
 def _row_bytes(name: str, column: pa.ChunkedArray) -> list[bytes | memoryview]:
     array = column.combine_chunks()
+    if name == TEACHER_ID:
+        return [("" if value is None else str(value)).encode() for value in array.to_pylist()]
     if name not in _DIGEST_DTYPES:
         # Without the name, which is for people.
         return [(value or "").rpartition("@")[2].encode() for value in array.to_pylist()]

@@ -175,6 +175,11 @@ class ShardStore:
         self.pending = self.pending.copy()
         self.pending.remove(shard)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the shards of all processes are there."""
+        return all(path.exists() for path in self._paths())
+
     def counts(self) -> dict[str, int]:
         """The counts given to `write`, by whichever process in whichever run, summed over the shards that are done."""
         total: Counter[str] = Counter()

@@ -61,9 +61,9 @@ class OfflineOPDCollator:
       and `teacher_topk_logprobs` float32 `(trained, k)`.
 
     For each sequence, `truncated` `(sequences,)`: whether its completion, with every per-token column, was truncated
-    on the right to fit the limits. With `validate`, also `teacher_fingerprint` and `student_fingerprint`, lists of
-    strings, and `is_filler` `(sequences,)`, see [`~rows.WholeStream`]. With `teacher_weights`, `weights`
-    `(sequences,)` float32.
+    on the right to fit the limits. With `validate`, also `teacher_fingerprint`, `teacher_id` and
+    `student_fingerprint`, lists of strings, and `is_filler` `(sequences,)`, see [`~rows.WholeStream`]. With
+    `teacher_weights`, `weights` `(sequences,)` float32.
 
     Args:
         pad_token_id: pads `input_ids`.
@@ -179,7 +179,7 @@ class OfflineOPDCollator:
         if self.validate is not None:
             # The collator may run in a dataloader worker, so fingerprints go into the batch. The training process
             # checks and counts them.
-            for name in ("teacher_fingerprint", "student_fingerprint"):
+            for name in ("teacher_fingerprint", TEACHER_ID, "student_fingerprint"):
                 tensors[name] = [row.get(name) for row in rows]
             tensors[FILLER] = torch.tensor([row.get(FILLER, False) for row in rows])
         return tensors

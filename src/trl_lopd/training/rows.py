@@ -22,9 +22,8 @@ from datasets import Dataset, IterableDataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..errors import TableError
-from ..identity.cards import read_model_card
+from ..identity.cards import Signature, read_model_card, signatures
 from ..identity.consistency import Verdict, check_teacher_consistency
-from ..identity.fingerprint import is_id, with_evidence
 from ..models import check_positions, stretches_from
 from ..processes import on_main_process
 from ..table.schema import (
@@ -182,8 +181,10 @@ class TrainingRows:
         def judge() -> tuple[RowCheck, Verdict]:
             rows = RowCheck(self.args.teacher_logprob_floor, self.student.vocab_limits, columns)
             rows([row])
-            teachers, samplers = ([row.get(column)] for column in ("teacher_fingerprint", "student_fingerprint"))
-            return replace(rows, rows=0), check.judge(teachers, "the stream", sampled_by=samplers)
+            teachers = [(row.get("teacher_fingerprint"), _domain_of(row.get(TEACHER_ID)))]
+            return replace(rows, rows=0), check.judge(
+                teachers, "the stream", sampled_by=[row.get("student_fingerprint")]
+            )
 
         self._prepared[stream], check.verdict = on_main_process(self.args.distributed_state, judge)
         check.first = row.get("teacher_fingerprint")
@@ -250,6 +251,7 @@ class TeacherCheck:
         first (`str`, *optional*): Teacher of the first row of a stream.
         teachers, samplers (`Counter`): Number of rows of each teacher and each student. For a stream, only the rows
             that this process has trained on are counted.
+        domains (`Counter`): The same rows of a stream, of each pair of a teacher and a `teacher_id`.
     """
 
     def __init__(self, student: Student, args: OfflineOPDConfig):
@@ -257,12 +259,13 @@ class TeacherCheck:
         self.verdict: Verdict | None = None
         self.first: str | None = None
         self.teachers: Counter[str] = Counter()
+        self.domains: Counter[tuple[str, str | None]] = Counter()
         self.samplers: Counter[str | None] = Counter()
-        self._of_all: tuple[Counter[str], Counter[str | None]] | None = None
+        self._of_all: tuple[Counter[tuple[str, str | None]], Counter[str | None]] | None = None
 
     def judge(
         self,
-        table: Dataset | Iterable[str],
+        table: Dataset | Iterable[Signature],
         name: str,
         sampled_by: Iterable[str] = (),
         teacher_consistency: str | None = None,
@@ -281,18 +284,21 @@ class TeacherCheck:
 
     def meet(self, batch: dict[str, Any]) -> None:
         """Checks and counts the rows of a stream's batch, and removes their fingerprints from the batch."""
-        teachers, samplers = (batch.pop(name, None) for name in ("teacher_fingerprint", "student_fingerprint"))
+        names = ("teacher_fingerprint", TEACHER_ID, "student_fingerprint")
+        teachers, ids, samplers = (batch.pop(name, None) for name in names)
         if teachers is None:
             return
-        if not ({*teachers} <= self.teachers.keys() and {*samplers} <= self.samplers.keys()):
-            all_teachers = sorted({*self.teachers, *teachers})
-            self.verdict = self.judge(all_teachers, "the stream", sampled_by={*self.samplers, *samplers})
+        pairs = [(teacher, _domain_of(id)) for teacher, id in zip(teachers, ids, strict=True)]
+        if not ({*pairs} <= self.domains.keys() and {*samplers} <= self.samplers.keys()):
+            all_pairs = sorted({*self.domains, *pairs}, key=lambda pair: (pair[0], pair[1] or ""))
+            self.verdict = self.judge(all_pairs, "the stream", sampled_by={*self.samplers, *samplers})
         self.teachers.update(teachers)
+        self.domains.update(pairs)
         self.samplers.update(samplers)
 
     def resume(self, checkpoint: str) -> None:
         """Restores the counts of the rows that trained a checkpoint from its card, without those of earlier rounds."""
-        self.teachers, self.samplers = Counter(), Counter()
+        self.teachers, self.domains, self.samplers = Counter(), Counter(), Counter()
         if not PartialState().is_main_process:
             return  # the counts of all processes are summed, so only one process restores them
         earlier = len(self.student.card.get("opd_rounds") or [])
@@ -303,22 +309,31 @@ class TeacherCheck:
                 "only count the rows of the following steps."
             )
             return
-        for counts, entries in ((self.teachers, "teachers"), (self.samplers, "sampled_by")):
-            for entry in rounds[earlier].get(entries) or []:
-                name = with_evidence(entry["id"], entry["evidence"]) if is_id(entry["id"]) else entry["id"]
-                counts[name] += entry["rows"]
+        self.domains = signatures(rounds[earlier].get("teachers") or [])
+        for counts, pairs in (
+            (self.teachers, self.domains),
+            (self.samplers, signatures(rounds[earlier].get("sampled_by") or [])),
+        ):
+            for (name, _), count in pairs.items():
+                counts[name] += count
         self.samplers[None] += self.teachers.total() - self.samplers.total()
 
     @property
-    def of_all(self) -> tuple[Counter[str], Counter[str | None]]:
-        """Returns the rows of each teacher and of each student; of all processes after a call of [`gather`]."""
-        return self._of_all or (self.teachers, self.samplers)
+    def of_all(self) -> tuple[Counter[tuple[str, str | None]], Counter[str | None]]:
+        """Returns the rows of a stream of each teacher and domain, and of each student; of all processes after a call
+        of [`gather`]."""
+        return self._of_all or (self.domains, self.samplers)
 
     def gather(self) -> None:
         """Adds up the counts of all processes. All of them must call this."""
         if PartialState().num_processes > 1:
-            parts = gather_object([(self.teachers, self.samplers)])
+            parts = gather_object([(self.domains, self.samplers)])
             self._of_all = tuple(sum(counts, Counter()) for counts in zip(*parts, strict=True))
+
+
+def _domain_of(teacher_id: Any) -> str | None:
+    """Returns a row's `teacher_id`; `None` for what is no string, as in [`~table.schema.teacher_counts`]."""
+    return teacher_id if isinstance(teacher_id, str) else None
 
 
 def resolve_loss_type(args: OfflineOPDConfig, columns: Iterable[str], required: str | None = None) -> str:
