@@ -155,8 +155,7 @@ class OfflineOPDTrainer(Trainer):
             )
         if self.get_tp_size() > 1:  # the model was loaded with tensor parallelism, or DeepSpeed uses it
             refuse_tensor_parallelism()
-        vocab_size = self.model.config.get_text_config().vocab_size
-        self.objective = Objective(self.loss_type, args, vocab_size)
+        self.objective = Objective.of(self.model, self.loss_type, args)
         self.window = Window(self.accelerator)
         self.drift = DriftMonitor(self.rows.measures_off_policy)
         self.saved: SavedCheckpoint | None = None
