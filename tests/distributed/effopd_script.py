@@ -64,7 +64,7 @@ KINDS = {
 }
 
 
-def make_trainer(kind, student, rows, out, **options):
+def make_trainer(kind, student, rows, out, layer="LlamaDecoderLayer", **options):
     engine = {}
     if kind.startswith("zero"):
         zero = KINDS[kind] | ({"stage3_gather_16bit_weights_on_model_save": True} if "zero3" in kind else {})
@@ -75,7 +75,7 @@ def make_trainer(kind, student, rows, out, **options):
         engine["fsdp"] = True
         engine["fsdp_config"] = {
             "version": 2,
-            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+            "transformer_layer_cls_to_wrap": [layer],
             "reshard_after_forward": kind == "fsdp2",
             "state_dict_type": "SHARDED_STATE_DICT",
         }
