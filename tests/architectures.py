@@ -21,8 +21,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from trl_lopd.generation.samplers import Sampling, TransformersSampler
 from trl_lopd.generation.teachers import LocalTeacher
+from trl_lopd.training.experts import load_balancing
 from trl_lopd.training.head import Targets, add_distillation_head, check_head
-from trl_lopd.training.router import load_balancing
 
 VOCAB = 96
 POSITIONS = 64

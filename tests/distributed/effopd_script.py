@@ -98,7 +98,8 @@ def make_trainer(kind, student, rows, out, layer="LlamaDecoderLayer", **options)
         "activation_checkpointing": True,
     } | options
     args = OfflineOPDConfig(**engine, **options)
-    return OfflineOPDTrainer(str(student), args, rows, eval_dataset=rows, **peft)
+    student = str(student) if isinstance(student, Path) else student
+    return OfflineOPDTrainer(student, args, rows, eval_dataset=rows, **peft)
 
 
 def logits(model):

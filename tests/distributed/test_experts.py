@@ -10,24 +10,17 @@ import torch
 from conftest import VOCAB, make_experts, save_student
 from datasets import Dataset
 from launcher import Launcher
+from safetensors.torch import load_file
 from test_engines import assert_same_log, assert_same_weights
 from transformers import AutoModelForCausalLM
 
 from trl_lopd import fingerprint_teacher, read_model_card, score_rollouts
 
 SCRIPT = Path(__file__).parent / "experts_script.py"
-CASES = {
-    "ddp": ["whole", "budget", "mixtral", "gpt_oss"],
-    "fsdp2": ["whole", "budget", "mixtral", "gpt_oss"],
-    "zero3": ["whole", "budget", "mixtral", "gpt_oss"],
-}
-ALL = ["whole", "budget", "mixtral", "gpt_oss"]
-TORCH = ("ddp", "fsdp2")
-GROUPS = {
-    "single": {"single": ALL},
-    "torch": {kind: CASES[kind] for kind in TORCH},
-    "zero": {"zero3": CASES["zero3"]},
-}
+ALL = ["whole", "budget", "mixtral", "gpt_oss", "listed"]
+TORCH = {"ddp": ALL, "fsdp2": ALL[:-1]}
+ZERO = {"zero3": ALL}
+GROUPS = {"single": {"single": ALL}, "torch": TORCH, "zero": ZERO}
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -66,8 +59,9 @@ def launch(tmp_path_factory, tokenizer, teacher_dir):
     return Launcher(SCRIPT, path, path / "rows", path / "out", groups=GROUPS)
 
 
-@pytest.mark.parametrize("kind, case", [(kind, case) for kind, cases in CASES.items() for case in cases])
+@pytest.mark.parametrize("kind, case", [(kind, case) for kind, cases in (TORCH | ZERO).items() for case in cases])
 def test_is_what_one_process_does(launch, kind, case):
+    """As in `test_engines`. Both read the same rows in a pass, which decide the load-balancing loss."""
     if kind == "zero3":
         pytest.importorskip("deepspeed")
     expected, found = launch("single", case), launch(kind, case)
@@ -75,5 +69,29 @@ def test_is_what_one_process_does(launch, kind, case):
     assert all(0 < entry["aux_loss"] for entry in found["log"] if "loss" in entry)
     weights = launch.load("single", case)
     assert_same_weights(launch.load(kind, case), weights, atol=2e-6)
-    if case != "budget":
-        assert found["visited"] == [0, 1] and launch(kind, case, rank=1)["visited"] == [2, 3]
+    other = launch(kind, case, rank=1)
+    # Padding is not counted.
+    assert found["visited"] == [0, 1] and other["visited"] == [2, 3]
+    assert found["passes"] == other["passes"]
+    # One process does without passes that keep step.
+    assert (found["passes"] + other["passes"] > expected["passes"]) == (case == "budget")
+
+
+@pytest.mark.parametrize("kind", [*TORCH, *ZERO])
+@pytest.mark.parametrize("case", ["whole", "mixtral", "gpt_oss"])
+def test_save_model_writes_what_was_trained(launch, kind, case):
+    """With the names and shapes of the checkpoint that training began with, which transformers fuses on loading."""
+    if kind == "zero3":
+        pytest.importorskip("deepspeed")
+    launch(kind, case)
+    directory = launch.out / kind / case / "model"
+    start = launch.arguments[0] + {"whole": "/qwen3_moe"}.get(case, f"/{case}")
+    shapes = [
+        {name: x.shape for name, x in load_file(f"{path}/model.safetensors").items()} for path in (directory, start)
+    ]
+    assert shapes[0] == shapes[1]
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    loaded = dict(model.named_parameters())
+    for name, value in launch.load(kind, case).items():
+        assert torch.equal(loaded[name], value), name
+    assert read_model_card(directory)["checkpoint"]["id"] == fingerprint_teacher(directory).id

@@ -25,7 +25,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..logits import LogitTransform, backbone, chunks, logits_of
 from ..own_logits import TrialRow, difference, not_causal, own_logprobs, reads_ahead, trial_rows
-from .router import load_balancing
+from .experts import load_balancing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -64,8 +64,8 @@ class TokenOutput(ModelOutput):
         tail_logprobs: `(n,)`, log-probability of all tokens outside the support together.
         entropy: `(n,)`, nats.
         top1_ids: `(n,)`, the most likely token.
-        aux_loss: scalar, [`~router.load_balancing`] of the batch, if the forward was given `output_router_logits=True`
-            and has routers. It is no part of `loss`.
+        aux_loss: scalar, [`~experts.load_balancing`] of the batch, if the model has routers and the forward was given
+            `output_router_logits=True`. It is no part of `loss`.
     """
 
     loss: Tensor | None = None

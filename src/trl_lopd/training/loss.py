@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .config import OfflineOPDConfig
+from .experts import aux_loss_coef, check_gradient
 from .head import Targets, TokenOutput
 from .objective import (
     TokenValues,
@@ -18,7 +19,6 @@ from .objective import (
     teacher_support,
     token_weights,
 )
-from .router import aux_loss_coef, check_gradient
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Objective:
         args ([`OfflineOPDConfig`]): Arguments with `advantage_clip`, `ratio_clip` and `loss_aggregation`.
         vocab_size (`int`): Vocabulary size of the student.
         aux_loss_coef (`float`, *optional*, defaults to `0.0`): Weight of the load-balancing loss in training, see
-            [`~router.aux_loss_coef`].
+            [`~experts.aux_loss_coef`].
     """
 
     loss_type: str
@@ -126,7 +126,7 @@ class Objective:
             totals |= {"aux_loss": out.aux_loss.detach() * items, "aux_items": items}
         elif "output_router_logits" in inputs and self.args.router_aux_loss_coef:
             raise ValueError(
-                f"`router_aux_loss_coef` is {self.aux_loss_coef}, but no layer of the model has a router whose load is "
-                "balanced. Leave it unset."
+                f"`router_aux_loss_coef` is {self.aux_loss_coef}, but no layer of the model has a router that would "
+                "be balanced. Leave it unset."
             )
         return out, totals

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from conftest import make_experts, make_rollouts, make_trainer, save_student
-from peft import LoraConfig
+from accelerate.utils import DistributedType
+from conftest import make_args, make_experts, make_rollouts, make_tokenizer, make_trainer, save_student
 from transformers import AutoModelForCausalLM
 
-from trl_lopd import fingerprint_teacher, read_model_card, score_rollouts
+from trl_lopd import OfflineOPDTrainer, read_model_card, score_rollouts
+from trl_lopd.training.experts import keep_in_step
 from trl_lopd.training.micro_batches import micro_batches
 
 KINDS = ["qwen3_moe", "mixtral", "gpt_oss"]
@@ -124,10 +127,6 @@ def test_the_config_of_the_model_says_how_much_where_the_arguments_do_not(tmp_pa
     loaded = {"teacher_consistency": "off", "max_steps": 1}
 
     def aux_loss(coef):
-        from conftest import make_args, make_tokenizer
-
-        from trl_lopd import OfflineOPDTrainer
-
         args = make_args(tmp_path, router_aux_loss_coef=coef, **loaded)
         trainer = OfflineOPDTrainer(model, args, rows, processing_class=make_tokenizer())
         trainer.train()
@@ -161,6 +160,24 @@ def test_routers_that_checkpoints_hide_are_refused(tmp_path, students, rows):
         make_trainer(tmp_path, students["qwen3_moe"], rows, **options).train()
     trainer = make_trainer(tmp_path, students["qwen3_moe"], rows, router_aux_loss_coef=0.0, max_steps=1, **options)
     assert trainer.train().global_step == 1
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero2"])
+def test_experts_apart_are_refused_where_processes_would_wait_for_ever(engine):
+    block = torch.nn.Module()
+    block.experts = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(2)])
+    plugin = SimpleNamespace(zero_stage=2)
+    kind = DistributedType.DEEPSPEED if engine == "zero2" else DistributedType.FSDP
+    state = SimpleNamespace(distributed_type=kind, deepspeed_plugin=plugin)
+    trainer = SimpleNamespace(
+        model=block, accelerator=SimpleNamespace(state=state, num_processes=2), is_fsdp_enabled=engine == "fsdp"
+    )
+    with pytest.raises(ValueError, match="Each expert of `Module` is a module of its own"):
+        keep_in_step(trainer)
+    trainer.accelerator.num_processes = 1
+    keep_in_step(trainer)
+    trainer.accelerator.num_processes, trainer.model = 2, make_experts("mixtral")
+    keep_in_step(trainer)
 
 
 def test_a_checkpoint_is_resumed_with_the_same_coefficient(tmp_path, students, rows):

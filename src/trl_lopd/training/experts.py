@@ -1,7 +1,7 @@
-"""The load-balancing loss of the routers of a mixture of experts (Switch Transformer, arXiv 2101.03961).
+"""Mixtures of experts: the load-balancing loss of their routers, and processes whose tokens visit different experts.
 
-transformers computes it in the forward of the whole model, which the head takes the place of. So the model's own
-function is called here on what the routers of its backbone return.
+transformers computes the loss (Switch Transformer, arXiv 2101.03961) in the forward of the whole model, which the head
+takes the place of. So the model's own function is called here on what the routers of its backbone return.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import sys
 from collections.abc import Callable
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import DistributedType, is_peft_model
 from torch import Tensor
+from transformers import Trainer
 
 from .config import OfflineOPDConfig
 
@@ -30,8 +31,8 @@ def load_balancing(model) -> Callable[[tuple[Tensor, ...], Tensor | None], Tenso
         model ([`~transformers.PreTrainedModel`]): The model, not wrapped by an engine.
 
     Returns:
-        `Callable`, *optional*: A function of the router logits of each layer `(tokens, experts)` and the attention mask
-        `(batch, length)`, without which all tokens count, to a scalar; `None` if the model has no such loss.
+        `Callable`, *optional*: A function of the router logits of each layer `(tokens, experts)` and the attention
+        mask `(batch, length)`, without which all tokens count, to a scalar; `None` if the model has no such loss.
     """
     modules = (sys.modules.get(kind.__module__) for kind in type(model).__mro__)
     function = next((f for module in modules if (f := getattr(module, "load_balancing_loss_func", None))), None)
@@ -79,3 +80,38 @@ def check_gradient(aux_loss: Tensor) -> None:
             "where it is your setting `activation_checkpointing_kwargs={'use_reentrant': False}`. Or no trained "
             "weight comes before a router. To train without this loss, set `router_aux_loss_coef=0.0`."
         )
+
+
+def keep_in_step(trainer: Trainer) -> None:
+    """
+    Has processes communicate alike whose tokens visit different experts, where an expert is a module of its own, as in
+    code from the Hub. In the models of transformers, the experts of a layer are one tensor.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer, before its model is prepared.
+
+    Raises:
+        ValueError: If the engine waits for the gradient of every expert on every process.
+    """
+    state = trainer.accelerator.state
+    layers = [
+        module
+        for module in trainer.model.modules()
+        if any("expert" in name and isinstance(child, torch.nn.ModuleList) for name, child in module.named_children())
+    ]
+    if not layers or trainer.accelerator.num_processes == 1:
+        return
+    plugin = state.deepspeed_plugin if state.distributed_type == DistributedType.DEEPSPEED else None
+    if plugin is not None and plugin.zero_stage == 3:
+        from deepspeed.utils import set_z3_leaf_module
+
+        for layer in layers:  # gathered as a whole
+            set_z3_leaf_module(layer, True)
+    elif plugin is not None or trainer.is_fsdp_enabled:
+        raise ValueError(
+            f"Each expert of `{type(layers[0]).__name__}` is a module of its own. With this engine, processes whose "
+            "tokens visit different experts would wait for each other for ever. Use ZeRO-3 or DDP, or an architecture "
+            "of transformers, where the experts of a layer are one tensor."
+        )
+    elif trainer.args.ddp_find_unused_parameters is None:
+        trainer.accelerator.ddp_handler.find_unused_parameters = True
