@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from trl_lopd.generation.samplers import Sampling, TransformersSampler
 from trl_lopd.generation.teachers import LocalTeacher
+from trl_lopd.training.experts import load_balancing
 from trl_lopd.training.head import Targets, add_distillation_head, check_head
 
 VOCAB = 96
@@ -204,18 +205,27 @@ def _trained(model: PreTrainedModel, warnings: list[str]) -> str:
         positions, shape, torch.ones_like(shape).bool(), torch.ones(7), lambda logprobs, tail, rows: -logprobs[:, 0]
     )
 
+    # Mixtures of experts: with the load-balancing loss, where their layers have routers that have one.
+    asked = {} if load_balancing(model) is None else {"output_router_logits": True}
+    with torch.no_grad():
+        if asked and model(input_ids=ids, attention_mask=mask, targets=targets, **asked).aux_loss is None:
+            asked = {}
+
     def gradients_of(loss: torch.Tensor) -> list[torch.Tensor]:
         model.zero_grad()
         loss.backward()
         return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
     try:
-        logits = model(input_ids=ids, attention_mask=mask).logits.flatten(0, 1)[positions]
+        plain = model(input_ids=ids, attention_mask=mask, **asked)
+        logits = plain.logits.flatten(0, 1)[positions]
         own = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+        own = own + plain.aux_loss if asked else own
         own_gradients = gradients_of(own)
     except (AssertionError, RuntimeError):
         return "yes; gradients not compared, as the plain model gives none in evaluation mode"
-    ours = model(input_ids=ids, attention_mask=mask, targets=targets).loss
+    found = model(input_ids=ids, attention_mask=mask, targets=targets, **asked)
+    ours = found.loss + found.aux_loss if asked else found.loss
     gradients = gradients_of(ours)
     torch.testing.assert_close(ours, own, atol=1e-3, rtol=1e-5)
     assert len(gradients) == len(own_gradients)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
+import re
 import types
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,7 +19,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer, score_rollouts, stamp_model_card
 from trl_lopd.identity.fingerprint import fingerprint_teacher
@@ -63,6 +71,23 @@ def make_model(
     # Fresh weights give a near-uniform softmax, in which most mistakes would not show.
     with torch.no_grad():
         model.lm_head.weight.mul_(20 * scale)
+    return model.eval()
+
+
+def make_experts(kind: str, seed: int = 0, **config) -> PreTrainedModel:
+    """A mixture of four experts in each of two layers, of which a token visits two: `kind` is its model type."""
+    torch.manual_seed(seed)
+    experts = "num_experts" if kind == "qwen3_moe" else "num_local_experts"
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, experts: 4, "num_experts_per_tok": 2}
+    ids = {"vocab_size": VOCAB, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | ids | config))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+        # So that routing is uneven: fresh routers send as much to each expert.
+        for name, parameter in model.named_parameters():
+            if re.search(r"gate\.weight|router\.weight", name):
+                parameter.mul_(20)
     return model.eval()
 
 

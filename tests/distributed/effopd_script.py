@@ -63,7 +63,7 @@ KINDS = {
 }
 
 
-def make_trainer(kind, student, rows, out, **options):
+def make_trainer(kind, student, rows, out, layer="LlamaDecoderLayer", **options):
     engine = {}
     if kind.startswith("zero"):
         zero = KINDS[kind] | ({"stage3_gather_16bit_weights_on_model_save": True} if "zero3" in kind else {})
@@ -74,7 +74,7 @@ def make_trainer(kind, student, rows, out, **options):
         engine["fsdp"] = True
         engine["fsdp_config"] = {
             "version": 2,
-            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+            "transformer_layer_cls_to_wrap": [layer],
             "reshard_after_forward": kind == "fsdp2",
             "state_dict_type": "SHARDED_STATE_DICT",
         }
@@ -97,7 +97,8 @@ def make_trainer(kind, student, rows, out, **options):
         "activation_checkpointing": True,
     } | options
     args = OfflineOPDConfig(**engine, **options)
-    return OfflineOPDTrainer(str(student), args, rows, eval_dataset=rows, **peft)
+    student = str(student) if isinstance(student, Path) else student
+    return OfflineOPDTrainer(student, args, rows, eval_dataset=rows, **peft)
 
 
 def logits(model):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_args, make_model, make_rollouts, without_topk
+from conftest import make_args, make_experts, make_model, make_rollouts, save_student, without_topk
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -597,6 +597,9 @@ def test_moving_the_second_factor_follows_the_product_where_moving_both_does_not
             ),
             r"norm|embed_tokens|lm_head",
         ),
+        (make_experts("qwen3_moe").config, r"norm|embed_tokens|lm_head"),
+        (make_experts("mixtral").config, r"norm|embed_tokens|lm_head"),
+        (make_experts("gpt_oss").config, r"norm|embed_tokens|lm_head"),
         (MambaConfig(hidden_size=8, state_size=4, num_hidden_layers=2, vocab_size=32), r"norm|embeddings|lm_head"),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
@@ -608,3 +611,29 @@ def test_all_of_a_layer_but_its_norms_moves_whatever_its_parts_are_called(config
     accelerator = SimpleNamespace(num_processes=1)
     trainer = SimpleNamespace(model=model, is_deepspeed_enabled=False, accelerator=accelerator)
     assert Shards(trainer, None).names == expected
+
+
+def test_experts_and_their_routers_move(tmp_path, tokenizer, teacher_dir, table):
+    student = save_student(tmp_path / "student", make_experts("qwen3_moe"), tokenizer, teacher_dir)
+    args = make_args(tmp_path, max_steps=1, router_aux_loss_coef=0.1)
+    trainer = OfflineOPDTrainer(str(student), args, table, eval_dataset=table)
+    weights, scores = [], iter([3.0, 2.0, 1.0])
+
+    def keep():
+        weights.append({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
+
+    def gate(model):
+        keep()
+        return next(scores)
+
+    keep()
+    trainer.add_callback(EffOPDCallback(trainer, gate, greater_is_better=False, schedule=[1], scales=[3, 5]))
+    trainer.train()
+    base, stepped, *_ = weights
+    now = dict(trainer.model.named_parameters())
+    moved = {"gate_up_proj": (4, 32, 16), "down_proj": (4, 16, 16), "gate.weight": (4, 16)}
+    for part, shape in moved.items():
+        (name,) = (name for name in now if ".layers.0." in name and name.endswith(part))
+        assert now[name].shape == shape and not torch.equal(base[name], stepped[name])
+        torch.testing.assert_close(now[name], base[name] + 5 * (stepped[name] - base[name]), atol=1e-6, rtol=0)
+    assert torch.equal(now["lm_head.weight"], stepped["lm_head.weight"])

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
+from conftest import make_experts
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -260,6 +261,21 @@ def test_mixture_of_experts_whose_checkpoint_is_laid_out_unlike_the_module(tmp_p
     )
     assert weights(model) == weights(directory)
     assert max(sizes) == len(model.model.layers[0].state_dict())
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_experts_in_shards(tmp_path, kind):
+    model = make_experts(kind)
+    whole = save(model, tmp_path / "whole")
+    # Experts of one layer are in several files.
+    sharded = save(model, tmp_path / "sharded", max_shard_size="6KB")
+    layers = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len({file for name, file in layers.items() if "layers.0" in name and "experts" in name}) > 1
+    assert weights(whole) == weights(sharded) == weights(model)
+    assert weights(AutoModelForCausalLM.from_pretrained(sharded)) == weights(model)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "experts" in name)[3, 0, 0] += 1
+    assert weights(model) != weights(whole)
 
 
 def test_tied_names_that_the_checkpoint_spells_unlike_the_module(tmp_path):

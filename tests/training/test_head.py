@@ -248,10 +248,3 @@ def test_generation_is_unchanged():
     before = model.generate(ids, max_new_tokens=5, do_sample=False)
     add_distillation_head(model)
     assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), before)
-
-
-def test_router_logits_are_refused():
-    model = make_model()
-    model.config.output_router_logits = True
-    with pytest.raises(ValueError, match="output_router_logits"):
-        add_distillation_head(model)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import ranks
 import torch
 from accelerate import ParallelismConfig
-from conftest import make_args, make_model, make_trainer, save_student
+from conftest import make_args, make_experts, make_model, make_trainer, save_student
 from hub import Hub
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from trl_lopd import OfflineOPDTrainer, read_model_card
+from trl_lopd import OfflineOPDTrainer, fingerprint_teacher, read_model_card
+from trl_lopd.identity.fingerprint import content_id
 
 IDS = torch.tensor([[5, 9, 14, 3, 22, 7], [6, 30, 12, 2, 11, 8]])
 
@@ -87,6 +90,32 @@ with torch.no_grad():
     assert not torch.equal(pulled(ids).logits, AutoModelForCausalLM.from_pretrained(student).eval()(ids).logits)
 assert read_model_card("tester/adapter")["opd_rounds"]
 """
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_adapters_on_experts_train_and_come_back_and_merge(tmp_path, tokenizer, teacher_dir, table, kind):
+    student = save_student(tmp_path / "student", make_experts(kind), tokenizer, teacher_dir)
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    peft_config = lora(target_modules=[], target_parameters=targets)
+    trainer = make_trainer(tmp_path, student, table, peft_config=peft_config, learning_rate=1e-2, max_steps=3)
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    trained = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, start[name])}
+    assert len(trained) == 8 and all("experts" in name and "lora" in name for name in trained)
+    trainer.save_model()
+    out = tmp_path / "out"
+    id_in_memory, expected = fingerprint_teacher(trainer.model, tokenizer).id, logits(trainer.model)
+    assert content_id(fingerprint_teacher(out).id) == content_id(id_in_memory)
+    # PEFT writes them in the order of a set.
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert sorted(config["target_parameters"]) == sorted(targets)
+    config["target_parameters"].reverse()
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    assert content_id(fingerprint_teacher(out).id) == content_id(id_in_memory)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(out)
+    assert torch.equal(logits(loaded), expected)
+    loaded.merge_and_unload().save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected)
 
 
 def test_an_adapter_is_pushed_and_pulled(tmp_path, student_dir, table):

@@ -532,6 +532,8 @@ def _adapter_digest(config: dict[str, Any], entries: dict[str, str]) -> str:
     """Digest of an adapter's tensors, and of the part of its config that decides what they do."""
     # An option that PEFT adds later is off by default, and must not change the digest of adapters that lack it.
     config = {key: value for key, value in config.items() if value and key not in ADAPTER_CONFIG_TO_SKIP}
+    if "target_parameters" in config:  # a set, which PEFT saves in any order
+        config["target_parameters"] = sorted(config["target_parameters"])
     return _json_digest([config, sorted(entries.items())])
 
 

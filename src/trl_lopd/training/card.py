@@ -87,6 +87,7 @@ def describe_round(trainer: Trainer) -> dict[str, Any]:
         "student": student.fingerprint or Path(get_config_model_id(trainer.model.config)).name,
         "objective": trainer.loss_type,
         **({"beta": trainer.args.beta} if trainer.loss_type == "topk" else {}),
+        **({"router_aux_loss_coef": coef} if (coef := trainer.objective.aux_loss_coef) else {}),
         "teacher_consistency": "off" if mode == "off" else verdict.evidence or f"overridden ({mode})",
         "rows": sum(teachers.values()),
         "teachers": count_teachers(teachers),
@@ -101,7 +102,7 @@ def describe_round(trainer: Trainer) -> dict[str, Any]:
 # another value would be ignored.
 _KEPT_ARGUMENTS = (
     *("beta", "advantage_clip", "ratio_clip", "loss_aggregation", "teacher_weights", "teacher_logprob_floor"),
-    *("max_completion_length", "max_length"),
+    *("router_aux_loss_coef", "max_completion_length", "max_length"),
     *("seed", "data_seed", "train_sampling_strategy", "packing", "dataloader_drop_last", "total_train_batch_size"),
     *("learning_rate", "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim"),
 )
@@ -251,6 +252,7 @@ def write_arguments(trainer: Trainer, output_dir: str) -> None:
 
 def _settings(trainer: Trainer) -> str:
     settings = trainer.args.to_dict()
+    settings["router_aux_loss_coef"] = trainer.objective.aux_loss_coef  # also where the model's config decides it
     settings["total_train_batch_size"] = trainer.get_total_train_batch_size(trainer.args)
     if trainer.args.accelerator_config.split_batches:  # each process gets a part of every batch
         settings["total_train_batch_size"] //= trainer.accelerator.num_processes

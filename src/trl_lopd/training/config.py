@@ -48,6 +48,10 @@ class OfflineOPDConfig(TrainingArguments):
             argument of the [`OfflineOPDTrainer`] is provided as a string.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to allow loading models and tokenizers that ship custom Python code.
+        router_aux_loss_coef (`float`, *optional*):
+            Coefficient of the load-balancing auxiliary loss of mixtures of experts, added to the training loss with
+            this weight. If not set, the value that the model's config declares. `0.0` disables it. Raises an error if
+            it is set for a model without that loss.
 
         > Parameters that control the data
 
@@ -130,6 +134,13 @@ class OfflineOPDConfig(TrainingArguments):
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Whether to allow models and tokenizers that ship custom Python code."}
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Coefficient of the load-balancing loss of mixtures of experts, added to the training loss. "
+            "Defaults to the value in the model's config; `0.0` disables it."
+        },
     )
 
     max_completion_length: int | None = field(
@@ -222,6 +233,8 @@ class OfflineOPDConfig(TrainingArguments):
                 raise ValueError(f"`{name}` is a number of tokens, got {value!r}.")
         if self.teacher_logprob_floor is not None and not -float("inf") < self.teacher_logprob_floor < 0:
             raise ValueError(f"`teacher_logprob_floor` must be negative, got {self.teacher_logprob_floor}.")
+        if self.router_aux_loss_coef is not None and not 0 <= self.router_aux_loss_coef < float("inf"):
+            raise ValueError(f"`router_aux_loss_coef` must be 0 or more, got {self.router_aux_loss_coef}.")
         if self.packing and self.max_length is None:
             raise ValueError("`packing` needs `max_length`: the most tokens in a pack.")
         if self.packing and self.train_sampling_strategy not in ("random", "sequential"):

@@ -19,8 +19,9 @@ _NOT_CRITERIA = (
     # Its weights are those of the tokens that the rollouts have: mass that moves elsewhere is not seen.
     *("reverse_kl_weighted", "truncated_completions", "padding"),
 )
-# Metrics that `Trainer` adds for any model.
+# Metrics that `Trainer` adds for any model, and TRL's trainers for mixtures of experts.
 _NO_QUALITY = (
+    "aux_loss",
     *("runtime", "samples_per_second", "steps_per_second", "tokens_per_second", "epoch", "num_input_tokens_seen"),
     *("model_preparation_time", "jit_compilation_time", r"mem_\w+"),
 )

@@ -25,6 +25,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..logits import LogitTransform, backbone, chunks, logits_of
 from ..own_logits import TrialRow, difference, not_causal, own_logprobs, reads_ahead, trial_rows
+from .experts import load_balancing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -54,7 +55,7 @@ class Targets:
 
 @dataclass
 class TokenOutput(ModelOutput):
-    """Output of a forward pass for [`Targets`]; only `loss` has a gradient.
+    """Output of a forward pass for [`Targets`]; only `loss` and `aux_loss` have a gradient.
 
     Attributes:
         loss: scalar, the weighted sum of `per_token`.
@@ -63,6 +64,8 @@ class TokenOutput(ModelOutput):
         tail_logprobs: `(n,)`, log-probability of all tokens outside the support together.
         entropy: `(n,)`, nats.
         top1_ids: `(n,)`, the most likely token.
+        aux_loss: scalar, [`~experts.load_balancing`] of the batch, if the model has routers and the forward was given
+            `output_router_logits=True`. It is no part of `loss`.
     """
 
     loss: Tensor | None = None
@@ -71,6 +74,7 @@ class TokenOutput(ModelOutput):
     tail_logprobs: Tensor | None = None
     entropy: Tensor | None = None
     top1_ids: Tensor | None = None
+    aux_loss: Tensor | None = None
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -171,18 +175,9 @@ def add_distillation_head(model) -> None:
 
     `targets` is a [`Targets`], the result a [`TokenOutput`]. Other calls are unchanged. The loss is computed inside
     the model's own forward, so that ZeRO-3, FSDP2 and DDP see that the head's parameters are used. Call this before
-    wrapping the model with PEFT.
-
-    Raises:
-        ValueError: the model is a mixture of experts that returns its router logits, because their auxiliary loss is
-            not computed.
+    wrapping the model with PEFT or an engine.
     """
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
-        raise ValueError(
-            "The model's config sets `output_router_logits=True`, but the load-balancing loss of mixture-of-experts "
-            "models is not part of this objective. Set `model.config.output_router_logits = False`."
-        )
-    plain_forward = model.forward
+    plain_forward, balance = model.forward, load_balancing(model)
     transform = LogitTransform.of(model.config)
 
     # Keep the original signature visible, because `generate` validates its keyword arguments against it.
@@ -192,7 +187,14 @@ def add_distillation_head(model) -> None:
             return plain_forward(*args, **kwargs)
         kwargs.pop("labels", None)
         kwargs["use_cache"] = False
-        hidden = backbone(self)(*args, **kwargs).last_hidden_state.flatten(0, 1)
+        if balance is not None:
+            # Otherwise the config decides whether router logits are kept.
+            kwargs.setdefault("output_router_logits", False)
+        outputs = backbone(self)(*args, **kwargs)
+        hidden, aux_loss = outputs.last_hidden_state.flatten(0, 1), None
+        # There are none if no layer has such a router: DeepSeek-V4's first layers, for instance, route by token id.
+        if balance is not None and kwargs["output_router_logits"] and outputs.router_logits:
+            aux_loss = balance(outputs.router_logits, kwargs.get("attention_mask"))
         # Look up the head at each call, because FSDP and PEFT replace it after the patch.
         head = self.get_output_embeddings()
         weight, bias = head.weight, head.bias
@@ -202,7 +204,8 @@ def add_distillation_head(model) -> None:
         with maybe_gather_lm_head_ctx(weight, bias):
             # Read it here, because gradients are always disabled inside an autograd function.
             with_grad = torch.is_grad_enabled()
-            return TokenOutput(*TokenLoss.apply(hidden, weight, bias, targets, transform, with_grad))
+            out = TokenLoss.apply(hidden, weight, bias, targets, transform, with_grad)
+            return TokenOutput(*out, aux_loss=aux_loss)
 
     model.forward = types.MethodType(forward, model)
 

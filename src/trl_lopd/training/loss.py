@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .config import OfflineOPDConfig
+from .experts import aux_loss_coef, check_gradient
 from .head import Targets, TokenOutput
 from .objective import (
     TokenValues,
@@ -29,11 +30,24 @@ class Objective:
         loss_type (`str`): `"topk"` or `"sampled"`, see [`objective`].
         args ([`OfflineOPDConfig`]): Arguments with `advantage_clip`, `ratio_clip` and `loss_aggregation`.
         vocab_size (`int`): Vocabulary size of the student.
+        aux_loss_coef (`float`, *optional*, defaults to `0.0`): Weight of the load-balancing loss in training, see
+            [`~experts.aux_loss_coef`].
     """
 
     loss_type: str
     args: OfflineOPDConfig
     vocab_size: int
+    aux_loss_coef: float = 0.0
+
+    @classmethod
+    def of(cls, model, loss_type: str, args: OfflineOPDConfig) -> Objective:
+        """
+        Creates the objective for a student.
+
+        Raises:
+            ValueError: If `args.router_aux_loss_coef` is set for a model without a load-balancing loss.
+        """
+        return cls(loss_type, args, model.config.get_text_config().vocab_size, aux_loss_coef(args, model))
 
     def num_items(self, batch: dict[str, Tensor]) -> int:
         """Returns the number of items that the loss of a batch is the mean over: sequences or trained tokens."""
@@ -49,6 +63,9 @@ class Objective:
     ) -> tuple[TokenOutput, dict[str, Tensor]]:
         """
         Computes the share of a batch in a loss over `num_items` sequences or tokens.
+
+        In training, the load-balancing loss of the batch is added, times its weight and the batch's share of the
+        items.
 
         Args:
             model ([`~torch.nn.Module`]): Model patched by [`~head.add_distillation_head`].
@@ -82,6 +99,8 @@ class Objective:
         if "weights" in batch:
             weights = weights * batch["weights"][sequences]
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+        if self.aux_loss_coef and torch.is_grad_enabled():
+            inputs["output_router_logits"] = True
         out = model(**inputs, targets=Targets(batch["positions"], ids, distinct, weights, loss))
         with torch.no_grad():
             kl = agreement = None
@@ -101,4 +120,15 @@ class Objective:
             )
             totals = sequence_totals(tokens, sequences, num_sequences, self.args.advantage_clip)
             totals["truncated"] = batch["truncated"].float()
+        if out.aux_loss is not None:
+            check_gradient(out.aux_loss)
+            share = self.num_items(batch) / num_items
+            out.loss = out.loss + self.aux_loss_coef * share * out.aux_loss.to(out.loss.device)
+            items = totals["sequences" if self.args.loss_aggregation == "sequence_mean" else "tokens"]
+            totals |= {"aux_loss": out.aux_loss.detach() * items, "aux_items": items}
+        elif "output_router_logits" in inputs and self.args.router_aux_loss_coef:
+            raise ValueError(
+                f"`router_aux_loss_coef` is {self.aux_loss_coef}, but no layer of the model has a router that would "
+                "be balanced. Leave it unset."
+            )
         return out, totals

@@ -28,6 +28,7 @@ from .card import SavedCheckpoint, check_resumed, describe_round, fingerprint_sa
 from .collator import FILLER
 from .config import OfflineOPDConfig, refuse_tensor_parallelism, refuse_unsupported
 from .criteria import choose_best_model_metric
+from .experts import keep_in_step
 from .head import check_head
 from .loss import Objective
 from .micro_batches import flattened, micro_batches, train_on
@@ -155,16 +156,15 @@ class OfflineOPDTrainer(Trainer):
             )
         if self.get_tp_size() > 1:  # the model was loaded with tensor parallelism, or DeepSpeed uses it
             refuse_tensor_parallelism()
-        vocab_size = self.model.config.get_text_config().vocab_size
-        self.objective = Objective(self.loss_type, args, vocab_size)
+        keep_in_step(self)
+        self.objective = Objective.of(self.model, self.loss_type, args)
         self.window = Window(self.accelerator)
         self.drift = DriftMonitor(self.rows.measures_off_policy)
         self.saved: SavedCheckpoint | None = None
         self._evaluated = EvaluationTotals(self.accelerator)
         self._check_loss = LossCheck(self)
-        self._is_tried = False
+        self._is_tried, self._attempts = False, 0
         self._last_shape: tuple[int, int] | None = None
-        self._attempts = 0
         self._save_on_sigterm: SaveOnSigterm | None = None
         if save_on_sigterm:
             args.enable_jit_checkpoint = True

@@ -140,6 +140,8 @@ def _metrics(totals: dict[str, float | np.ndarray]) -> dict[str, float]:
     metrics = summarize(totals)
     if totals["truncated"]:
         metrics["truncated_completions"] = totals["truncated"]
+    if "aux_loss" in totals:
+        metrics["aux_loss"] = totals["aux_loss"] / totals["aux_items"]
     if "tokens_read" in totals:
         metrics["padding"] = totals["tokens_padding"] / totals["tokens_read"]
     return metrics
