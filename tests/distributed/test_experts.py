@@ -94,4 +94,4 @@ def test_save_model_writes_what_was_trained(launch, kind, case):
     loaded = dict(model.named_parameters())
     for name, value in launch.load(kind, case).items():
         assert torch.equal(loaded[name], value), name
-    assert read_model_card(directory)["checkpoint"]["id"] == fingerprint_teacher(directory).id
+    assert read_model_card(directory)["model"]["id"] == fingerprint_teacher(directory).id
