@@ -325,6 +325,25 @@ def test_on_the_command_line_and_in_yaml(tmp_path, teachers, config):
         assert len(set(zip(table["teacher_fingerprint"], table["teacher_id"], strict=True))) == 2
 
 
+def test_a_server_beside_a_local_teacher_on_the_command_line(tmp_path, teachers, capsys):
+    with_names(make_rollouts(5)).to_parquet(tmp_path / "rollouts.parquet")
+    flags = ["score", "--dataset_name", str(tmp_path / "rollouts.parquet"), "--top_k", "1", "--output_dir"]
+    with stub_server("vllm", make_model(seed=9)) as server:
+        given = [str(tmp_path / "out"), "--teacher", f"{{math: {teachers['math']}, code: '{server.url}'}}"]
+        assert cli.main([*flags, *given]) == 2 and "Nothing says which teacher" in capsys.readouterr().err
+        assert cli.main([*flags, *given, "--fingerprint", teachers["code"]]) == 2
+        assert "`fingerprint` is a dictionary with what is meant for each" in capsys.readouterr().err
+        assert cli.main([*flags, *given, "--fingerprint", f"{{code: {teachers['code']}}}"]) == 0
+    table = load_table(tmp_path / "out", split="train")
+    code = fingerprint_teacher(teachers["code"]).id + "#declared"
+    signed = {"math": fingerprint_teacher(teachers["math"]).id, "code": code}
+    assert table["teacher_fingerprint"] == [signed[name] for name in NAMES]
+    for words in (["score", "--teacher", "{math: [x}"], ["rollout", "--model_name_or_path", "{a: b}"]):
+        assert cli.main([*words, *flags[1:3], "--output_dir", str(tmp_path / "no")]) == 2
+    printed = capsys.readouterr().err
+    assert "`teacher` is no YAML" in printed and "are for teachers: give `--role teacher`" in printed
+
+
 def test_from_the_prompts_to_a_student_of_two_teachers(tmp_path, teachers, tokenizer, caplog):
     data = generate_sft_data(
         with_names(Dataset.from_dict({"prompt": PROMPTS})), teachers, truncated="keep", **SAMPLING

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 
 import pytest
 from conftest import make_model
@@ -32,14 +33,14 @@ def with_other_texts(rows):
     return rows.map(lambda row: {"completion": " w30 w29" * len(row["completion_ids"])})
 
 
-def make_trainer(tmp_path, tokenizer, rows, formatting_func=None, **options):
+def make_trainer(tmp_path, tokenizer, rows, formatting_func=None, model=None, **options):
     args = SFTConfig(
         str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
         per_device_train_batch_size=2, **{"max_length": 64, "max_steps": 1, "save_strategy": "no"} | options,
     )  # fmt: skip
     return SFTTrainer(
-        make_model(seed=6), args, train_dataset=rows, eval_dataset=rows.select(range(2)), processing_class=tokenizer,
-        formatting_func=formatting_func,
+        model or make_model(seed=6), args, train_dataset=rows, eval_dataset=rows.select(range(2)),
+        processing_class=tokenizer, formatting_func=formatting_func,
     )  # fmt: skip
 
 
@@ -197,3 +198,57 @@ def test_a_stamp_is_about_all_that_was_trained_on(tmp_path, tokenizer):
     again.add_callback(TeacherStampCallback(again))
     with pytest.raises(ValueError, match=f"trained on data of {B}, .* and this run's is of {A}"):
         again.train(resume_from_checkpoint=True)
+
+
+def domains_of(callback):
+    return {t["id"]: (t["rows"], t.get("teacher_ids")) for t in callback.sft_teachers}
+
+
+def test_the_domains_that_each_teacher_wrote_are_counted(tmp_path, tokenizer):
+    rows = concatenate_datasets(
+        [
+            make_rows(A, 8).add_column("teacher_id", ["math"] * 6 + [None] * 2),
+            make_rows(B, 4).add_column("teacher_id", ["code"] * 3 + ["math"]),
+        ]
+    )
+    whole = {A: (8, {"math": 6}), B: (4, {"code": 3, "math": 1})}
+    for number, (data, expected) in enumerate(
+        [
+            (rows, whole),
+            (rows.shuffle(seed=1), whole),
+            (rows.select(range(7)), {A: (7, {"math": 6})}),
+            (rows.filter(lambda row: row["teacher_id"] == "math"), {A: (6, {"math": 6}), B: (1, {"math": 1})}),
+            (rows.remove_columns("teacher_id"), {A: (8, None), B: (4, None)}),
+        ]
+    ):
+        trainer = make_trainer(tmp_path / str(number), tokenizer, data)
+        assert domains_of(TeacherStampCallback(trainer, data)) == expected
+    packed = make_trainer(tmp_path / "packed", tokenizer, rows, packing=True)
+    assert domains_of(TeacherStampCallback(packed, rows)) == whole
+
+
+def test_domains_are_added_to_those_before_and_resumed_with_the_same(tmp_path, tokenizer):
+    first = make_rows(A).add_column("teacher_id", ["math"] * 16)
+    stamped(tmp_path / "one", make_trainer(tmp_path / "one", tokenizer, first))
+    shutil.copytree(tmp_path / "one" / "final", tmp_path / "copy")
+    second = concatenate_datasets([make_rows(A), make_rows(B, start=5)])
+    second = second.add_column("teacher_id", ["math"] * 16 + ["code"] * 16)
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "model": str(tmp_path / "copy")}
+
+    def trained(name, data, resume=None):
+        trainer = make_trainer(tmp_path / name, tokenizer, data, **options)
+        callback = TeacherStampCallback(trainer, data)
+        trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=resume)
+        return callback
+
+    expected = {A: (32, {"math": 32}), B: (16, {"code": 16})}
+    assert domains_of(trained("two", second)) == expected
+    checkpoint = str(tmp_path / "two" / "out" / "checkpoint-1")
+    assert {t["id"]: t["teacher_ids"] for t in read_model_card(checkpoint)["sft_teachers"]} == {
+        id: domains for id, (_, domains) in expected.items()
+    }
+    assert domains_of(trained("two", second, resume=checkpoint)) == expected
+    exchanged = second.map(lambda row: {"teacher_id": {"math": "code", "code": "math"}[row["teacher_id"]]})
+    with pytest.raises(ValueError, match=r"data of a@.* .math., b@.* .code., with what .* and this run's"):
+        trained("two", exchanged, resume=checkpoint)

@@ -293,6 +293,119 @@ def table_card_that_contradicts_itself(case):
     return case.student, table
 
 
+# ---- Several teachers, each of its domain ----
+
+DOMAINS = ["math", "code", "code"] * 4
+
+
+def wrote(case, **domains):
+    """The student, with a card that says how many rows of which domain each of two teachers wrote."""
+    student = case.copy(case.student)
+    entries = [
+        fingerprint_teacher(teacher).to_dict() | {"evidence": "verified", "rows": 50}
+        for teacher in (case.teacher, other(case))
+    ]
+    for entry, name in zip(entries, ("first", "second"), strict=True):
+        entry |= {"teacher_ids": domains[name]} if domains.get(name) else {}
+    stamp_model_card(student, sft_teachers=entries, sft_rows=100, checkpoint=fingerprint_teacher(student))
+    return student
+
+
+def other(case):
+    directory = case.tmp / "other"
+    return directory if directory.exists() else save(directory, seed=9)
+
+
+def scored(case, domains=DOMAINS, **teachers):
+    teachers = teachers or {"math": case.teacher, "code": other(case)}
+    return score_rollouts(case.rollouts.add_column("teacher_id", domains), teachers, top_k=2)
+
+
+def each_by_its_own(case):
+    return wrote(case, first={"math": 50}, second={"code": 50}), scored(case)
+
+
+def each_by_its_own_from_disk_and_parquet(case):
+    student, table = each_by_its_own(case)
+    (case.tmp / "table").mkdir()
+    table.to_parquet(case.tmp / "table" / "train.parquet")
+    stamp_dataset_card(case.tmp / "table", table)
+    return student, load_table(case.tmp / "table", split="train")
+
+
+def each_by_its_own_in_another_order(case):
+    student, table = each_by_its_own(case)
+    return student, table.shuffle(seed=1)
+
+
+def tables_of_each_joined(case):
+    student, table = each_by_its_own(case)
+    return student, concatenate_datasets([table.filter(lambda row: row["teacher_id"] == n) for n in ("code", "math")])  # noqa: B023
+
+
+def swapped_domains(case):
+    table = scored(case, math=other(case), code=case.teacher)
+    return wrote(case, first={"math": 50}, second={"code": 50}), table
+
+
+def swapped_domains_of_a_selection(case):
+    student, table = swapped_domains(case)
+    return student, table.select(range(1))
+
+
+def one_teacher_for_both(case):
+    table = score_rollouts(case.rollouts.add_column("teacher_id", DOMAINS), str(case.teacher), top_k=2)
+    return wrote(case, first={"math": 50}, second={"code": 50}), table
+
+
+def one_teacher_that_wrote_both(case):
+    table = score_rollouts(case.rollouts.add_column("teacher_id", DOMAINS), str(case.teacher), top_k=2)
+    return wrote(case, first={"math": 25, "code": 25}, second={"code": 50}), table
+
+
+def swapped_domains_on_weights_that_the_card_is_not_of(case):
+    student, table = swapped_domains(case)
+    return rewrite(student, flip_a_bit), table
+
+
+def a_domain_that_the_sft_data_did_not_have(case):
+    table = scored(case, ["math", "law", "law"] * 4, math=case.teacher, law=other(case))
+    return wrote(case, first={"math": 50}, second={"code": 50}), table
+
+
+def the_names_of_domains_lost(case):
+    student, table = swapped_domains(case)
+    return student, table.remove_columns("teacher_id")
+
+
+def names_of_domains_that_are_numbers(case):
+    student, table = the_names_of_domains_lost(case)
+    return student, table.add_column("teacher_id", [0, 1, 1] * 4)
+
+
+def a_card_without_domains(case):
+    _, table = swapped_domains(case)
+    return wrote(case), table
+
+
+def a_card_with_the_domain_of_one_part(case):
+    _, table = one_teacher_for_both(case)
+    return wrote(case, first={"math": 40}, second={"code": 50}), table
+
+
+def a_card_with_more_rows_of_a_domain_than_rows(case):
+    """Changed by hand, to let another teacher's rows pass."""
+    student, table = one_teacher_for_both(case)
+    edit_card(student, lambda record: record["sft_teachers"][0]["teacher_ids"].update(code=50))
+    return student, table
+
+
+def a_table_whose_domains_were_changed_by_hand(case):
+    student, table = swapped_domains(case)
+    exchanged = {"math": "code", "code": "math"}
+    return student, table.map(lambda row: {"teacher_id": exchanged[row["teacher_id"]]})
+
+
 # ---- Students and their cards ----
 
 
@@ -392,6 +505,23 @@ REFUSED = None
         (parquet_whose_rows_were_changed, "verified", "altered", "as many rows as were scored (12)"),
         (table_card_of_another_teacher, REFUSED, None, "one of the two was changed by hand"),
         (table_card_that_contradicts_itself, REFUSED, None, "The card of the table contradicts itself"),
+        # Each row is held against the teachers of its domain.
+        (each_by_its_own, "verified", "intact", "Teachers agree (verified)"),
+        (each_by_its_own_from_disk_and_parquet, "verified", "intact", "Teachers agree"),
+        (each_by_its_own_in_another_order, "verified", "intact", "Teachers agree"),
+        (tables_of_each_joined, "verified", "intact", "Teachers agree"),
+        (swapped_domains, REFUSED, None, "those of 'math' by other@1-"),
+        (swapped_domains_of_a_selection, REFUSED, None, "those of 'math' by other@1-"),
+        (swapped_domains_on_weights_that_the_card_is_not_of, REFUSED, None, "those of 'code' by teacher@1-"),
+        (one_teacher_for_both, REFUSED, None, "those of 'code' by teacher@1-"),
+        (one_teacher_that_wrote_both, "verified", "intact", "Teachers agree"),
+        (a_domain_that_the_sft_data_did_not_have, "verified", "intact", "names no SFT data of that domain"),
+        (the_names_of_domains_lost, "verified", "unverified", "has rows without a `teacher_id`, their domain"),
+        (names_of_domains_that_are_numbers, "verified", None, "has rows without a `teacher_id`, their domain"),
+        (a_card_without_domains, "verified", "intact", "its card does not say of all of it of which domain it is"),
+        (a_card_with_the_domain_of_one_part, "verified", "intact", "does not say of all of it of which domain"),
+        (a_card_with_more_rows_of_a_domain_than_rows, REFUSED, None, "It counts 50 rows of teacher@1-"),
+        (a_table_whose_domains_were_changed_by_hand, "verified", "altered", "values changed in prompt_ids"),
         # The student and its card.
         (student_card_stripped, REFUSED, None, "names no SFT teacher"),
         (student_card_with_another_teacher_s_id, REFUSED, None, "The card of the student contradicts itself"),
@@ -422,6 +552,8 @@ def test_verdict(case, happened, evidence, rows, words):
     expected_warnings = {
         one_score_changed, parquet_whose_rows_were_changed, student_that_did_not_sample,
         student_card_copied_to_other_weights, student_with_another_chat_template,
+        a_domain_that_the_sft_data_did_not_have, the_names_of_domains_lost, names_of_domains_that_are_numbers,
+        a_card_without_domains, a_card_with_the_domain_of_one_part, a_table_whose_domains_were_changed_by_hand,
     }  # fmt: skip
     assert bool(verdict.warnings) is (happened in expected_warnings or (rows == "unverified"))
     assert verdict.off_policy is (happened in {student_that_did_not_sample, student_card_copied_to_other_weights})

@@ -64,8 +64,10 @@ table = load_table("examples/quickstart/table")["train"].select(range(8))
 """,
     "rollouts.md": "prompts = ['12+34=', '5+678=']",
     "scoring.md": """
+from datasets import Dataset
 from trl_lopd import collect_rollouts
-collect_rollouts(['12+34=', '5+678='], "my-student-sft", output_dir="rollouts")
+prompts = Dataset.from_dict({"prompt": ['12+34=', '5+678='], "teacher_id": ["math", "code"]})
+collect_rollouts(prompts, "my-student-sft", output_dir="rollouts")
 """,
 }
 
@@ -144,7 +146,8 @@ def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "my-org").mkdir()
-    (tmp_path / "my-org" / "teacher").symlink_to(QUICKSTART / "teacher")
+    for name in ("teacher", "math-teacher", "code-teacher"):
+        (tmp_path / "my-org" / name).symlink_to(QUICKSTART / "teacher")
     shutil.copytree(QUICKSTART / "student", tmp_path / "my-org" / "base")
     (tmp_path / "my-student-sft").symlink_to(QUICKSTART / "student")
     names = {"__name__": page.stem}
