@@ -265,6 +265,9 @@ def test_a_served_teacher_scores_as_the_local_one_and_counts_as_probed(
             rollouts, teacher, top_k=3, teacher_card=record_of(local), output_dir=tmp_path / "table", rows_per_shard=5
         )
         declared = score_rollouts(rollouts, teacher, top_k=0, fingerprint=fingerprint_teacher(teacher_dir))
+        both = {"teacher_card": record_of(local), "fingerprint": fingerprint_teacher(student_dir)}
+        with pytest.raises(ValueError, match="answers the probes of teacher@.*`fingerprint` says that it is student@"):
+            score_rollouts(rollouts, teacher, top_k=0, **both)
     for a, b in zip(table, local, strict=True):
         np.testing.assert_allclose(a["teacher_logprobs"], b["teacher_logprobs"], atol=1e-5)
         assert a["teacher_topk_ids"] == b["teacher_topk_ids"]

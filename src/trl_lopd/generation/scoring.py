@@ -22,6 +22,7 @@ from ..identity.fingerprint import (
     fingerprint_loaded,
     fingerprint_teacher,
     is_id,
+    same_teacher,
     tokenizer_digest,
     tokenizer_part,
     weights_part,
@@ -181,6 +182,8 @@ def _resolve(
     is_served = hasattr(teacher, "score")
     if is_served:
         tokenizer = processing_class or getattr(teacher, "processing_class", None)
+        if hasattr(teacher, "self_test"):
+            teacher.processing_class = tokenizer
         record = on_main_process(state, lambda: _entry_of_served(teacher, dataset, fingerprint, teacher_card))
     else:
         kwargs = hub_kwargs(options.init_kwargs)
@@ -455,6 +458,11 @@ def _entry_of_served(
         # The test needs at least four tokens, and a row may have only two.
         probed = teacher.self_test(card, ids if len(ids) >= 4 else ids * 2)
     if probed is not None:
+        if fingerprint is not None and not same_teacher(probed, fingerprint):
+            raise ValueError(
+                f"{teacher!r} answers the probes of {probed}, and `fingerprint` says that it is "
+                f"{fingerprint.id}. Give the one that it is, or the card alone."
+            )
         return entry(probed)
     if fingerprint is None:
         raise ValueError(
