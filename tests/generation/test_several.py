@@ -382,3 +382,9 @@ def test_from_the_prompts_to_a_student_of_two_teachers(tmp_path, teachers, token
     # The second round begins with what the first one says.
     with pytest.raises(TeacherConsistencyError, match="those of 'code' by teacher@"):
         OfflineOPDTrainer(str(tmp_path / "round-1"), make_args(tmp_path / "opd-3"), swapped)
+
+
+def test_teachers_without_names(rollouts):
+    for work in (lambda: score_rollouts(rollouts, ["a", "b"]), lambda: generate_sft_data(["text"], ["a", "b"])):
+        with pytest.raises(TypeError, match="a dictionary of several.*not a list"):
+            work()

@@ -114,7 +114,8 @@ class Gate:
     greater_is_better = False
 
     def __init__(self, rows, loss):
-        self.teacher_ids, self.loss, self.calls = np.array(rows["teacher_id"]), loss, 0
+        self.teacher_ids, self.loss, self.calls = np.array(rows["teacher_id"], dtype=object), loss, 0
+        self.teacher_ids[0] = None  # not known
 
     def __call__(self, model):
         self.calls += 1

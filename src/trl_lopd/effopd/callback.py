@@ -348,7 +348,11 @@ class EffOPDCallback(TrainerCallback):
     def _worse(self, gains: np.ndarray) -> list[str]:
         """The teachers on whose rows a candidate is worse, beyond chance."""
         teacher_ids = getattr(self.gate, "teacher_ids", None) if self.each_teacher else None
-        parts = {} if teacher_ids is None else {t: gains[teacher_ids == t] for t in sorted({*teacher_ids.tolist()})}
+        parts = (
+            {}
+            if teacher_ids is None
+            else {t: gains[teacher_ids == t] for t in sorted({*teacher_ids.tolist()} - {None})}
+        )
         losses = {teacher: -part for teacher, part in parts.items() if len(parts) > 1 and part.mean() < 0}
         return [teacher for teacher, loss in losses.items() if paired_p_value(loss) <= self.significance]
 

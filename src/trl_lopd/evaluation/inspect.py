@@ -556,7 +556,7 @@ def _facts(rows: int, measured: dict[str, Any]) -> Iterator[tuple[str, str]]:
         clipped = f"{_share(scores['clipped'])} clipped at ±{scores['clip']:g}"
         yield "advantage", f"{spread}; nats a token at the start, {clipped}"
         if measured["advantage"]["std"] < 1:
-            yield "", "std below 1: there loss_type='sampled' cost every student accuracy (docs/evidence.md)"
+            yield "", "with a std below 1, loss_type='sampled' cost accuracy where measured (docs/evidence.md)"
     elif measured["teacher_logprob"]:
         yield "teacher", f"log-probability: {spread}; nats a token"
         yield "advantage", "not known: it needs `ref_logprobs`, which scoring adds with `ref_model`"

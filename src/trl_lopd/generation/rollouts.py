@@ -39,7 +39,7 @@ from .prompts import Prompt, as_dataset, continues_answers, encode_prompts, warn
 from .runs import ShardedRun, take
 from .samplers import ContinuousBatchingSampler, Sample, Sampler, TransformersSampler
 from .servers import VLLMServer
-from .several import of_each, remove_parts, row_numbers, run_parts, split_rows
+from .several import of_each, refuse_list, remove_parts, row_numbers, run_parts, split_rows
 from .teachers import LocalTeacher
 
 if TYPE_CHECKING:
@@ -173,6 +173,7 @@ def generate_sft_data(
         ValueError, ShardError, ServerError: As in [`collect_rollouts`].
         TableError: A prompt names none of several teachers, or a teacher has no prompts.
     """
+    refuse_list(teacher, "teacher")
     if isinstance(teacher, dict):
         refuse_no_dataset(prompts, "prompts")
         prompts, parts = split_rows(prompts, teacher, teacher_column)

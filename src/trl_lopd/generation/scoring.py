@@ -61,7 +61,7 @@ from ..table.store import read_pins
 from .addresses import is_address, server_at
 from .options import ScoringOptions, takes
 from .runs import ShardedRun, take
-from .several import of_each, remove_parts, row_numbers, run_parts, split_rows
+from .several import of_each, refuse_list, remove_parts, row_numbers, run_parts, split_rows
 from .teachers import DEFAULT_BUDGET, LocalTeacher, RowError, Scores, Teacher
 
 if TYPE_CHECKING:
@@ -146,6 +146,7 @@ def score_rollouts(
         ValueError: An option out of range, several processes without `output_dir`, or a served teacher without a
             fingerprint or card.
     """
+    refuse_list(teacher, "teacher")
     ref_model = as_name(ref_model)
     if is_address(ref_model):
         raise ValueError("`ref_model` is loaded here: give its directory or Hub id, not the address of a server.")

@@ -73,6 +73,18 @@ def split_rows(dataset: Dataset, teachers: dict[str, Any], column: str | None) -
     return dataset, {name: numbered.select(np.flatnonzero(names == name)) for name in teachers}
 
 
+def refuse_list(model: Any, name: str) -> None:
+    """
+    Raises:
+        TypeError: If several models are given without names.
+    """
+    if isinstance(model, list | tuple):
+        raise TypeError(
+            f"`{name}` is one model, or a dictionary of several, {{'math': ..., 'code': ...}}, whose names are in the "
+            f"column `{TEACHER_ID}` of the rows; not a {type(model).__name__}."
+        )
+
+
 def of_each(teachers: dict[str, Any], **options: Any) -> dict[str, dict[str, Any]]:
     """
     The options of each teacher, of options that are given by the teachers' names.

@@ -368,7 +368,7 @@ def _judge_student(
     samplers: Iterable[str | None], own_id: str | None, student: str, table_name: str
 ) -> tuple[str, list[str], bool]:
     """What forbids training on rollouts of these students, what is to be known of them, and whether they differ."""
-    warnings, off_policy = [], []
+    warnings, off_policy, samplers = [], [], list(samplers)
     for sampler in samplers if own_id else ():
         if not (sampler and is_id(sampler)):
             continue  # not known
@@ -388,9 +388,10 @@ def _judge_student(
         if WEIGHTS_DIFFER in differences:
             off_policy.append(sampler)
     if off_policy:
+        in_part = "in part " if len(off_policy) < len(samplers) else ""
         warnings.append(
-            f"Off-policy rollouts: {table_name} was sampled by {_listed(off_policy, 'checkpoint')}, not by {student} "
-            f"({own_id})."
+            f"Off-policy rollouts: {table_name} was sampled {in_part}by {_listed(off_policy, 'checkpoint')}, not by "
+            f"{student} ({own_id})."
         )
     return "", warnings, bool(off_policy)
 
