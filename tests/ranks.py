@@ -39,7 +39,7 @@ def warm() -> subprocess.Popen:
     return server
 
 
-def launch(script, *arguments, processes: int | None = 2, timeout: float = 200, env=None, cwd=None):
+def launch(script, *arguments, processes: int | None = 2, timeout: float = 400, env=None, cwd=None):
     """
     Runs a script, or `-m` and a module, on so many processes; `None` is one that was not launched as a rank.
 

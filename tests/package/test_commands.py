@@ -164,6 +164,10 @@ def test_the_recipe_runs_from_prompts_to_a_student(tmp_path, chat_models, monkey
     assert len(commands) == 5
     for command in commands:
         (config,) = [word for word in command if word.endswith(".yaml")]
+        # The small data has no configurations.
+        lines = [line for line in (ROOT / config).read_text().splitlines() if "dataset_config" not in line]
+        Path(Path(config).name).write_text("\n".join(lines))
+        command = [Path(word).name if word == config else word for word in command]
         command = [str(ROOT / word) if word.startswith("examples/") else word for word in command]
         flags = small[Path(config).name].split()
         if command[0] == "trl-lopd":
