@@ -175,8 +175,7 @@ def teachers() -> Claim:
 
 
 def remedy() -> Claim:
-    (other,) = (name for name in OTHERS if name == "another way of writing")
-    lines = [SFT]
+    other, lines = "another way of writing", [SFT]
     for answers in (0, 100, 300, 1_000):
         overridden = (("teacher_consistency", "off"),) if not answers else ()
         arm = Arm(teacher=other, more_answers=answers, options=(*topk(BEST).options, *overridden), steps=(150,))

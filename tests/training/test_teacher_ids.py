@@ -6,9 +6,8 @@ import re
 
 import numpy as np
 import pytest
-import torch
 from conftest import make_args, make_trainer
-from test_trainer import plain_loss
+from test_trainer import check_gradient, plain_loss
 
 from trl_lopd import EffOPDCallback, TableError
 
@@ -39,17 +38,7 @@ def test_weights_multiply_the_gradient_of_their_rows(tmp_path, student_dir, two,
     expected = sum(
         WEIGHTS[t] * len(part) / 6 * plain_loss(model, part, loss_type, "sequence_mean") for t, part in parts.items()
     )
-    expected.backward()
-    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-
-    model.train()
-    batches, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), accumulation, torch.device("cpu"))
-    trainer.current_gradient_accumulation_steps = accumulation
-    loss = sum(trainer.training_step(model, batch, count) for batch in batches)
-    torch.testing.assert_close(loss, expected.detach().float(), atol=1e-5, rtol=2e-5)
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, grads[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    check_gradient(trainer, expected)
 
 
 def test_each_teacher_has_the_metrics_of_its_rows(tmp_path, student_dir, two):

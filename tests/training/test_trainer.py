@@ -70,6 +70,22 @@ def plain_loss(model, rows, loss_type, aggregation):
     )
 
 
+def check_gradient(trainer, expected):
+    """Holds the loss and the gradients of one optimizer step, all accumulation steps, against a plain loss."""
+    model, accumulation = trainer.model, trainer.args.gradient_accumulation_steps
+    expected.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    model.train()
+    batches, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), accumulation, torch.device("cpu"))
+    trainer.current_gradient_accumulation_steps = accumulation
+    loss = sum(trainer.training_step(model, batch, count) for batch in batches)
+    torch.testing.assert_close(loss, expected.detach().float(), atol=1e-5, rtol=2e-5)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, grads[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
 @pytest.fixture(scope="module")
 def masked_table(table):
     masks = [
@@ -101,19 +117,8 @@ def test_gradient_equals_the_plain_implementation(
         per_device_train_batch_size=6 // accumulation,
         gradient_accumulation_steps=accumulation,
     )
-    model = trainer.model
-    expected = plain_loss(model, rows, loss_type, aggregation)
-    expected.backward()
-    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-
-    model.train()
-    batches, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), accumulation, torch.device("cpu"))
-    trainer.current_gradient_accumulation_steps = accumulation
-    loss = sum(trainer.training_step(model, dict(batch), count) for batch in batches)
-    torch.testing.assert_close(loss, expected.detach().float(), atol=1e-5, rtol=2e-5)
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, grads[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    expected = plain_loss(trainer.model, rows, loss_type, aggregation)
+    check_gradient(trainer, expected)
 
 
 def test_scores_keep_their_precision_where_deepspeed_trains_in_half_of_it(tmp_path, student_dir, table):

@@ -39,6 +39,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from ..table.schema import rows_of_each
 from ..table.store import replacing
 from .gates import paired_p_value, resolve_gate
 
@@ -347,13 +348,8 @@ class EffOPDCallback(TrainerCallback):
 
     def _worse(self, gains: np.ndarray) -> list[str]:
         """The teachers on whose rows a candidate is worse, beyond chance."""
-        teacher_ids = getattr(self.gate, "teacher_ids", None) if self.each_teacher else None
-        parts = (
-            {}
-            if teacher_ids is None
-            else {t: gains[teacher_ids == t] for t in sorted({*teacher_ids.tolist()} - {None})}
-        )
-        losses = {teacher: -part for teacher, part in parts.items() if len(parts) > 1 and part.mean() < 0}
+        rows = rows_of_each(getattr(self.gate, "teacher_ids", None)) if self.each_teacher else {}
+        losses = {teacher: -gains[of] for teacher, of in rows.items() if gains[of].mean() < 0}
         return [teacher for teacher, loss in losses.items() if paired_p_value(loss) <= self.significance]
 
     def _ask(self) -> np.ndarray:

@@ -18,7 +18,7 @@ from ..generation.options import GREEDY_DEFAULTS, DecodingOptions, takes
 from ..generation.prompts import encode_prompts
 from ..generation.samplers import TransformersSampler
 from ..models import eos_token_ids
-from ..table.schema import TEACHER_ID
+from ..table.schema import TableRows
 from ..training.criteria import direction
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class ReverseKLGate:
 
     def __init__(self, trainer: Trainer, rows: Dataset):
         self.trainer, self.rows = trainer, rows
-        self.teacher_ids = np.array(rows[TEACHER_ID][:]) if TEACHER_ID in rows.column_names else None
+        self.teacher_ids = TableRows(rows).teacher_ids
 
     def __call__(self, model: nn.Module) -> np.ndarray:
         with _muted(self.trainer):

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # The default of `OfflineOPDConfig.advantage_clip`; its module takes seconds to import.
 ADVANTAGE_CLIP = 10.0
+# Nats: where the trainer warns of the sampled objective, in `training.rows`, which is as slow to import.
+LEAST_SPREAD = 1.0
 # Nats: lower scores of a teacher are taken as this.
 LOWEST_LOGPROB = -100.0
 _QUANTILES = {"p1": 0.01, "p10": 0.1, "median": 0.5, "p90": 0.9, "p99": 0.99}
@@ -555,8 +557,11 @@ def _facts(rows: int, measured: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if measured["advantage"]:
         clipped = f"{_share(scores['clipped'])} clipped at ±{scores['clip']:g}"
         yield "advantage", f"{spread}; nats a token at the start, {clipped}"
-        if measured["advantage"]["std"] < 1:
-            yield "", "with a std below 1, loss_type='sampled' cost accuracy where measured (docs/evidence.md)"
+        if scores["std"] < LEAST_SPREAD:
+            yield (
+                "",
+                f"with a std below {LEAST_SPREAD:g}, loss_type='sampled' cost accuracy where measured (docs/evidence.md)",
+            )
     elif measured["teacher_logprob"]:
         yield "teacher", f"log-probability: {spread}; nats a token"
         yield "advantage", "not known: it needs `ref_logprobs`, which scoring adds with `ref_model`"

@@ -168,6 +168,13 @@ def holds_names(dataset: Dataset, column: str) -> bool:
     return getattr(dataset.features.get(column), "dtype", None) in ("string", "large_string")
 
 
+def rows_of_each(teacher_ids: np.ndarray | None) -> dict[str, np.ndarray]:
+    """The indices of the rows of each teacher in a column `teacher_id`, `(rows,)`, by name. Empty unless there are
+    several; rows without a name are nobody's."""
+    names = [] if teacher_ids is None else sorted({*teacher_ids.tolist()} - {None})
+    return {name: np.flatnonzero(teacher_ids == name) for name in names} if len(names) > 1 else {}
+
+
 def digest_columns(column_names: list[str]) -> list[str]:
     """The columns that [`rows_digest`] covers by default: all that sampling and scoring write."""
     written = (*REQUIRED_COLUMNS, "ref_logprobs", *TOPK_COLUMNS, "student_fingerprint", TEACHER_ID)

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ...table.schema import rows_of_each
 from ..collator import FILLER
 from ..objective import mean_loss, summarize
 
@@ -121,10 +122,8 @@ class EvaluationTotals:
             return {"loss": mean_loss(totals, aggregation), **_metrics(totals)}
 
         metrics = of(slice(None))
-        several = () if teacher_ids is None else sorted({*teacher_ids.tolist()} - {None})
-        for teacher_id in several if len(several) > 1 else ():
-            part = of(np.flatnonzero(teacher_ids == teacher_id))
-            metrics |= {f"{teacher_id}/{name}": value for name, value in part.items()}
+        for teacher_id, rows in rows_of_each(teacher_ids).items():
+            metrics |= {f"{teacher_id}/{name}": value for name, value in of(rows).items()}
         return metrics
 
 
