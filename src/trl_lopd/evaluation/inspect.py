@@ -558,10 +558,8 @@ def _facts(rows: int, measured: dict[str, Any]) -> Iterator[tuple[str, str]]:
         clipped = f"{_share(scores['clipped'])} clipped at ±{scores['clip']:g}"
         yield "advantage", f"{spread}; nats a token at the start, {clipped}"
         if scores["std"] < LEAST_SPREAD:
-            yield (
-                "",
-                f"with a std below {LEAST_SPREAD:g}, loss_type='sampled' cost accuracy where measured (docs/evidence.md)",
-            )
+            hint = "loss_type='sampled' cost accuracy where measured (docs/evidence.md)"
+            yield "", f"with a std below {LEAST_SPREAD:g}, {hint}"
     elif measured["teacher_logprob"]:
         yield "teacher", f"log-probability: {spread}; nats a token"
         yield "advantage", "not known: it needs `ref_logprobs`, which scoring adds with `ref_model`"
