@@ -4,7 +4,8 @@ Two tasks, the bundled quickstart (addition) and running sums of digits in any o
 Every seed has its own SFT student, rollouts and order of rows, built first, in three to five minutes each. Three
 quantities: top-k reverse KL on held-out rows that no gate reads; reverse KL on fresh rollouts; greedy accuracy.
 Seconds are CPU seconds of the one thread that trains, so that other work on the machine does not count; searches are
-included, measurements are not. Between two measurements a quantity is taken to change linearly.
+included, measurements are not. Between two measurements a quantity is taken to change linearly. What is in
+`--directory` is not run again.
 
     python benchmarks/effopd.py
     python benchmarks/effopd.py --tasks addition --batch_size 256 --steps 256
@@ -14,14 +15,14 @@ included, measurements are not. Between two measurements a quantity is taken to 
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import statistics
-import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import datasets
-import torch
+from evidence import QUICKSTART, build, once
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
@@ -36,29 +37,24 @@ from trl_lopd import (
 )
 from trl_lopd.effopd.callback import powers_of_two
 
-QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart"
-sys.path.insert(0, str(QUICKSTART))
-import build  # noqa: E402
-
 QUANTITIES = {"held_out": "reverse KL, held-out top-k", "fresh": "reverse KL, fresh rollouts", "accuracy": "accuracy"}
 ARMS = {"plain": None, "powers of two": {"schedule": powers_of_two}, "default": {}}
 
 
-def make_task(task: str, seed: int, directory: Path) -> Path:
-    """The directory of a teacher, its SFT student, the student's scored rollouts and held-out prompts."""
-    if task == "addition" and seed == 0:
-        return QUICKSTART
-    path = directory / f"{task}-{seed}"
-    if not (path / "prompts.jsonl").exists():
-        teacher = None
-        if task == "addition":
-            teacher = str(QUICKSTART / "teacher")
-        elif seed:
-            teacher = str(make_task(task, 0, directory) / "teacher")
-        build.main(build.Arguments(output_dir=str(path), task=task, other_task="", seed=seed, teacher=teacher))
-        if teacher and not (path / "teacher").exists():
-            (path / "teacher").symlink_to(Path(teacher).resolve())
-    return path
+def place_of(task: str, seed: int, directory: Path) -> Path:
+    """The directory of an SFT student, its teacher, its scored rollouts and held-out prompts."""
+    return QUICKSTART if task == "addition" and seed == 0 else directory / f"{task}-{seed}"
+
+
+def make_task(task: str, seed: int, directory: Path) -> dict:
+    """Fills that directory, for a task that has a teacher already or is of the first seed."""
+    path, teacher = place_of(task, seed, directory), None
+    if task == "addition" or seed:
+        teacher = str(place_of(task, 0, directory) / "teacher")
+    build.main(build.Arguments(output_dir=str(path), task=task, other_task="", seed=seed, teacher=teacher))
+    if teacher:
+        (path / "teacher").symlink_to(Path(teacher).resolve())
+    return {}
 
 
 class Measure(TrainerCallback):
@@ -97,7 +93,8 @@ class Measure(TrainerCallback):
         self.paused += time.process_time() - begun
 
 
-def run(task: Path, arm: str, learning_rate: float, seed: int, steps: int, a) -> dict:
+def run(name: str, arm: str, learning_rate: float, seed: int, steps: int, a) -> dict:
+    task = place_of(name, seed, a.directory)
     table = load_table(task / "table")
     prompts = datasets.load_dataset("json", data_files=str(task / "prompts.jsonl"), split="train")
     # The test split is measured, so the gate reads rows that are taken from training.
@@ -106,7 +103,7 @@ def run(task: Path, arm: str, learning_rate: float, seed: int, steps: int, a) ->
         table["train"].select(range(len(table["train"]) - 256, len(table["train"]))),
     )
     args = OfflineOPDConfig(
-        str(Path(a.directory) / "run"),
+        str(a.directory / "run"),
         learning_rate=learning_rate,
         max_steps=steps,
         seed=seed,
@@ -117,6 +114,7 @@ def run(task: Path, arm: str, learning_rate: float, seed: int, steps: int, a) ->
         report_to="none",
         disable_tqdm=True,
         activation_checkpointing=False,
+        use_cpu=True,
     )
     trainer = OfflineOPDTrainer(str(task / "student"), args, train_dataset=train, eval_dataset=table["test"])
     searches = None
@@ -127,7 +125,7 @@ def run(task: Path, arm: str, learning_rate: float, seed: int, steps: int, a) ->
     measure = Measure(trainer, task, table["test"], prompts, at, a.quantities)
     trainer.add_callback(measure)
     trainer.train()
-    result = {"arm": arm, "task": task.name, "seed": seed, "learning_rate": learning_rate, "curve": measure.curve}
+    result = {"arm": arm, "task": name, "seed": seed, "learning_rate": learning_rate, "curve": measure.curve}
     if searches is not None:
         result |= {"summary": searches.summary(), "accepted": [(h["step"], h["accepted"]) for h in searches.history]}
     return result
@@ -154,24 +152,36 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=384, help="of plain training; EffOPD gets half")
     parser.add_argument("--measurements", type=int, default=12)
-    parser.add_argument("--directory", default="runs/effopd")
-    parser.add_argument("--output")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at once, of one thread each")
+    parser.add_argument("--directory", type=Path, default=Path("runs/effopd"))
     a = parser.parse_args()
-    torch.set_num_threads(1)
-    datasets.disable_progress_bars()
-    tasks = {(task, seed): make_task(task, seed, Path(a.directory)) for task in a.tasks for seed in a.seeds}
+    with ProcessPoolExecutor(a.jobs, multiprocessing.get_context("spawn")) as pool:
 
-    results = []
-    for task in a.tasks:
-        for rate in a.learning_rates:
-            for seed in a.seeds:
-                for arm in a.arms:
-                    steps = a.steps if arm == "plain" else a.steps // 2
-                    results.append(run(tasks[task, seed], arm, rate, seed, steps, a) | {"task": task})
-                    print(json.dumps(results[-1]), file=sys.stderr, flush=True)
-    if a.output:
-        Path(a.output).write_text(json.dumps(results, indent=1))
+        def all_of(work: list[tuple]) -> list[dict]:
+            """Results of `once`, in the order of what is asked."""
+            return [future.result() for future in [pool.submit(once, *each) for each in work]]
+
+        wanted = [(task, seed) for task in a.tasks for seed in a.seeds if (task, seed) != ("addition", 0)]
+        # The first seed of a task has its teacher, if no clone has.
+        first = [(task, 0) for task, _ in wanted if task != "addition"]
+        for stage in (dict.fromkeys(first), [each for each in wanted if each not in first]):
+            all_of([(a.directory / f"{t}-{seed}.json", make_task, t, seed, a.directory) for t, seed in stage])
+        results = all_of(
+            [
+                (a.directory / f"{key_of(task, arm, rate, seed, a)}.json", run, task, arm, rate, seed, steps, a)
+                for task in a.tasks
+                for rate in a.learning_rates
+                for seed in a.seeds
+                for arm in a.arms
+                # EffOPD gets half of the steps.
+                for steps in [a.steps if arm == "plain" else a.steps // 2]
+            ]
+        )
     show(results, a)
+
+
+def key_of(task: str, arm: str, rate: float, seed: int, a) -> str:
+    return "-".join(map(str, (task, arm, rate, seed, a.batch_size, a.steps, a.measurements, *a.quantities)))
 
 
 def show(results: list[dict], a) -> None:
