@@ -191,12 +191,12 @@ def remedy() -> Claim:
 
 def residual() -> Claim:
     lines = [SFT]
-    for teacher, name in (("another way of writing", "another teacher"), ("teacher", "the right teacher")):
+    for teacher, clip in (("another way of writing", 10.0), ("another way of writing", 1.0), ("teacher", 10.0)):
+        raw = sampled(clip, teacher=teacher)
         overridden = (("teacher_consistency", "off"),) if teacher != "teacher" else ()
-        for clip in (10.0, 1.0):
-            raw = sampled(clip, teacher=teacher)
-            lines.append(Line(f"{name}, tau {clip:g}", replace(raw, options=(*raw.options, *overridden)), 150))
-            lines.append(Line(f"{name}, tau {clip:g}, residual", replace(raw, residual=True), 150))
+        name = f"{'the right teacher' if teacher == 'teacher' else teacher}, tau {clip:g}"
+        lines.append(Line(name, replace(raw, options=(*raw.options, *overridden)), 150))
+        lines.append(Line(f"{name}, residual", replace(raw, residual=True), 150))
     return Claim("What the residual recovers", lines, "SFT student", tasks=("addition",))
 
 
