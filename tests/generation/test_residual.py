@@ -249,6 +249,11 @@ def test_a_residual_is_validated(table):
     rows[2]["residual_logprobs"][0] = math.nan
     with pytest.raises(TableError, match="Row 2, column `residual_logprobs`, token 0: nan"):
         validate_table(Dataset.from_list(rows))
+    rows[2]["residual_logprobs"][0] = None
+    with pytest.raises(TableError, match="Row 2, column `residual_logprobs`: a null where a value is needed"):
+        validate_table(Dataset.from_list(rows))
+    rows[2]["residual_logprobs"][0] = 0.5
+    validate_table(Dataset.from_list(rows))  # no log-probability
     rows[2]["residual_logprobs"] += [0.0]
     with pytest.raises(TableError, match="Row 2, column `residual_logprobs`: .* entries for"):
         validate_table(Dataset.from_list(rows))
