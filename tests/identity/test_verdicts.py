@@ -576,9 +576,9 @@ REFUSED = None
         (a_table_whose_domains_were_changed_by_hand, "verified", "altered", "values changed in prompt_ids"),
         # A residual is another teacher's, and says so.
         (residual_of_another_teacher, "residual", "intact", "which are not those of the teacher that wrote the SFT"),
-        (residual_of_the_sft_teacher, "residual", "intact", "they needed no correction"),
-        (residual_joined_with_one_of_the_sft_teacher, "residual", "unverified", "they needed no correction"),
-        (residual_of_another_domain_s_teacher, "residual", None, "they needed no correction"),
+        (residual_of_the_sft_teacher, "residual", "intact", "they need no correction"),
+        (residual_joined_with_one_of_the_sft_teacher, "residual", "unverified", "they need no correction"),
+        (residual_of_another_domain_s_teacher, "residual", None, "they need no correction"),
         (residual_for_a_student_without_a_card, "residual", "intact", "is of unknown teachers"),
         (residual_without_its_record, "residual", "unverified", "which are not those of the teacher"),
         (residual_that_was_altered, "residual", "altered", "values changed in prompt_ids"),

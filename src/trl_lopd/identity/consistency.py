@@ -238,8 +238,7 @@ def _judge_residual(
     if own := [teacher for teacher in teachers if any(same_teacher(teacher, entry["id"]) for entry in entries)]:
         warning = (
             f"{_capitalized(table_name)} holds residual scores of {', '.join(own)}, which wrote SFT data of "
-            f"{student}: they needed no correction, and it takes away some of what they teach. Train on the table "
-            "that `residualize_table` was given."
+            f"{student}: they need no correction. Train on the table that `residualize_table` was given."
         )
     else:
         warning = (
