@@ -43,6 +43,7 @@ from trl_lopd import (
     evaluate_model,
     load_table,
     read_model_card,
+    residualize_table,
     score_rollouts,
 )
 from trl_lopd.training.loss import Objective
@@ -73,6 +74,7 @@ class Arm:
         more_answers: answers of the scoring teacher that it was fine-tuned on after that, for `MORE_STEPS`.
         options: of the trainer's configuration.
         mixed: half of the forward and half of the reverse divergence.
+        residual: on what `residualize_table` leaves of the scores.
         steps: where it is measured; training ends at the last.
     """
 
@@ -83,6 +85,7 @@ class Arm:
     more_answers: int = 0
     options: tuple[tuple[str, object], ...] = ()
     mixed: bool = False
+    residual: bool = False
     steps: tuple[int, ...] = (150, 600)
 
     def table(self) -> Arm:
@@ -94,6 +97,7 @@ class Arm:
         options = [f"{name}={value}" for name, value in self.options]
         parts = [self.rows, self.teacher, self.count, f"sft-{self.sft_answers}", *options]
         parts += [f"more-{self.more_answers}"] if self.more_answers else []
+        parts += ["residual"] if self.residual else []
         return ",".join(map(str, [*parts, *(["mixed"] if self.mixed else []), "-".join(map(str, self.steps))]))
 
 
@@ -185,6 +189,17 @@ def remedy() -> Claim:
     return Claim("When another teacher scores", lines, "SFT student", tasks=("addition",))
 
 
+def residual() -> Claim:
+    lines = [SFT]
+    for teacher, clip in (("another way of writing", 10.0), ("another way of writing", 1.0), ("teacher", 10.0)):
+        raw = sampled(clip, teacher=teacher)
+        overridden = (("teacher_consistency", "off"),) if teacher != "teacher" else ()
+        name = f"{'the right teacher' if teacher == 'teacher' else teacher}, tau {clip:g}"
+        lines.append(Line(name, replace(raw, options=(*raw.options, *overridden)), 150))
+        lines.append(Line(f"{name}, residual", replace(raw, residual=True), 150))
+    return Claim("What the residual recovers", lines, "SFT student", tasks=("addition",))
+
+
 def update() -> Claim:
     arms = {
         "tau 10": sampled(),
@@ -221,7 +236,7 @@ def budget() -> Claim:
     return Claim("Rows or epochs", lines, "3,000 rows, 600 steps", tasks=("addition",))
 
 
-CLAIMS = {f.__name__: [f()] for f in (divergences, online, schedule, teachers, remedy, update, budget)}
+CLAIMS = {f.__name__: [f()] for f in (divergences, online, schedule, teachers, remedy, residual, update, budget)}
 CLAIMS["rows"] = [
     rows(3_000, ("addition", "chains", "walk")),
     rows(10_000, ("walk",)),
@@ -288,9 +303,15 @@ def build_table(task: str, arm: Arm, teacher: Path, scorer: Path, student: Path,
     sampling = time.process_time() - begun
     table = score_rollouts(datasets.concatenate_datasets(rollouts), str(scorer), top_k=TOP_K, output_dir=path)
     result = {"sampling": sampling, "scoring": time.process_time() - begun - sampling}
-    ref, scores = (np.concatenate(table[name]) for name in ("ref_logprobs", "teacher_logprobs"))
+    return result | describe_table(table, student)
+
+
+def describe_table(table: datasets.Dataset, student: Path) -> dict:
+    """How long its answers are, how far its scores are from the student's, and what the check says."""
+    column = "teacher_logprobs" if "teacher_logprobs" in table.column_names else "residual_logprobs"
+    ref, scores = (np.concatenate(table[name]) for name in ("ref_logprobs", column))
     verdict = check_teacher_consistency(read_model_card(student), table, teacher_consistency="off")
-    return result | {
+    return {
         "tokens": len(ref) / len(table),
         "spread": float((scores - ref).std()),
         "clipped": float((abs(scores - ref) > 10.0).mean()),
@@ -403,13 +424,15 @@ def train(task: str, arm: Arm, teacher: Path, student: Path, table: Path, tokens
         rows = load_table(table, split="train")
         if arm.rows == "both":
             rows = rows.shuffle(seed=0)
+        if arm.residual:
+            rows = residualize_table(rows)
         parts = rows.select(range(arm.count)), rows.select(range(arm.count, len(rows)))
         trainer = OfflineOPDTrainer(str(student), args, *parts, callbacks=[curve])
-        curve.trainer = trainer
+        curve.trainer = None if arm.residual else trainer  # its held-out rows have no top-k
         if arm.mixed:
             trainer.objective = Mixed(trainer.objective.loss_type, args, trainer.objective.vocab_size)
     trainer.train()
-    return {"curve": curve.points}
+    return {"curve": curve.points} | ({"table": describe_table(rows, student)} if arm.residual else {})
 
 
 def train_sft(task: str, arm: Arm, teacher: Path, run: Path, seed: int) -> dict:
@@ -512,7 +535,8 @@ class Work:
         table = result(self.table(task, line.arm, seed))
         if not line.step:
             return student["curve"]["0"] | {"table": table, "before": student["curve"]["0"]}
-        point = result(self.run(task, line.arm, seed))["curve"][str(line.step)]
+        run = result(self.run(task, line.arm, seed))
+        point, table = run["curve"][str(line.step)], table | run.get("table", {})
         seconds = point["seconds"]
         if line.arm.rows == "sft":
             seconds -= student["seconds"]

@@ -35,6 +35,7 @@ _MODULE_OF = {
     "load_table": "identity.cards",
     "read_dataset_card": "identity.cards",
     "read_model_card": "identity.cards",
+    "residualize_table": "generation.residual",
     "score_rollouts": "generation.scoring",
     "stamp_dataset_card": "identity.cards",
     "stamp_model_card": "identity.cards",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from .errors import OfflineOPDError, ServerError, ShardError, TableError, TeacherConsistencyError
     from .evaluation.comparison import compare_models
     from .evaluation.evaluate import evaluate_model, load_benchmark
+    from .generation.residual import residualize_table
     from .generation.rollouts import collect_rollouts, generate_sft_data
     from .generation.scoring import score_rollouts
     from .generation.servers import SGLangServer, VLLMServer

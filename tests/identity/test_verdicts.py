@@ -22,6 +22,7 @@ from trl_lopd import (
     load_table,
     read_dataset_card,
     read_model_card,
+    residualize_table,
     score_rollouts,
     stamp_dataset_card,
     stamp_model_card,
@@ -406,6 +407,57 @@ def a_table_whose_domains_were_changed_by_hand(case):
     return student, table.map(lambda row: {"teacher_id": exchanged[row["teacher_id"]]})
 
 
+# ---- Residual scores ----
+
+
+def residual_of_another_teacher(case):
+    return case.student, residualize_table(case.score(other(case)))
+
+
+def residual_of_the_sft_teacher(case):
+    return case.student, residualize_table(case.score())
+
+
+def residual_joined_with_one_of_the_sft_teacher(case):
+    parts = [residualize_table(case.score(teacher)).select(range(6)) for teacher in (case.teacher, other(case))]
+    return case.student, concatenate_datasets(parts)
+
+
+def residual_of_another_domain_s_teacher(case):
+    table = swapped_domains(case)[1]
+    parts = [table.filter(lambda row: row["teacher_id"] == n) for n in ("math", "code")]  # noqa: B023
+    student = wrote(case, first={"math": 50}, second={"code": 50})
+    return student, concatenate_datasets([residualize_table(part) for part in parts])
+
+
+def residual_for_a_student_without_a_card(case):
+    student, table = residual_of_another_teacher(case)
+    directory = case.copy(student)
+    (directory / "README.md").unlink()
+    return directory, table
+
+
+def residual_without_its_record(case):
+    student, table = residual_of_another_teacher(case)
+    table.info.description = ""
+    return student, table
+
+
+def residual_that_was_altered(case):
+    student, table = residual_of_another_teacher(case)
+    return student, table.map(lambda row: {"residual_logprobs": [value + 1 for value in row["residual_logprobs"]]})
+
+
+def residual_without_fingerprints(case):
+    student, table = residual_of_another_teacher(case)
+    return student, table.remove_columns("teacher_fingerprint")
+
+
+def residual_for_a_student_with_another_tokenizer(case):
+    directory, _ = student_with_another_tokenizer(case)
+    return directory, residualize_table(case.score(other(case)))
+
+
 # ---- Students and their cards ----
 
 
@@ -522,6 +574,16 @@ REFUSED = None
         (a_card_with_the_domain_of_one_part, "verified", "intact", "does not say of all of it of which domain"),
         (a_card_with_more_rows_of_a_domain_than_rows, REFUSED, None, "It counts 50 rows of teacher@1-"),
         (a_table_whose_domains_were_changed_by_hand, "verified", "altered", "values changed in prompt_ids"),
+        # A residual is another teacher's, and says so.
+        (residual_of_another_teacher, "residual", "intact", "which are not those of the teacher that wrote the SFT"),
+        (residual_of_the_sft_teacher, "residual", "intact", "they need no correction"),
+        (residual_joined_with_one_of_the_sft_teacher, "residual", "unverified", "they need no correction"),
+        (residual_of_another_domain_s_teacher, "residual", None, "they need no correction"),
+        (residual_for_a_student_without_a_card, "residual", "intact", "is of unknown teachers"),
+        (residual_without_its_record, "residual", "unverified", "which are not those of the teacher"),
+        (residual_that_was_altered, "residual", "altered", "values changed in prompt_ids"),
+        (residual_without_fingerprints, REFUSED, None, "does not say which teacher scored"),
+        (residual_for_a_student_with_another_tokenizer, REFUSED, None, "with another tokenizer than that of the"),
         # The student and its card.
         (student_card_stripped, REFUSED, None, "names no SFT teacher"),
         (student_card_with_another_teacher_s_id, REFUSED, None, "The card of the student contradicts itself"),
@@ -545,7 +607,7 @@ def test_verdict(case, happened, evidence, rows, words):
         read_model_card(student), table, student_fingerprint=fingerprint_teacher(student), teacher_consistency="off"
     )
     assert verdict.consistent is (evidence is not REFUSED) and verdict.evidence == evidence
-    assert verdict.accepted("strict") is (evidence == "verified")
+    assert verdict.accepted("strict") is (evidence in ("verified", "residual"))
     assert words in " ".join((verdict.reason, *verdict.warnings))
     if rows is not None:
         assert verdict.rows == rows
@@ -555,7 +617,8 @@ def test_verdict(case, happened, evidence, rows, words):
         a_domain_that_the_sft_data_did_not_have, the_names_of_domains_lost, names_of_domains_that_are_numbers,
         a_card_without_domains, a_card_with_the_domain_of_one_part, a_table_whose_domains_were_changed_by_hand,
     }  # fmt: skip
-    assert bool(verdict.warnings) is (happened in expected_warnings or (rows == "unverified"))
+    is_warned = happened in expected_warnings or rows == "unverified" or evidence == "residual"
+    assert bool(verdict.warnings) is is_warned
     assert verdict.off_policy is (happened in {student_that_did_not_sample, student_card_copied_to_other_weights})
 
 

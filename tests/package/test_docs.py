@@ -63,6 +63,10 @@ args = OfflineOPDConfig("run", max_steps=1, per_device_train_batch_size=4, repor
 table = load_table("examples/quickstart/table")["train"].select(range(8))
 """,
     "rollouts.md": "prompts = ['12+34=', '5+678=']",
+    "teacher-consistency.md": """
+from trl_lopd import collect_rollouts
+collect_rollouts([f"{i}+34=" for i in range(10, 30)], "my-student-sft", output_dir="rollouts")
+""",
     "scoring.md": """
 from datasets import Dataset
 from trl_lopd import collect_rollouts

@@ -24,10 +24,10 @@ from hub import Hub
 
 from trl_lopd.generation.scoring import with_scores
 from trl_lopd.generation.teachers import Scores
+from trl_lopd.table import schema
 from trl_lopd.table.schema import (
     OPTIONAL_COLUMNS,
     REQUIRED_COLUMNS,
-    TOKEN_COLUMNS,
     TableError,
     TableRows,
     TableSummary,
@@ -43,6 +43,8 @@ from trl_lopd.table.store import ShardStore
 from trl_lopd.training.collator import OfflineOPDCollator
 
 FEATURES = table_features(top_k=2, ref_logprobs=True, completion_mask=True)
+# Of a table that has all of them; tests/generation/test_residual.py has residual tables.
+TOKEN_COLUMNS = [name for name in schema.TOKEN_COLUMNS if name != schema.RESIDUAL]
 # What other tools write, and what `score_rollouts` once did.
 VARIABLE = Features(
     {**FEATURES, "teacher_topk_ids": List(List(Value("int32"))), "teacher_topk_logprobs": List(List(Value("float16")))}

@@ -70,6 +70,8 @@ def inspect(
     Raises:
         OSError, ValueError: What is named is not there, is not what its place asks for, or cannot be read.
     """
+    from ..table.schema import score_column
+
     first_is_model = is_model(name)
     if table is not None and not first_is_model:
         raise ValueError(f"{name} is a table. Name the model first: `trl-lopd inspect MODEL TABLE`.")
@@ -95,7 +97,7 @@ def inspect(
                 f"{path} is no table of rollouts: it has only the columns {', '.join(rows.column_names)}."
             )
     decoder = decoded_with = None
-    if worst and any("teacher_logprobs" in rows.column_names for rows in splits.values()):
+    if worst and any(score_column(rows.column_names) for rows in splits.values()):
         record = record_of(next(iter(splits.values())))
         decoder, decoded_with = find_tokenizer(tokenizer, name if first_is_model else None, revision, record, path)
     result["table"] = {
@@ -163,11 +165,11 @@ def describe_rows(rows: Dataset, worst: int = 3, tokenizer: PreTrainedTokenizerB
 
     Returns:
         `dict`: `rows`, `completion_tokens`, rows of each of `teachers` and `students`, `domains` (of each teacher, the
-        rows of each `teacher_id`; empty without the column), `scored`, `integrity`, `card`,
-        `problems`, `statistics` (see [`statistics`]; `None` without token ids, or if the rows are not valid, which is
-        then among the problems) and `worst_rows` (see [`worst_rows`]).
+        rows of each `teacher_id`; empty without the column), `scored`, `residual` (whether the scores are those of
+        `residualize_table`), `integrity`, `card`, `problems`, `statistics` (see [`statistics`]; `None` without token
+        ids, or if the rows are not valid, which is then among the problems) and `worst_rows` (see [`worst_rows`]).
     """
-    from ..table.schema import TableError, column_counts, teacher_counts
+    from ..table.schema import RESIDUAL, TableError, column_counts, score_column, teacher_counts
 
     summary: dict[str, Any] = {"rows": len(rows)}
     measured, shown, invalid = None, [], []
@@ -186,7 +188,8 @@ def describe_rows(rows: Dataset, worst: int = 3, tokenizer: PreTrainedTokenizerB
     record = record_of(rows)
     status, changed = check_rows(rows)
     problems = changed if status == "altered" else ()  # otherwise the status says all
-    summary |= {"scored": "teacher_logprobs" in rows.column_names, "integrity": status, "card": record}
+    scores = score_column(rows.column_names)
+    summary |= {"scored": scores is not None, "residual": scores == RESIDUAL, "integrity": status, "card": record}
     claimed = record.get("teachers") or []
     contradicted = contradictions("The card of the table", claimed, summary["teachers"], status)
     return summary | {"problems": [*invalid, *problems, *contradicted], "statistics": measured, "worst_rows": shown}
@@ -250,9 +253,9 @@ def statistics(rows: Dataset, worst: int = 0) -> dict[str, Any] | None:
     Raises:
         TableError: The rows are scored and no valid table, or have nulls among their ids. The message says where.
     """
-    from ..table.schema import holds_ids, lengths, prompt_and_row_hashes, validate_table
+    from ..table.schema import holds_ids, lengths, prompt_and_row_hashes, score_column, validate_table
 
-    scored, relative = ("teacher_logprobs" in rows.column_names), ("ref_logprobs" in rows.column_names)
+    scored, relative = score_column(rows.column_names) is not None, ("ref_logprobs" in rows.column_names)
     ids = ("prompt_ids", "completion_ids")
     if not scored and not all(name in rows.column_names and holds_ids(rows, name) for name in ids):
         return None
@@ -306,7 +309,7 @@ def _token_scores(rows: Dataset, relative: bool, top_k: int) -> tuple[np.ndarray
     Of the tokens of a valid table that are trained on: the advantage, or the teacher's score, of each, `(tokens,)`;
     how many each row has, `(rows,)`; and what the top-k columns cover, `None` without them.
     """
-    from ..table.schema import TOKEN_COLUMNS, flat_values
+    from ..table.schema import TOKEN_COLUMNS, flat_values, score_column
 
     parts, counts, mass, among = [], [], 0.0, 0
     names = [name for name in TOKEN_COLUMNS if name in rows.column_names]
@@ -314,7 +317,7 @@ def _token_scores(rows: Dataset, relative: bool, top_k: int) -> tuple[np.ndarray
         sizes, ids = flat_values("completion_ids", batch)
         values = {name: flat_values(name, batch)[1] for name in names}
         trained = values.get("completion_mask", slice(None))
-        parts.append(values["teacher_logprobs"][trained])
+        parts.append(values[score_column(names)][trained])
         if relative:
             parts[-1] = parts[-1] - values["ref_logprobs"][trained]
         counts.append(np.bincount(np.repeat(np.arange(len(sizes)), sizes)[trained]))
@@ -362,7 +365,10 @@ def worst_rows(
         -inf), `ref_logprob` and `advantage`, not clipped, in nats; the last two `None` without `ref_logprobs`. Texts
         are as the model wrote them, control characters included.
     """
-    names = ["prompt_ids", "completion_ids", "teacher_logprobs", "ref_logprobs", "completion_mask"]
+    from ..table.schema import score_column
+
+    scores = score_column(rows.column_names)
+    names = ["prompt_ids", "completion_ids", scores, "ref_logprobs", "completion_mask"]
     texts = ["prompt", "completion"]
     rows = rows.select_columns([name for name in [*names, *texts] if name in rows.column_names])
 
@@ -373,7 +379,7 @@ def worst_rows(
     for index, mean in ranking:
         row = rows[index]
         ids = row["completion_ids"]
-        teacher = np.array(row["teacher_logprobs"], np.float64)
+        teacher = np.array(row[scores], np.float64)
         ref = np.array(row["ref_logprobs"], np.float64) if "ref_logprobs" in row else None
         order = np.argsort(teacher if ref is None else teacher - ref, kind="stable")
         order = order[np.array(row.get("completion_mask", [True] * len(ids)), bool)[order]].tolist()
@@ -517,13 +523,19 @@ def _show_rows(name: str, split: str, summary: dict[str, Any], decoded_with: str
         for id, count in summary[key].items() or {"not named": summary["rows"]}.items():
             print_line(f"  {title:12} {id or 'not named'}  {count:,} rows")
             _show_domains(summary["domains"].get(id, {}) if key == "teachers" else {}, summary["rows"])
+    if summary["residual"]:
+        fits = summary["card"].get("residual") or []
+        explained = ", ".join(f"{fit['explained_variance']:.1%}" for fit in fits)
+        known = f"explains {explained} of the variance" if fits else "has no record"
+        print_line(f"  {'residual':12} not the teacher's scores: the recurring part was subtracted, which {known}")
     measured = summary["statistics"]
     if not measured or not summary["rows"]:
         return
     for title, text in _facts(summary["rows"], measured):
         print_line(f"  {title:12} {text}")
     if summary["worst_rows"]:
-        _show_worst(summary["worst_rows"], bool(measured["advantage"]), split, decoded_with)
+        scores = "residual" if summary["residual"] else "teacher"
+        _show_worst(summary["worst_rows"], scores, bool(measured["advantage"]), split, decoded_with)
 
 
 def _show_domains(domains: dict[str, int | None], total: int | None) -> None:
@@ -571,7 +583,9 @@ def _share(part: float) -> str:
     return ">99.9%" if 0.9995 <= part < 1 else f"{part:.1%}"
 
 
-def _show_worst(worst: list[dict[str, Any]], relative: bool, split: str, decoded_with: str | None) -> None:
+def _show_worst(
+    worst: list[dict[str, Any]], scores: str, relative: bool, split: str, decoded_with: str | None
+) -> None:
     console = Console(highlight=False)
     print_line(f"Lowest mean {'advantage' if relative else 'teacher log-probability'}, {split}", "bold")
     if decoded_with is not None:
@@ -585,8 +599,8 @@ def _show_worst(worst: list[dict[str, Any]], relative: bool, split: str, decoded
             visible(" ".join(map(str, row[f"{name}_ids"])) if row[name] is None else row[name])
             for name in ("prompt", "completion")
         )
-        scores = "teacher | ref" if relative else "teacher"
-        summary = f"{row['mean']:.2f} nats a token, {len(row['completion_ids']):,} tokens; worst tokens: {scores}"
+        shown = f"{scores} | ref" if relative else scores
+        summary = f"{row['mean']:.2f} nats a token, {len(row['completion_ids']):,} tokens; worst tokens: {shown}"
         grid = Table.grid(padding=(0, 1))
         grid.add_column(no_wrap=True, min_width=12)
         grid.add_column(overflow="fold")

@@ -43,6 +43,7 @@ from ..models import (
 from ..names import as_name
 from ..processes import on_main_process, own_device, processes, wait_for_everyone
 from ..table.schema import (
+    RESIDUAL,
     TOPK_COLUMNS,
     TableRows,
     column_counts,
@@ -571,7 +572,7 @@ def check_rollouts(dataset: Dataset, added: list[str]) -> None:
             "The rollouts have `ref_logprobs` already, as `collect_rollouts` gives them. Leave `ref_model` out, or "
             'remove them to compute them again: `dataset.remove_columns("ref_logprobs")`.'
         )
-    if present := [name for name in added if name in dataset.column_names]:
+    if present := [name for name in (*added, RESIDUAL) if name in dataset.column_names]:
         raise TableError(
             f"The rollouts have the column {present[0]!r} already. To score them again, score the rollouts that this "
             f"table was made of, or remove it first: `dataset.remove_columns({present})`."

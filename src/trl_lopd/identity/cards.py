@@ -47,6 +47,8 @@ trl_lopd:
   columns: [...]        # what the digests cover
   digests:              # of the rows as they were scored, see `rows_digest`
   - {rows: 3000, digest: ...}
+  residual:             # of a table of `residualize_table`: what was subtracted from the scores, one entry a fit
+  - {folds: 5, ..., explained_variance: 0.4}
 ```
 
 The card of SFT data that a teacher wrote has `sft_teachers` in the place of `students` and `teachers`.
@@ -311,7 +313,7 @@ def stamp_dataset_card(
 
 def write_record(table: str | Path, record: dict[str, Any], token: str | None = None) -> None:
     """Put a record in the place of that in a dataset's card; see [`stamp_dataset_card`]."""
-    stale = dict.fromkeys(("students", "teachers", "sft_teachers", "columns", "digests"))
+    stale = dict.fromkeys(("students", "teachers", "sft_teachers", "columns", "digests", "residual"))
     _write(table, {**stale, **record}, "dataset", token)
 
 
@@ -455,14 +457,14 @@ def attach_record(dataset: Dataset | IterableDataset, record: dict[str, Any]) ->
 
 def _dataset_record(splits: dict[str | None, Dataset]) -> dict[str, Any]:
     """What the card of a dataset with these splits says."""
-    from ..table.schema import add_digests, column_counts, lengths, rows_digest, teacher_counts
+    from ..table.schema import add_digests, column_counts, lengths, rows_digest, score_column, teacher_counts
 
     records = [record_of(part) for part in splits.values()]
     # The parts of one table all carry its record; parts of several tables carry theirs.
     known = {json.dumps(record, sort_keys=True): record for record in records}.values()
     result: dict[str, Any] = {}
     # Who signed rows without scores wrote them.
-    scored = all("teacher_logprobs" in part.column_names for part in splits.values())
+    scored = all(score_column(part.column_names) for part in splits.values())
     signed = {"students": "student_fingerprint", "teachers" if scored else "sft_teachers": "teacher_fingerprint"}
     for key, column in signed.items():
         counts: Counter[Signature] = Counter()
@@ -475,6 +477,8 @@ def _dataset_record(splits: dict[str | None, Dataset]) -> dict[str, Any]:
     if all("completion_ids" in part.column_names for part in splits.values()):
         result["completion_tokens"] = int(sum(lengths(part)[1].sum() for part in splits.values()))
     result["skipped_rows"] = sum(record.get("skipped_rows", 0) for record in known)
+    if fits := [fit for record in known for fit in record.get("residual", ())]:
+        result["residual"] = fits
     columns = next((record["columns"] for record in known if record.get("digests")), None)
     if columns and all(set(columns) <= set(part.column_names) for part in splits.values()):
         digests = [rows_digest(part, columns) for part in splits.values()]
@@ -554,7 +558,7 @@ def _validated(record: Any, path: Path) -> dict[str, Any]:
         return {}
     check(KEY, record, dict, "a mapping")
     entries = [(f"{KEY}.model", record["model"])] if record.get("model") is not None else []
-    for key in (*_ENTRY_LISTS, "opd_rounds"):
+    for key in (*_ENTRY_LISTS, "opd_rounds", "residual"):
         items = record.get(key) or []
         check(f"{KEY}.{key}", items, list, "a list")
         named = [(f"{KEY}.{key}[{i}]", item) for i, item in enumerate(items)]

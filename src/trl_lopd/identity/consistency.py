@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 MODES = ("strict", "declared_ok", "warn", "off")
 
+# The evidence of a verdict on a residual table; no claim of a card has it.
+RESIDUAL_EVIDENCE = "residual"
+
 _OVERRIDE = 'override with teacher_consistency="warn" or "off" at your own risk'
 
 
@@ -48,9 +51,11 @@ class Verdict:
 
     Args:
         consistent (`bool`): Whether every teacher in the table is one that wrote the student's SFT data, and the
-            student reads the tokens as the one that sampled them.
+            student reads the tokens as the one that sampled them. A residual table (`residualize_table`) may be of
+            any teacher.
         evidence (`str` or `None`): The weakest link behind that: `"verified"`, `"probed"` or `"declared"`; `None` if
-            it is not consistent.
+            it is not consistent. `"residual"` if the scores are another teacher's, less their recurring part, so that
+            nothing holds them against the SFT data.
         reason (`str`): Why, naming the teachers on both sides; if not consistent, also what to do.
         warnings (`tuple[str, ...]`): What does not forbid training but should be known.
         rows (`str`): `"intact"` if the rows are those that were scored, `"altered"` if they are known not to be,
@@ -93,6 +98,7 @@ def check_teacher_consistency(
     table: Dataset | Iterable[Signature],
     *,
     sampled_by: Iterable[str | None] = (),
+    is_residual: bool = False,
     student_fingerprint: TeacherFingerprint | str | None = None,
     teacher_consistency: str = "strict",
     student: str = "the student",
@@ -110,6 +116,9 @@ def check_teacher_consistency(
             teacher wrote no SFT data of its `teacher_id`, and others did, is not consistent either.
         sampled_by (`Iterable[str]`, *optional*): The distinct values of its `student_fingerprint` column, if `table`
             is not the table itself.
+        is_residual (`bool`, *optional*, defaults to `False`): Whether its scores are residuals (`residualize_table`),
+            if `table` is not the table itself. Any teacher is accepted then, with the evidence `"residual"` and a
+            warning; an unknown one is not.
         student_fingerprint ([`TeacherFingerprint`] or `str`, *optional*): The student's own, or its id. Without it
             nothing is said of whether the card was written for this student, and whether it sampled the rollouts. An
             empty one says that the student has none, so that what its card says counts as declared.
@@ -131,9 +140,9 @@ def check_teacher_consistency(
     own_id = student_fingerprint.id if isinstance(student_fingerprint, TeacherFingerprint) else student_fingerprint
     rows, altered, claimed, dataset = "unverified", (), [], None
     if hasattr(table, "column_names"):
-        from ..table.schema import column_counts, teacher_counts
+        from ..table.schema import RESIDUAL, column_counts, teacher_counts
 
-        dataset = table
+        dataset, is_residual = table, RESIDUAL in table.column_names
         rows, altered = check_rows(table, table_name)
         claimed = record_of(table).get("teachers") or []
         sampled_by = column_counts(table, "student_fingerprint")
@@ -143,15 +152,20 @@ def check_teacher_consistency(
             rows, altered = _unverified(table_name, why)
     pairs = [t if isinstance(t, tuple) else (t, None) for t in ([table] if isinstance(table, str) else table)]
     teachers = list(dict.fromkeys(teacher for teacher, _ in pairs))
-    verdict = _judge_teachers(student_card, teachers, own_id, student, table_name, claimed, rows)
+    judge = _judge_residual if is_residual else _judge_teachers
+    verdict = _unusable(student_card, teachers, student, table_name, claimed, rows) or judge(
+        student_card, teachers, own_id, student, table_name
+    )
     if verdict.consistent:
         entries = [*claimed, *(student_card.get("sft_teachers") or [])]
         readers = [own_id] if own_id else [id for id in sampled_by if id and is_id(id)]
         verdict = _judge_tokens(verdict, teachers, readers, entries, processing_class, dataset, student, table_name)
     if verdict.consistent:
-        foreign, unknown = _judge_domains(pairs, student_card.get("sft_teachers") or [], student, table_name)
+        foreign, unknown = "", []
+        if not is_residual:
+            foreign, unknown = _judge_domains(pairs, student_card.get("sft_teachers") or [], student, table_name)
         problem, warnings, off_policy = _judge_student(sampled_by, own_id, student, table_name)
-        warnings = (*altered, *unknown, *warnings, *_earlier_overrides(student_card, student))
+        warnings = (*verdict.warnings, *altered, *unknown, *warnings, *_earlier_overrides(student_card, student))
         verdict = replace(verdict, warnings=warnings, rows=rows, off_policy=off_policy)
         if problem := foreign or problem:
             verdict = Verdict(False, None, problem)
@@ -179,37 +193,71 @@ def written_for(card: dict[str, Any], own_id: str | None) -> bool:
     return bool(own_id and bound_to) and not {WEIGHTS_DIFFER, SCHEMA_DIFFERS} & set(diff_ids(own_id, bound_to))
 
 
-def _judge_teachers(
+def _refused(reason: str) -> Verdict:
+    return Verdict(False, None, reason)
+
+
+def _unusable(
     card: dict[str, Any],
     teachers: list[str | None],
-    own_id: str | None,
     student: str,
     table_name: str,
     claimed: list[dict[str, Any]],
     rows: str,
-) -> Verdict:
-    """The verdict on teachers alone. `claimed`, `rows`: what the table's record says of them, and whether it fits."""
-
-    def refused(reason: str) -> Verdict:
-        return Verdict(False, None, reason)
-
+) -> Verdict | None:
+    """
+    The refusal of cards that contradict themselves, and of rows of unknown teachers; `None` if there is nothing of
+    that. `claimed`, `rows`: what the table's record says of its teachers, and whether it fits.
+    """
     entries = card.get("sft_teachers") or []
     if problems := contradictions(f"The card of {student}", entries):
-        return refused(f"{problems[0]} Restore the card, or stamp it again.")
+        return _refused(f"{problems[0]} Restore the card, or stamp it again.")
     if problems := contradictions(f"The card of {table_name}", claimed, teachers, rows):
-        return refused(f"{problems[0]} Score the rows again, or {_OVERRIDE}.")
+        return _refused(f"{problems[0]} Score the rows again, or {_OVERRIDE}.")
 
     if not teachers or (unknown := [teacher for teacher in teachers if not (teacher and is_id(teacher))]):
         values = f": {', '.join(map(repr, unknown))}" if teachers else ", which is missing"
-        return refused(
+        return _refused(
             f"{table_name[0].upper()}{table_name[1:]} does not say which teacher scored "
             f"{'some of ' if len(teachers) > 1 else ''}its rows (column `teacher_fingerprint`{values}). Score them "
             f"again with a teacher that is fingerprinted, or {_OVERRIDE}."
         )
+    return None
+
+
+def _judge_residual(
+    card: dict[str, Any], teachers: list[str], own_id: str | None, student: str, table_name: str
+) -> Verdict:
+    """The verdict on the teachers of residual scores: any will do, and one that wrote SFT data needs none."""
+    entries = card.get("sft_teachers") or []
+    wrote = f"was written by {_listed([entry['id'] for entry in entries])}" if entries else "is of unknown teachers"
+    reason = (
+        f"Residual scores: {table_name} was scored by {_listed(teachers)}, and the recurring part of its scores was "
+        f"subtracted (`residualize_table`); the SFT data of {student} {wrote}."
+    )
+    if own := [teacher for teacher in teachers if any(same_teacher(teacher, entry["id"]) for entry in entries)]:
+        warning = (
+            f"{_capitalized(table_name)} holds residual scores of {', '.join(own)}, which wrote SFT data of "
+            f"{student}: they need no correction. Train on the table that `residualize_table` was given."
+        )
+    else:
+        warning = (
+            f"{_capitalized(table_name)} holds residual scores, which are not those of the teacher that wrote the SFT "
+            f"data of {student}. They recover a part of what another teacher's scores cost; SFT on some answers of "
+            "that teacher before its scores does better (docs/teacher-consistency.md)."
+        )
+    return Verdict(True, RESIDUAL_EVIDENCE, reason, (warning,))
+
+
+def _judge_teachers(
+    card: dict[str, Any], teachers: list[str], own_id: str | None, student: str, table_name: str
+) -> Verdict:
+    """The verdict on the teachers of a table's scores."""
+    entries = card.get("sft_teachers") or []
     scored = f"{table_name} was scored by {_listed(teachers)}"
     stamp = f"`trl-lopd stamp {student if ' ' not in student else 'STUDENT'} --sft_teacher TEACHER"
     if not entries:
-        return refused(
+        return _refused(
             f"The card of {student} names no SFT teacher, and {scored}. If you know which teacher wrote the SFT data, "
             f'declare it, {stamp}`, and train with teacher_consistency="declared_ok"; `TeacherStampCallback` records '
             f"it while you fine-tune. If you do not know, {_OVERRIDE}."
@@ -217,7 +265,7 @@ def _judge_teachers(
     wrote = f"the SFT data of {student} was written by {_listed([entry['id'] for entry in entries])}"
     behind = {teacher: [e for e in entries if same_teacher(teacher, e["id"])] for teacher in teachers}
     if strangers := [teacher for teacher in teachers if not behind[teacher]]:
-        return refused(
+        return _refused(
             f"Teacher mismatch: {wrote}, but {table_name} was scored by "
             f"{', '.join(_compared(teacher, entries) for teacher in strangers)}"
             f"{' (and by others that did write it)' if len(strangers) < len(teachers) else ''}. Another teacher's "
@@ -355,13 +403,20 @@ def _weakest(evidence: Iterable[str]) -> str:
 
 
 def _earlier_overrides(card: dict[str, Any], student: str) -> list[str]:
-    rounds = [str(round.get("teacher_consistency")) for round in card.get("opd_rounds") or []]
-    return [
-        f"Round {i} of offline OPD of {student} was trained with its teacher consistency check {word}: this student "
-        "may have learnt from another teacher's scores."
-        for i, word in enumerate(rounds, start=1)
-        if word == "off" or word.startswith("overridden")
-    ]
+    warnings = []
+    for i, round in enumerate(card.get("opd_rounds") or [], start=1):
+        word = str(round.get("teacher_consistency"))
+        if "residual" in round:
+            how = "on residual scores"
+        elif word == "off" or word.startswith("overridden"):
+            how = f"with its teacher consistency check {word}"
+        else:
+            continue
+        warnings.append(
+            f"Round {i} of offline OPD of {student} was trained {how}: this student may have learnt from another "
+            "teacher's scores."
+        )
+    return warnings
 
 
 def _judge_student(

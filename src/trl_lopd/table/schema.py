@@ -12,6 +12,7 @@
 | `teacher_topk_logprobs` (optional) | `list<float16[k]>` | their log π_T, nats, temperature 1 |
 | `student_fingerprint` (optional) | `string` | which checkpoint sampled the row; null if unknown |
 | `teacher_id` (optional) | `string` | domain of the row, where several teachers score one table; null if unknown |
+| `residual_logprobs` | `list<float32>` | instead of `teacher_logprobs` in a table of `residualize_table` |
 
 The two top-k columns come together, with one k for the whole table, which their type names: inner lists of one size
 need no offsets. So a completion token takes 8 bytes for its id and its score and 6 more for each of the k. Any other
@@ -42,10 +43,13 @@ if TYPE_CHECKING:
 REQUIRED_COLUMNS = ("prompt_ids", "completion_ids", "teacher_logprobs", "teacher_fingerprint")
 TOPK_COLUMNS = ("teacher_topk_ids", "teacher_topk_logprobs")
 OPTIONAL_COLUMNS = ("ref_logprobs", "completion_mask", *TOPK_COLUMNS)
+# In the place of `teacher_logprobs` where a recurring part was subtracted from another teacher's scores. That is no
+# log-probability, and under another name nothing takes it for one.
+RESIDUAL = "residual_logprobs"
 # As in TRL: the name under which a row's teacher is given, such as "math".
 TEACHER_ID = "teacher_id"
 # One entry a completion token.
-TOKEN_COLUMNS = ("completion_ids", "teacher_logprobs", *OPTIONAL_COLUMNS)
+TOKEN_COLUMNS = ("completion_ids", "teacher_logprobs", RESIDUAL, *OPTIONAL_COLUMNS)
 LOGPROB_COLUMNS = ("teacher_logprobs", "ref_logprobs", "teacher_topk_logprobs")
 
 # Engines round: the log-probability of a near-certain token can come out a little above 0, a total a little above 1.
@@ -59,6 +63,7 @@ _TYPES = {
     "prompt_ids": (1, pa.types.is_integer, "integers"),
     "completion_ids": (1, pa.types.is_integer, "integers"),
     "teacher_logprobs": (1, pa.types.is_floating, "floats"),
+    RESIDUAL: (1, pa.types.is_floating, "floats"),
     "teacher_fingerprint": (0, lambda leaf: pa.types.is_string(leaf) or pa.types.is_large_string(leaf), "string"),
     "ref_logprobs": (1, pa.types.is_floating, "floats"),
     "completion_mask": (1, pa.types.is_boolean, "booleans"),
@@ -133,6 +138,11 @@ def lengths(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(parts["prompt_ids"]), np.concatenate(parts["completion_ids"])
 
 
+def score_column(column_names: Iterable[str]) -> str | None:
+    """The column with the scores of the sampled tokens, `teacher_logprobs` or [`RESIDUAL`]; `None` without scores."""
+    return next((name for name in (RESIDUAL, "teacher_logprobs") if name in column_names), None)
+
+
 def holds_ids(dataset: Dataset, column: str) -> bool:
     """Whether the values of a column are lists of integers."""
     return pa.types.is_integer(getattr(dataset.data.schema.field(column).type, "value_type", pa.null()))
@@ -177,7 +187,7 @@ def rows_of_each(teacher_ids: np.ndarray | None) -> dict[str, np.ndarray]:
 
 def digest_columns(column_names: list[str]) -> list[str]:
     """The columns that [`rows_digest`] covers by default: all that sampling and scoring write."""
-    written = (*REQUIRED_COLUMNS, "ref_logprobs", *TOPK_COLUMNS, "student_fingerprint", TEACHER_ID)
+    written = (*REQUIRED_COLUMNS, RESIDUAL, "ref_logprobs", *TOPK_COLUMNS, "student_fingerprint", TEACHER_ID)
     return [name for name in written if name in column_names]
 
 
@@ -265,7 +275,7 @@ def add_digests(digests: Iterable[str]) -> str:
 # What `table_features` says, as numpy knows it.
 _DIGEST_DTYPES = {
     **dict.fromkeys(("prompt_ids", "completion_ids", "teacher_topk_ids"), np.int32),
-    **dict.fromkeys(("teacher_logprobs", "ref_logprobs"), np.float32),
+    **dict.fromkeys(("teacher_logprobs", RESIDUAL, "ref_logprobs"), np.float32),
     "teacher_topk_logprobs": np.float16,
 }
 
@@ -496,6 +506,8 @@ def validate_rows(
         if topk_vocab_size is not None:
             foreign_topk = int((columns["teacher_topk_ids"].values >= topk_vocab_size).sum())
     floored = sum(columns[name].check_logprobs(teacher_logprob_floor) for name in LOGPROB_COLUMNS if name in columns)
+    if RESIDUAL in columns:
+        columns[RESIDUAL].check_finite()
     trainable_tokens = len(completion.values)
     if "completion_mask" in columns:
         trainable_tokens = columns["completion_mask"].check_mask()
@@ -597,6 +609,11 @@ class _Column:
             self._refuse(minus_inf, "the teacher gave the token no probability", remedy)
         return int(minus_inf.sum())
 
+    def check_finite(self) -> None:
+        """Checks that the values are finite numbers."""
+        remedy = "Make the table again with `residualize_table`, or drop the row."
+        self._refuse(~np.isfinite(self.values), "a residual score is a finite number", remedy)
+
     def check_mask(self) -> int:
         """Checks that each row has a token to train on and returns how many there are."""
         starts = np.cumsum(self.lengths) - self.lengths
@@ -618,7 +635,16 @@ class _Column:
 
 def _check_schema(schema: pa.Schema, rows: int) -> None:
     """Raises a `TableError` for missing columns, wrong types and an empty table."""
-    if missing := [name for name in REQUIRED_COLUMNS if name not in schema.names]:
+    if RESIDUAL in schema.names:
+        if mixed := [name for name in ("teacher_logprobs", *TOPK_COLUMNS) if name in schema.names]:
+            raise TableError(
+                f"The table has `{RESIDUAL}` and {_quoted(mixed)}: a residual takes the place of a teacher's scores. "
+                "Rows of both kinds that were joined have both. Keep the rows and columns of one kind."
+            )
+        required = [RESIDUAL if name == "teacher_logprobs" else name for name in REQUIRED_COLUMNS]
+    else:
+        required = REQUIRED_COLUMNS
+    if missing := [name for name in required if name not in schema.names]:
         raise TableError(f"Missing column {_quoted(missing)}. Make the table with `score_rollouts`, which writes it.")
     present = [name for name in TOPK_COLUMNS if name in schema.names]
     if len(present) == 1:

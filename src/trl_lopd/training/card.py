@@ -17,10 +17,10 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from trl.trainer.utils import generate_model_card, get_config_model_id
 
-from ..identity.cards import count_teachers, read_model_card, stamp_model_card
+from ..identity.cards import count_teachers, read_model_card, record_of, stamp_model_card
 from ..identity.fingerprint import TeacherFingerprint, content_id, weights_part
 from ..identity.stamp import checkpoint_fingerprint
-from ..table.schema import TRAINED_ROWS, column_counts, row_hashes
+from ..table.schema import RESIDUAL, TRAINED_ROWS, column_counts, row_hashes
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,7 @@ def describe_round(trainer: Trainer) -> dict[str, Any]:
         "objective": trainer.loss_type,
         **({"beta": trainer.args.beta} if trainer.loss_type == "topk" else {}),
         **({"router_aux_loss_coef": coef} if (coef := trainer.objective.aux_loss_coef) else {}),
+        **({"residual": fits} if (fits := _residual_of(trainer)) is not None else {}),
         "teacher_consistency": "off" if mode == "off" else verdict.evidence or f"overridden ({mode})",
         "rows": sum(teachers.values()),
         "teachers": count_teachers(teachers),
@@ -95,6 +96,13 @@ def describe_round(trainer: Trainer) -> dict[str, Any]:
     if sampled_by := count_teachers(samplers):
         record["sampled_by"] = sampled_by
     return record
+
+
+def _residual_of(trainer: Trainer) -> list[dict[str, Any]] | None:
+    """Returns what was subtracted from the scores of the training rows, as far as it is known; `None` if nothing."""
+    table, check = trainer.train_dataset, trainer.rows.trained
+    is_residual = RESIDUAL in table.column_names if isinstance(table, Dataset) else check.is_residual
+    return record_of(table).get("residual", []) if is_residual else None
 
 
 # Arguments that a resumed run may not change: those of the loss, beside what the card names; those that decide the
@@ -153,12 +161,12 @@ def check_resumed(trainer: Trainer, checkpoint: str) -> int:
     scored_by = scored_by_now = {}
     if rounds:
         before, now = rounds[earlier], describe_round(trainer)
-        for name in ("student", "objective"):
+        for name in ("student", "objective", "residual"):
             # Names are for people: a copy of the student is the same student.
             if _content(before.get(name)) != _content(now.get(name)):
                 changed.append(f"`{name}` was {before.get(name)} and is {now.get(name)}")
         # A stream's samplers are not known before it is read.
-        added = sorted(before.keys() - now.keys() - {"sampled_by"})
+        added = sorted(before.keys() - now.keys() - {"sampled_by", "residual"})
         if added and not any(hasattr(callback, "card_record") for callback in trainer.callback_handler.callbacks):
             changed.append(f"a callback added `{', '.join(added)}` to its record, and this run has no such callback")
         scored_by, scored_by_now = (

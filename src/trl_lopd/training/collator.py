@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import TableError
 from ..generation.teachers import batches_of_like_length
 from ..models import Positions
-from ..table.schema import TEACHER_ID, TOPK_COLUMNS
+from ..table.schema import RESIDUAL, TEACHER_ID, TOPK_COLUMNS
 from .packing import best_fit_decreasing
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,8 @@ class OfflineOPDCollator:
     - `positions` `(trained,)` int64: index, in the flattened `input_ids`, of the preceding token, which predicts it.
     - `labels` `(trained,)` int64: its id.
     - `sequences` `(trained,)` int64: index of its sequence in the batch.
-    - `teacher_logprobs` and, where the rows have them, `ref_logprobs` `(trained,)` float32, `teacher_topk_ids` int64
-      and `teacher_topk_logprobs` float32 `(trained, k)`.
+    - `teacher_logprobs` or `residual_logprobs` and, where the rows have them, `ref_logprobs` `(trained,)` float32,
+      `teacher_topk_ids` int64 and `teacher_topk_logprobs` float32 `(trained, k)`.
 
     For each sequence, `truncated` `(sequences,)`: whether its completion, with every per-token column, was truncated
     on the right to fit the limits. With `validate`, also `teacher_fingerprint`, `teacher_id` and
@@ -167,7 +167,7 @@ class OfflineOPDCollator:
         batch["positions"] = np.repeat(firsts - 1, counts) + np.concatenate(trained)
         batch["labels"] = input_ids[batch["positions"] + 1]
         batch["sequences"] = np.repeat(np.arange(len(rows)), counts)
-        for name in ("teacher_logprobs", "ref_logprobs", *TOPK_COLUMNS):
+        for name in ("teacher_logprobs", RESIDUAL, "ref_logprobs", *TOPK_COLUMNS):
             if rows[0].get(name) is not None:
                 batch[name] = self._column(name, rows, trained)
         batch["truncated"] = np.array(

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..table.schema import RESIDUAL
 from .config import OfflineOPDConfig
 from .experts import aux_loss_coef, check_gradient
 from .head import Targets, TokenOutput
 from .objective import (
+    OF_PROBABILITIES,
     TokenValues,
     divergence_topk,
     reverse_kl_topk,
@@ -76,7 +78,9 @@ class Objective:
             [`~head.TokenOutput`] and the totals that the metrics are computed from, one value per sequence: see
             [`~objective.sequence_totals`].
         """
-        labels, teacher, ref = batch["labels"], batch["teacher_logprobs"], batch.get("ref_logprobs")
+        labels, ref = batch["labels"], batch.get("ref_logprobs")
+        is_residual = RESIDUAL in batch
+        teacher = batch[RESIDUAL if is_residual else "teacher_logprobs"]
         sequences, num_sequences = batch["sequences"], len(batch["truncated"])
         topk_ids, topk_logprobs = batch.get("teacher_topk_ids"), batch.get("teacher_topk_logprobs")
         has_topk = topk_ids is not None
@@ -119,6 +123,9 @@ class Objective:
                 top1_agreement=agreement,
             )
             totals = sequence_totals(tokens, sequences, num_sequences, self.args.advantage_clip)
+            if is_residual:  # a residual is no probability, so these would not be what their names say
+                for name in OF_PROBABILITIES:
+                    totals.pop(name, None)
             totals["truncated"] = batch["truncated"].float()
         if out.aux_loss is not None:
             check_gradient(out.aux_loss)

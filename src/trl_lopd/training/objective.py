@@ -34,6 +34,8 @@ _MAX_LOG_RATIO = 20.0
 # windows and quantiles cannot. Spacing of the grid and its ends, plus and minus, in nats.
 _GRID, _GRID_END = 0.02, 4.0
 _GRID_POINTS = 2 * round(_GRID_END / _GRID) + 1
+# Totals that mean what they are called only where the scores are a teacher's log-probabilities, not a residual.
+OF_PROBABILITIES = ("frozen_log_ratio", "k3", "weighted_log_ratio")
 
 
 def advantage(logprobs: Tensor, teacher_logprobs: Tensor, clip: float = 10.0) -> Tensor:
@@ -252,6 +254,8 @@ def summarize(totals: dict[str, float | np.ndarray]) -> dict[str, float]:
     - `frozen_log_ratio`: mean of `log pi - log pi_T` on the frozen rollouts. Not a divergence: it can be driven down
       without bound by lowering `log pi`. Never select by it.
     - `k3`: `pi_T/pi - 1 - log(pi_T/pi)`, the log-ratio bounded by 20 nats.
+    - Of residual scores (`residualize_table`), `huber` and `advantage` are of the residual, and the metrics of
+      [`OF_PROBABILITIES`] (`frozen_log_ratio`, `k3`, `reverse_kl_weighted`) are left out.
     - `entropy`: of the student, nats. `mean_token_accuracy`: the student's most likely token is the rollout's.
     - `top1_agreement`: the student's most likely token is the teacher's.
     - `importance_weight/mean|std|max`: of `w = pi/pi_ref` per token. `importance_weight/ess`: effective sample size
@@ -271,12 +275,11 @@ def summarize(totals: dict[str, float | np.ndarray]) -> dict[str, float]:
         "advantage/mean": mean["advantage"],
         "advantage/std": std("advantage", "advantage_sq"),
         "advantage/clip_fraction": mean["advantage_clipped"],
-        "frozen_log_ratio": mean["frozen_log_ratio"],
-        "k3": mean["k3"],
         "entropy": mean["entropy"],
         "mean_token_accuracy": mean["mean_token_accuracy"],
     }
-    metrics |= {name: mean[name] for name in ("reverse_kl_topk", "top1_agreement") if name in mean}
+    optional = ("frozen_log_ratio", "k3", "reverse_kl_topk", "top1_agreement")
+    metrics |= {name: mean[name] for name in optional if name in mean}
     if "change" in mean:
         mean_weight, mean_sq = 1 + mean["change"], 1 + 2 * mean["change"] + mean["change_sq"]
         metrics |= {
@@ -284,8 +287,9 @@ def summarize(totals: dict[str, float | np.ndarray]) -> dict[str, float]:
             "importance_weight/std": std("change", "change_sq"),
             "importance_weight/max": totals["weight_max"],
             "importance_weight/ess": mean_weight**2 / mean_sq if mean_sq > 0 else 0.0,
-            "reverse_kl_weighted": mean["weighted_log_ratio"],
         }
+        if "weighted_log_ratio" in mean:
+            metrics["reverse_kl_weighted"] = mean["weighted_log_ratio"]
         ranks = totals["weight_counts"].cumsum()
         for percent in (1, 50, 99):
             point = int(np.searchsorted(ranks, percent / 100 * n))

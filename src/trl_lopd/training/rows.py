@@ -28,6 +28,7 @@ from ..models import check_positions, stretches_from
 from ..processes import on_main_process
 from ..table.schema import (
     REQUIRED_COLUMNS,
+    RESIDUAL,
     TEACHER_ID,
     TOKEN_COLUMNS,
     TableSummary,
@@ -181,6 +182,7 @@ class TrainingRows:
         def judge() -> tuple[RowCheck, Verdict]:
             rows = RowCheck(self.args.teacher_logprob_floor, self.student.vocab_limits, columns)
             rows([row])
+            check.is_residual = RESIDUAL in columns
             teachers = [(row.get("teacher_fingerprint"), _domain_of(row.get(TEACHER_ID)))]
             return replace(rows, rows=0), check.judge(
                 teachers, "the stream", sampled_by=[row.get("student_fingerprint")]
@@ -248,6 +250,7 @@ class TeacherCheck:
 
     Attributes:
         verdict ([`Verdict`], *optional*): Verdict on the rows so far; `None` if nothing was checked.
+        is_residual (`bool`): Whether the rows of a stream have residual scores, see [`residualize_table`].
         first (`str`, *optional*): Teacher of the first row of a stream.
         teachers, samplers (`Counter`): Number of rows of each teacher and each student. For a stream, only the rows
             that this process has trained on are counted.
@@ -257,6 +260,7 @@ class TeacherCheck:
     def __init__(self, student: Student, args: OfflineOPDConfig):
         self.student, self.teacher_consistency = student, args.teacher_consistency
         self.verdict: Verdict | None = None
+        self.is_residual = False
         self.first: str | None = None
         self.teachers: Counter[str] = Counter()
         self.domains: Counter[tuple[str, str | None]] = Counter()
@@ -275,6 +279,7 @@ class TeacherCheck:
             self.student.card,
             table,
             sampled_by=sampled_by,
+            is_residual=self.is_residual,
             student_fingerprint=self.student.fingerprint,
             teacher_consistency=teacher_consistency or self.teacher_consistency,
             student=self.student.name,
@@ -352,6 +357,12 @@ def resolve_loss_type(args: OfflineOPDConfig, columns: Iterable[str], required: 
     loss_type = required or args.loss_type
     if loss_type == "auto":
         loss_type = "topk" if has_topk else "sampled"
+    if loss_type == "topk" and RESIDUAL in columns:
+        raise ValueError(
+            f"`loss_type='topk'` needs a teacher's top-k, and a residual table has none, only `{RESIDUAL}` of the "
+            "sampled tokens: the top-k is another teacher's, and subtracting from it did not help where measured. Set "
+            "`loss_type='sampled'`, or train and evaluate on scores of the teacher that wrote the SFT data."
+        )
     if loss_type == "topk" and not has_topk:
         raise ValueError(
             "`loss_type='topk'` needs the columns `teacher_topk_ids` and `teacher_topk_logprobs` in the training and "
@@ -405,7 +416,7 @@ def _report_stretched(row_lengths: np.ndarray, limit: float, name: str) -> None:
 
 def _advise(table: Dataset, loss_type: str, args: OfflineOPDConfig) -> None:
     """Warns of what was measured not to pay, see docs/evidence.md."""
-    if loss_type == "sampled" and "ref_logprobs" in table.column_names:
+    if loss_type == "sampled" and {"teacher_logprobs", "ref_logprobs"} <= {*table.column_names}:
         spread = _spread_of_advantages(table, args.advantage_clip)
         if spread < _LEAST_SPREAD:
             remedy = "leave `loss_type` unset" if "teacher_topk_ids" in table.column_names else "score with `top_k=8`"
