@@ -58,6 +58,21 @@ def test_each_teacher_has_the_metrics_of_its_rows(tmp_path, student_dir, two):
     assert not any("/reverse" in name for name in plain.evaluate(of(two, "math")))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_of_a_stream_have_the_metrics_of_their_teachers(tmp_path, student_dir, two, workers):
+    trainer = make_trainer(
+        tmp_path, student_dir, two, per_device_eval_batch_size=5, dataloader_num_workers=workers
+    )
+    expected = trainer.evaluate(two)
+    streamed = trainer.evaluate(two.to_iterable_dataset(num_shards=2))
+    names = [name for name in expected if not re.search("second|time|epoch", name)]
+    assert {"eval_math/reverse_kl_topk", "eval_code/loss"} <= {*names}
+    for name in names:
+        assert streamed[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
+    one = trainer.evaluate(of(two, "math").to_iterable_dataset())
+    assert not any("/reverse" in name for name in one)
+
+
 def test_the_best_model_can_be_that_of_one_teacher(tmp_path, student_dir, two):
     trainer = make_trainer(
         tmp_path, student_dir, two, eval_dataset=two, metric_for_best_model="eval_code/reverse_kl_topk",

@@ -364,8 +364,8 @@ class TableRows:
 
     @property
     def teacher_ids(self) -> np.ndarray | None:
-        """The column `teacher_id`, `(rows,)`; `None` if there is none."""
-        return np.array(self.source[TEACHER_ID][:]) if TEACHER_ID in self.source.column_names else None
+        """The column `teacher_id`, `(rows,)`; `None` if there is none, or it holds no names."""
+        return np.array(self.source[TEACHER_ID][:]) if holds_names(self.source, TEACHER_ID) else None
 
     def __len__(self) -> int:
         return len(self.dataset)

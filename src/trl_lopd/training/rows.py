@@ -282,12 +282,13 @@ class TeacherCheck:
             processing_class=self.student.tokenizer,
         )
 
-    def meet(self, batch: dict[str, Any]) -> None:
-        """Checks and counts the rows of a stream's batch, and removes their fingerprints from the batch."""
+    def meet(self, batch: dict[str, Any]) -> list[str | None] | None:
+        """Checks and counts the rows of a stream's batch, removes their fingerprints from the batch, and returns the
+        `teacher_id` of each; `None` for a batch of a table."""
         names = ("teacher_fingerprint", TEACHER_ID, "student_fingerprint")
         teachers, ids, samplers = (batch.pop(name, None) for name in names)
         if teachers is None:
-            return
+            return None
         pairs = [(teacher, _domain_of(id)) for teacher, id in zip(teachers, ids, strict=True)]
         if not ({*pairs} <= self.domains.keys() and {*samplers} <= self.samplers.keys()):
             all_pairs = sorted({*self.domains, *pairs}, key=lambda pair: (pair[0], pair[1] or ""))
@@ -295,6 +296,7 @@ class TeacherCheck:
         self.teachers.update(teachers)
         self.domains.update(pairs)
         self.samplers.update(samplers)
+        return [domain for _, domain in pairs]
 
     def resume(self, checkpoint: str) -> None:
         """Restores the counts of the rows that trained a checkpoint from its card, without those of earlier rounds."""

@@ -268,13 +268,13 @@ class OfflineOPDTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
-        self.rows.evaluated.meet(inputs)
+        teacher_ids = self.rows.evaluated.meet(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             _, totals = self._forward(model, inputs, self.objective.num_items(inputs))
         self._try_once(model)
         if FILLER in inputs:
             totals[FILLER] = inputs[FILLER]
-        self._evaluated.add(totals)
+        self._evaluated.add(totals, teacher_ids)
         # No loss is returned, because `Trainer` would average it over batches. `evaluation_loop` adds the exact one.
         return None, None, None
 
