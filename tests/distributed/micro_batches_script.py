@@ -3,8 +3,8 @@ Trains within a budget of tokens on however many processes started it.
 
     micro_batches_script.py STUDENT ROWS OUT KIND ...
 
-Of the KINDS of `effopd_script`. The rows are of the teachers in WEIGHTS. Writes to OUT, by kind and way, the weights, and by rank what was read, exchanged
-and logged, and with weights an evaluation.
+Of the KINDS of `effopd_script`. The rows are of the teachers in WEIGHTS. Writes to OUT, by kind and way, the weights,
+and by rank what was read, exchanged and logged, and where rows are weighted an evaluation.
 """
 
 from __future__ import annotations
