@@ -44,6 +44,9 @@ TOPK_COLUMNS = ("teacher_topk_ids", "teacher_topk_logprobs")
 OPTIONAL_COLUMNS = ("ref_logprobs", "completion_mask", *TOPK_COLUMNS)
 # As in TRL: the name under which a row's teacher is given, such as "math".
 TEACHER_ID = "teacher_id"
+# Nats: standard deviation of the advantages, 0.9 and less where the sampled update cost accuracy, 2.3 where not. Below
+# this, training and `trl-lopd inspect` warn of it.
+LEAST_SPREAD = 1.0
 # One entry a completion token.
 TOKEN_COLUMNS = ("completion_ids", "teacher_logprobs", *OPTIONAL_COLUMNS)
 LOGPROB_COLUMNS = ("teacher_logprobs", "ref_logprobs", "teacher_topk_logprobs")

@@ -27,6 +27,7 @@ from ..identity.consistency import Verdict, check_teacher_consistency
 from ..models import check_positions, stretches_from
 from ..processes import on_main_process
 from ..table.schema import (
+    LEAST_SPREAD,
     REQUIRED_COLUMNS,
     TEACHER_ID,
     TOKEN_COLUMNS,
@@ -39,11 +40,10 @@ from ..table.schema import (
     validate_table,
 )
 from .collator import FILLER, OfflineOPDCollator, Row, no_weight, padded_length, too_long
+from .packing import best_fit_decreasing
 
 # Passes over a table beyond which it warns: 13 were measured to pay and 38 not to, by `benchmarks/evidence.py`.
 _MOST_PASSES = 20
-# Standard deviation of the advantages, in nats: 0.9 and less where the sampled update cost accuracy, 2.3 where not.
-_LEAST_SPREAD = 1.0
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -208,11 +208,12 @@ class TrainingRows:
         columns = set(table.column_names)
         self.loss_type = resolve_loss_type(args, columns, self.loss_type)
         if check is self.trained:
-            _advise(table, self.loss_type, args)
             if args.teacher_weights:
                 _check_weights(table, args.teacher_weights, name)
         self._report(summary, name)
         _report_truncation(table, args, name)
+        if check is self.trained:
+            _advise(table, self.loss_type, args)
         row_lengths = fitting_lengths(table, args)
         model = "the student (`max_length` truncates completions)"
         _report_stretched(row_lengths, stretches_from(student.config), name)
@@ -409,16 +410,20 @@ def _advise(table: Dataset, loss_type: str, args: OfflineOPDConfig) -> None:
     """Warns of what was measured not to pay, see docs/evidence.md."""
     if loss_type == "sampled" and "ref_logprobs" in table.column_names:
         spread = _spread_of_advantages(table, args.advantage_clip)
-        if spread < _LEAST_SPREAD:
+        if spread < LEAST_SPREAD:
             remedy = "leave `loss_type` unset" if "teacher_topk_ids" in table.column_names else "score with `top_k=8`"
             logger.warning(
-                f"The advantages have a standard deviation of {spread:.3f} nats. Measured below {_LEAST_SPREAD}, "
+                f"The advantages have a standard deviation of {spread:.3f} nats. Measured below {LEAST_SPREAD}, "
                 f"the sampled update as in the paper cost accuracy, and the divergence on the teacher's top-k did "
                 f"better (docs/evidence.md): {remedy}."
             )
-    rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    passes = args.max_steps * rows_a_step / len(table) if args.max_steps > 0 else args.num_train_epochs
-    if passes > _MOST_PASSES and not args.packing:
+    items_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    passes = args.num_train_epochs
+    if args.max_steps > 0:
+        # With packing, the items of a batch are packs.
+        items = len(best_fit_decreasing(fitting_lengths(table, args), args.max_length) if args.packing else table)
+        passes = args.max_steps * items_a_step / items
+    if passes > _MOST_PASSES:
         logger.warning(
             f"The {len(table)} training rows will be read {passes:.0f} times. Where measured, 13 passes paid, 38 did "
             "not: 1,000 rows read 38 times ended where 3,000 did that were read three times (docs/evidence.md). "
