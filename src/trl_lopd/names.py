@@ -38,7 +38,12 @@ def refuse_missing(name: str) -> None:
 
 
 def is_missing(name: str) -> bool:
-    """Returns whether a name can only be a path, and the path does not exist. It is not looked up on the Hub."""
+    """
+    Returns whether a name can only be a path, and the path does not exist. It is not looked up on the Hub.
+
+    A Hub id has one slash at most, `ORG/NAME`; that of a table may be written `datasets/ORG/NAME`. URLs are no paths.
+    """
     path = Path(name)
     is_path = path.is_absolute() or name.startswith((".", "~")) or path.suffix in FILES
+    is_path |= "://" not in name and name.removeprefix("datasets/").count("/") > 1
     return is_path and not path.exists()

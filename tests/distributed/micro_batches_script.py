@@ -3,8 +3,8 @@ Trains within a budget of tokens on however many processes started it.
 
     micro_batches_script.py STUDENT ROWS OUT KIND ...
 
-Of the KINDS of `effopd_script`. Writes to OUT, by kind and way, the weights, and by rank what was read, exchanged and
-logged.
+Of the KINDS of `effopd_script`. The rows are of the teachers in WEIGHTS. Writes to OUT, by kind and way, the weights,
+and by rank what was read, exchanged and logged, and where rows are weighted an evaluation.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ WAYS = {
     "budget": {"max_tokens_per_device": 24},
     "budget_padding_free": {"max_tokens_per_device": 24, "padding_free": True},
 }
+WEIGHTS = {"teacher_weights": {"math": 1.5, "code": 0.25}}
+# Of DDP and of one process: what they are compared with.
+WEIGHTED = {"weighted": WEIGHTS, "budget_weighted": WAYS["budget"] | WEIGHTS}
+ALONE = {"whole": {}, "weighted": WEIGHTS}
 
 
 def train(kind, student, rows, out, **options):
@@ -52,7 +56,10 @@ def train(kind, student, rows, out, **options):
     assert all(hasattr(p, "ds_id") and p.numel() == 0 for p in parameters) == (kind == "zero3")
     save_weights(trainer, out)
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    (out / f"{RANK}.json").write_text(json.dumps({"made": made, "read": read, "exchanged": exchanged, "logs": logs}))
+    said = {"made": made, "read": read, "exchanged": exchanged, "logs": logs}
+    if "teacher_weights" in options:
+        said["evaluation"] = trainer.evaluate()
+    (out / f"{RANK}.json").write_text(json.dumps(said))
 
 
 def main():
@@ -64,7 +71,8 @@ def main():
             import deepspeed
 
             deepspeed.init_distributed("gloo")
-        for way, options in (WAYS if WORLD > 1 else {"whole": {}}).items():
+        ways = ALONE if WORLD == 1 else WAYS | (WEIGHTED if kind == "ddp" else {})
+        for way, options in ways.items():
             out = Path(directory, kind, way)
             out.mkdir(parents=True, exist_ok=True)
             train(kind, student, rows, out, **options)

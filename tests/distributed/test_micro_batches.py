@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,8 @@ LAUNCHES = {"single": ["single"], "torch": ["ddp", "fsdp2"], "zero": ["zero2", "
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory, teacher_dir, student_dir):
     path = tmp_path_factory.mktemp("micro_batches")
-    score_rollouts(make_rollouts(64), str(teacher_dir), top_k=4, ref_model=str(student_dir)).save_to_disk(
-        path / "rows"
-    )
+    rows = score_rollouts(make_rollouts(64), str(teacher_dir), top_k=4, ref_model=str(student_dir))
+    rows.add_column("teacher_id", ["math" if i % 3 else "code" for i in range(64)]).save_to_disk(path / "rows")
     done = {}
 
     def run(kind):
@@ -58,13 +58,34 @@ def test_a_budget_changes_nothing_but_what_is_read_at_once(launch, kind, way):
         # In the last backward of each of the four steps.
         assert [rank["exchanged"] for rank in said] == [4, 4]
 
-    one = launch("single") / "whole"
-    expected, found = torch.load(one / "weights.pt"), torch.load(out / way / "weights.pt")
+    assert_same_training(launch("single") / "whole", out / way)
+    for log in said[0]["logs"]:
+        assert (log["padding"] == 0) == (way == "budget_padding_free")
+
+
+@pytest.mark.parametrize("way", ["weighted", "budget_weighted"])
+def test_weights_of_teachers_are_those_of_one_process(launch, way):
+    """The same steps and tolerances, and what an evaluation says of each teacher."""
+    one = launch("single")
+    assert_same_training(one / "weighted", launch("ddp") / way)
+    plain, weighted = (torch.load(one / name / "weights.pt") for name in ("whole", "weighted"))
+    assert max((plain[name] - weighted[name]).abs().max() for name in plain) > 1e-4
+    expected, found = (
+        json.loads((out / "0.json").read_text())["evaluation"] for out in (one / "weighted", launch("ddp") / way)
+    )
+    names = [name for name in expected if not re.search("second|time|epoch", name)]
+    assert {"eval_loss", "eval_math/reverse_kl_topk", "eval_code/loss"} <= {*names}
+    for name in names:
+        assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+
+
+def assert_same_training(one, out):
+    """The weights, and what was logged."""
+    expected, found = torch.load(one / "weights.pt"), torch.load(out / "weights.pt")
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=2e-6, rtol=0, msg=lambda m, n=name: f"{n} {m}")
-    logs = json.loads((one / "0.json").read_text())["logs"]
-    for a, b in zip(logs, said[0]["logs"], strict=True):
+    logs, found = (json.loads((directory / "0.json").read_text())["logs"] for directory in (one, out))
+    for a, b in zip(logs, found, strict=True):
         for name in ("loss", "grad_norm", "huber", "reverse_kl_topk", "entropy", "importance_weight/max"):
             assert b[name] == pytest.approx(a[name], rel=1e-4), (a["step"], name)
-        assert (b["padding"] == 0) == (way == "budget_padding_free")

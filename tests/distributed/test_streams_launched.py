@@ -18,10 +18,10 @@ SCRIPT = Path(__file__).parent / "streams_script.py"
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory, teacher_dir, student_dir, tokenizer):
     path = tmp_path_factory.mktemp("streams")
-    score_rollouts(make_rollouts(24), str(teacher_dir), top_k=4).save_to_disk(path / "table")
-    score_rollouts(make_rollouts(24, seed=5), make_model(seed=9), processing_class=tokenizer, top_k=4).save_to_disk(
-        path / "foreign"
-    )
+    own = score_rollouts(make_rollouts(24), str(teacher_dir), top_k=4)
+    foreign = score_rollouts(make_rollouts(24, seed=5), make_model(seed=9), processing_class=tokenizer, top_k=4)
+    for name, rows in (("table", own), ("foreign", foreign)):
+        rows.add_column("teacher_id", ["math" if i % 3 else "code" for i in range(24)]).save_to_disk(path / name)
     done = ranks.launch(SCRIPT, student_dir, path / "table", path / "foreign", path / "out")
     assert done.returncode == 0, done.stderr[-5000:]
     return path
@@ -32,7 +32,10 @@ def test_a_stream_is_evaluated_as_the_table_is(launched):
     assert len(metrics) == 4 + (1 + 2 + 3 + 3) + 3
     for name, stream in metrics.items():
         table = metrics[name.partition(",")[0]]
-        for key in ("eval_loss", "eval_reverse_kl_topk", "eval_entropy", "eval_huber"):
+        keys = ["eval_loss", "eval_reverse_kl_topk", "eval_entropy", "eval_huber"]
+        if not name.startswith("1 rows"):  # with the metrics of each teacher
+            keys += [key.replace("eval_", f"eval_{teacher}/") for teacher in ("code", "math") for key in keys]
+        for key in keys:
             assert stream[key] == pytest.approx(table[key], rel=1e-5), (name, key)
 
 

@@ -85,6 +85,37 @@ def test_numbers_are_those_of_numpy(masked, batch, monkeypatch):
     assert found["top_k"] == expected
 
 
+def test_the_spread_of_the_advantages_of_each_teacher_and_domain(masked, show):
+    other = "other@1-0123456789ab-01234567-89abcdef"
+    own = masked[0]["teacher_fingerprint"]
+    signed = [own if i < 18 else other for i in range(24)]
+    names = [["math", "code", None][i % 3] for i in range(24)]
+    rows = masked.remove_columns("teacher_fingerprint").add_column("teacher_fingerprint", signed)
+    rows = rows.add_column("teacher_id", names)
+    about = overview.describe_rows(rows)
+    found = about["statistics"]["advantage"]["teachers"]
+
+    def std(is_meant):
+        chosen = rows.select(np.flatnonzero([is_meant(*pair) for pair in zip(signed, names, strict=True)]))
+        mask = [np.array(m) for m in chosen["completion_mask"]]
+        ratio = tokens(chosen, "teacher_logprobs", mask) - tokens(chosen, "ref_logprobs", mask)
+        return pytest.approx(ratio.clip(-10, 10).std(), rel=1e-4)
+
+    assert found == {
+        id: {
+            "std": std(lambda teacher, _: teacher == id),  # noqa: B023
+            "teacher_ids": {name: std(lambda *pair: pair == (id, name)) for name in ("code", "math")},  # noqa: B023
+        }
+        for id in (own, other)
+    }
+    shown = show(report(about), columns=200)
+    assert f"{other}  6 rows, advantages of std {found[other]['std']:.3f}" in shown
+    assert f"std {found[own]['teacher_ids']['math']:.3f}" in shown
+    assert (
+        "std" not in show(report(overview.describe_rows(rows.remove_columns("ref_logprobs")))).partition("prompts")[0]
+    )
+
+
 def test_the_clip_is_the_trainer_s_default():
     assert OfflineOPDConfig.advantage_clip == overview.ADVANTAGE_CLIP
 

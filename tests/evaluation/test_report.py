@@ -347,6 +347,64 @@ def test_a_run_that_says_nothing_of_its_rows_is_not_believed(run, table_dir, tmp
     assert "held out" not in text and "held-out" not in text
 
 
+# ---- Several teachers ----
+
+
+@pytest.fixture(scope="module")
+def by_two(models_dir, table_dir, tmp_path_factory):
+    """The report of a run whose rows have two teachers, and the names in its held-out rows."""
+    directory = tmp_path_factory.mktemp("two")
+    names = {
+        split: [("code", ATTACK)[row % 3 == 0] for row in range(len(rows))]
+        for split, rows in load_table(table_dir).items()
+    }
+    table = DatasetDict(
+        {split: rows.add_column("teacher_id", names[split]) for split, rows in load_table(table_dir).items()}
+    )
+    table.save_to_disk(directory / "table")
+    args = OfflineOPDConfig(
+        str(directory / "run"), max_steps=2, learning_rate=1e-2, per_device_train_batch_size=4, eval_strategy="steps",
+        eval_steps=1, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True,
+    )  # fmt: skip
+    trainer = OfflineOPDTrainer(str(models_dir / "student"), args, table["train"], table["test"])
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    return write_report(directory / "run", table=directory / "table"), names["test"]
+
+
+def test_each_teacher_has_a_curve_in_its_colour(by_two):
+    made, names = by_two
+    text = Path(made["output"]).read_text()
+    figures = re.findall('<figure class="chart">.*?</figure>', text, re.DOTALL)
+    kl = next(figure for figure in figures if "Reverse KL" in figure)
+    assert re.findall('<g class="(chart-c[^"]*)"', kl) == ["chart-c0", "chart-c1", "chart-c-t0", "chart-c-t1"]
+    key = dict(re.findall(r'<span class="chart-c-t(\d)">evaluation (.*?) <b>', kl))
+    assert key == {"0": "&lt;img src=x onerror=window.hacked=1&gt;", "1": "code"}
+    # The learning rate is nobody's; every other curve has both in the same colours.
+    assert sum("chart-c-t0" in figure for figure in figures) == sum("chart-c-t1" in figure for figure in figures) > 5
+    header = json.loads(unpack(made["output"], "header"))
+    assert [row["teacher"] for row in header["rows"]] == [sorted({*names}).index(name) for name in names]
+    assert f"code, {names.count('code')} rows" in text and ATTACK not in text
+
+
+def test_the_mean_advantage_of_each_teacher_is_that_of_its_rows(by_two):
+    made, names = by_two
+    scores = {name: np.frombuffer(unpack(made["output"], name), np.int16).astype(int) for name in ("after", "teacher")}
+    sizes = [row["tokens"] for row in json.loads(unpack(made["output"], "header"))["rows"]]
+    is_code = np.repeat([name == "code" for name in names], sizes)
+    expected = np.abs((scores["teacher"] - scores["after"])[is_code] / 1000).clip(max=10).mean()
+    shown = re.search(
+        r"code, \d+ rows: mean size before <b>[\d.]+</b>, after <b>([\d.]+)", Path(made["output"]).read_text()
+    )
+    assert float(shown[1]) == pytest.approx(expected, abs=2e-3)
+
+
+def test_rows_of_one_teacher_have_no_choice(report):
+    text = Path(report["output"]).read_text()
+    assert 'name="teacher"' not in text and 'chart-c-t0"' not in text
+
+
 # ---- What is missing, what is wrong ----
 
 
@@ -559,6 +617,29 @@ def test_the_keyboard_and_the_controls(browser, report):
         assert all("window.hacked" in text for text in page.locator("article").all_inner_texts())
         page.locator("input[name=find]").fill("nobody wrote this")
         assert page.locator("article").count() == 0 and "No rollout" in status.inner_text()
+
+
+@needs_chromium
+def test_the_rollouts_of_one_teacher(browser, by_two):
+    made, names = by_two
+    with opened(browser, made["output"], viewport={"width": 1200, "height": 900}) as page:
+        page.locator("select[name=sort]").select_option("row")
+        tones = {}
+        for teacher in sorted({*names}):
+            page.locator("select[name=teacher]").select_option(label=teacher)
+            wanted = [row for row, name in enumerate(names) if name == teacher]
+            headers = page.locator("article header")
+            assert page.locator("#pager span").inner_text().endswith(f" of {len(wanted)} found")
+            assert [int(re.match(r"row (\d+)", text)[1]) for text in headers.all_inner_texts()] == wanted
+            assert all(teacher in text for text in headers.all_inner_texts())
+            line = headers.first.locator("[class^=chart-c]")
+            colour = line.evaluate("e => getComputedStyle(e, '::before').borderTopColor")
+            curve = page.locator(f"#training svg .{line.get_attribute('class')} > path").first
+            assert curve.evaluate("e => getComputedStyle(e).stroke") == colour
+            tones[teacher] = colour
+        assert len({*tones.values()}) == 2
+        page.locator("select[name=teacher]").select_option("")
+        assert page.locator("#pager span").inner_text() == f"1–20 of {len(names)}"
 
 
 @needs_chromium

@@ -168,13 +168,27 @@ def test_other_teachers_are_refused_by_a_finished_and_an_unfinished_run(tmp_path
         patch.setattr("trl_lopd.generation.scoring.run_parts", dies_after(1))
         with pytest.raises(KeyboardInterrupt):
             score_rollouts(rollouts, teachers, top_k=1, output_dir=tmp_path / "begun")
-    with pytest.raises(ShardError, match="teacher-math holds shards of a run with other arguments"):
+    with pytest.raises(
+        ShardError, match="Teacher 'math': .*/begun holds shards of a run with other arguments"
+    ) as info:
         score_rollouts(rollouts, swapped, top_k=1, output_dir=tmp_path / "begun")
+    assert HIDDEN not in str(info.value)
     # What is shown while it is not complete is nothing.
     with pytest.raises(ShardError, match="not complete"):
         load_table(tmp_path / "begun")
     table = score_rollouts(rollouts, teachers, top_k=1, output_dir=tmp_path / "begun")
     assert table.to_dict() == load_table(tmp_path / "done", split="train").to_dict()
+
+
+@pytest.mark.parametrize("missing", ["./teachr", "../teachr", "/nowhere/teachr", "models/teachers/teachr"])
+def test_a_mistyped_path_is_named_with_its_teacher(teachers, rollouts, missing):
+    prompts = with_names(Dataset.from_dict({"prompt": ["w3 w4"] * 5}))
+    for job in (lambda given: score_rollouts(rollouts, given), lambda given: generate_sft_data(prompts, given)):
+        with pytest.raises(FileNotFoundError, match=f"^Teacher 'code': {missing} is not there"):
+            job(teachers | {"code": missing})
+    for job in (lambda: score_rollouts(rollouts, missing), lambda: collect_rollouts(prompts, missing)):
+        with pytest.raises(FileNotFoundError, match=f"^{missing} is not there"):
+            job()
 
 
 def dies_after(parts):

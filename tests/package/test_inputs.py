@@ -288,6 +288,15 @@ GOOD = [*ROLLOUT, "{tmp}/good.jsonl"]
         ([*GOOD, "--dataset_config", "x"], "good.jsonl is a file without configurations"),
         ([*GOOD, "--num_prompts", "-1"], "`num_prompts` is a whole number, 1 or more"),
         ([*GOOD, "--chat_template_kwargs", "{{a: "], "`chat_template_kwargs` is no YAML"),
+        ([*GOOD, "--model_init_kwargs", "{{dtype:bfloat16}}"], "a space is missing.*'{dtype: bfloat16}'"),
+        (
+            [*SCORE, "{tmp}/rollouts.parquet", "--teacher", "{{a: x, b:http://localhost:1}}"],
+            "`teacher` has the key 'b:http://localhost:1' .*a space is missing.*'{b: http://localhost:1}'",
+        ),
+        (
+            [*EVALUATE, "--benchmark", "{tmp}/good.jsonl", "--teacher", "models/of/mine"],
+            "models/of/mine is not there",
+        ),
         ([*GOOD, "--engine", "localhost:8000"], "or the address of one, such as http://localhost:8000"),
         ([*GOOD, "--model_name_or_path", "{tmp}/nowhere"], "nowhere is not there"),
         ([*GOOD, "--model_name_or_path", "{tmp}/good.jsonl"], "good.jsonl is a file: give the directory of a model"),

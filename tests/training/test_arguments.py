@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_args, make_model, make_trainer, save_student, without_topk
 from transformers import TrainerCallback, TrainingArguments
 
 from trl_lopd import OfflineOPDConfig
+from trl_lopd.table.schema import lengths
+from trl_lopd.training.packing import best_fit_decreasing
 
 # `Trainer` does what they say, and nothing here is in its way.
 AS_IS = {
@@ -244,6 +247,10 @@ def test_what_does_not_pay_is_said_before_training(tmp_path, student_dir, table,
     assert len(passes := warnings(max_steps=130)) == 1 and "24 training rows will be read 22 times" in passes[0]
     assert len(warnings(max_steps=65, gradient_accumulation_steps=2)) == 1
     assert len(warnings(max_steps=-1, num_train_epochs=21)) == 1
+    packs = len(best_fit_decreasing(np.add(*lengths(table)), 32))
+    packing = {"packing": True, "max_length": 32, "per_device_train_batch_size": 1}
+    assert packs < 12 and warnings(max_steps=19 * packs, **packing) == []
+    assert "will be read 22 times" in warnings(max_steps=22 * packs, **packing)[0]
     assert warnings(loss_type="sampled") == []  # advantages of random models spread over more than 1 nat
     refs = [[value + 0.5 * (i % 2) for i, value in enumerate(row)] for row in table["teacher_logprobs"]]
     table = close = table.remove_columns("ref_logprobs").add_column("ref_logprobs", refs)

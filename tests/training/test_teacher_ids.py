@@ -6,10 +6,12 @@ import re
 
 import numpy as np
 import pytest
-from conftest import make_args, make_trainer
+from conftest import make_args, make_trainer, without_topk
 from test_trainer import check_gradient, plain_loss
 
-from trl_lopd import EffOPDCallback, TableError
+from trl_lopd import EffOPDCallback, OfflineOPDTrainer, TableError, read_model_card
+from trl_lopd.identity.cards import signatures
+from trl_lopd.table.schema import teacher_counts
 
 WEIGHTS = {"math": 1.5, "code": 0.25}
 
@@ -58,6 +60,19 @@ def test_each_teacher_has_the_metrics_of_its_rows(tmp_path, student_dir, two):
     assert not any("/reverse" in name for name in plain.evaluate(of(two, "math")))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_of_a_stream_have_the_metrics_of_their_teachers(tmp_path, student_dir, two, workers):
+    trainer = make_trainer(tmp_path, student_dir, two, per_device_eval_batch_size=5, dataloader_num_workers=workers)
+    expected = trainer.evaluate(two)
+    streamed = trainer.evaluate(two.to_iterable_dataset(num_shards=2))
+    names = [name for name in expected if not re.search("second|time|epoch", name)]
+    assert {"eval_math/reverse_kl_topk", "eval_code/loss"} <= {*names}
+    for name in names:
+        assert streamed[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
+    one = trainer.evaluate(of(two, "math").to_iterable_dataset())
+    assert not any("/reverse" in name for name in one)
+
+
 def test_the_best_model_can_be_that_of_one_teacher(tmp_path, student_dir, two):
     trainer = make_trainer(
         tmp_path, student_dir, two, eval_dataset=two, metric_for_best_model="eval_code/reverse_kl_topk",
@@ -67,6 +82,62 @@ def test_the_best_model_can_be_that_of_one_teacher(tmp_path, student_dir, two):
     trainer.train()
     seen = [log["eval_code/reverse_kl_topk"] for log in trainer.state.log_history if "eval_loss" in log]
     assert trainer.state.best_metric == min(seen) and len(set(seen)) == 2
+
+
+EVALUATED = dict(eval_strategy="steps", eval_steps=2, max_steps=4)
+
+
+@pytest.mark.parametrize(
+    ("metric", "near"),
+    [
+        ("eval_mth/reverse_kl_topk", "eval_math/reverse_kl_topk"),
+        ("mth/top1_agreement", "eval_math/top1_agreement"),
+        ("eval_code_loss", "eval_code/loss"),
+    ],
+)
+def test_a_metric_that_no_evaluation_gives_is_refused_at_once(tmp_path, student_dir, two, metric, near):
+    def build(rows, evaluated, metric=metric):
+        make_trainer(tmp_path, student_dir, rows, eval_dataset=evaluated, metric_for_best_model=metric, **EVALUATED)
+
+    with pytest.raises(ValueError, match=f"`metric_for_best_model` is '(eval_)?{metric}'.*Did you mean '{near}'"):
+        build(two, two)
+    with pytest.raises(ValueError, match="Did you mean 'eval_held_loss'"):
+        build(two, {"held": two, "other": of(two, "code")}, "eval_hold_loss")
+    build(two, two, near)
+    build(two, {"held": two}, "eval_held_math/loss")
+    # Of a stream it is not known which teachers come.
+    build(two, two.to_iterable_dataset(), "eval_mth/reverse_kl_topk")
+    # Rows without top-k, of one teacher: only the loss.
+    alone = without_topk(of(two, "math"))
+    build(alone, alone, "eval_loss")
+    for absent in ("eval_reverse_kl_topk", "eval_math/loss"):
+        with pytest.raises(ValueError, match="an evaluation here gives only 'eval_loss'\\."):
+            build(alone, alone, absent)
+
+
+def test_a_metric_of_ones_own_evaluation_is_not_refused(tmp_path, student_dir, two):
+    class Fresh(OfflineOPDTrainer):
+        def evaluate(self, *args, **kwargs):
+            return super().evaluate(*args, **kwargs) | {"eval_fresh_loss": 1.0}
+
+    args = make_args(tmp_path, metric_for_best_model="eval_fresh_loss", **EVALUATED)
+    Fresh(str(student_dir), args, two, eval_dataset=two).train()
+    with pytest.raises(ValueError, match="'eval_fresh_loss'"):
+        OfflineOPDTrainer(str(student_dir), args, two, eval_dataset=two)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_card_of_the_round_says_who_scored_which_rows(tmp_path, student_dir, two, streamed):
+    rows = two.to_iterable_dataset() if streamed else two
+    trainer = make_trainer(tmp_path, student_dir, rows)  # 6 steps of 4 rows: all of them
+    trainer.train()
+    trainer.save_model()
+    (opd_round,) = read_model_card(tmp_path / "out")["opd_rounds"]
+    (teacher,) = opd_round["teachers"]
+    assert teacher["teacher_ids"] == {name: len(of(two, name)) for name in ("code", "math")}
+    assert opd_round["rows"] == teacher["rows"] == len(two)
+    # What a check by row reads.
+    assert signatures(opd_round["teachers"]) == teacher_counts(two)
 
 
 @pytest.mark.parametrize(

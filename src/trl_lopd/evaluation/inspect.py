@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 # The default of `OfflineOPDConfig.advantage_clip`; its module takes seconds to import.
 ADVANTAGE_CLIP = 10.0
-# Nats: where the trainer warns of the sampled objective, in `training.rows`, which is as slow to import.
-LEAST_SPREAD = 1.0
 # Nats: lower scores of a teacher are taken as this.
 LOWEST_LOGPROB = -100.0
 _QUANTILES = {"p1": 0.01, "p10": 0.1, "median": 0.5, "p90": 0.9, "p99": 0.99}
@@ -246,7 +244,8 @@ def statistics(rows: Dataset, worst: int = 0) -> dict[str, Any] | None:
         - `top_k`: `k`, the mean `mass` of the stored tokens, and the share of `sampled` tokens that are among them;
           `None` without the columns.
         - `advantage`: `log pi_T - log pi_ref` a token in nats, clipped to plus or minus `clip`: `mean`, `std`, `p1`,
-          `p10`, `median`, `p90`, `p99` and `clipped`, the share that was. `None` without `ref_logprobs`.
+          `p10`, `median`, `p90`, `p99` and `clipped`, the share that was; and `teachers`, of each the `std` of its
+          rows and, by `teacher_ids`, of those of each domain. `None` without `ref_logprobs`.
         - `teacher_logprob`: instead, the same of the teacher's scores, lower ones than -100 taken as -100.
         - `lowest`: index and mean advantage, or teacher score, of the `worst` rows, the lowest first.
 
@@ -295,10 +294,11 @@ def statistics(rows: Dataset, worst: int = 0) -> dict[str, Any] | None:
     bounded = scores.clip(-ADVANTAGE_CLIP, ADVANTAGE_CLIP) if relative else scores.clip(LOWEST_LOGPROB)
     distribution = {"mean": float(bounded.mean(dtype=np.float64)), "std": float(bounded.std(dtype=np.float64))}
     distribution |= dict(zip(_QUANTILES, np.quantile(bounded, list(_QUANTILES.values())).tolist(), strict=True))
-    if relative:
-        result["advantage"] = distribution | {"clip": ADVANTAGE_CLIP, "clipped": float((scores != bounded).mean())}
-    else:
+    if not relative:
         result["teacher_logprob"] = distribution
+    else:
+        result["advantage"] = distribution | {"clip": ADVANTAGE_CLIP, "clipped": float((scores != bounded).mean())}
+        result["advantage"]["teachers"] = _spreads(rows, bounded, counts)
     means = np.add.reduceat(bounded, np.cumsum(counts) - counts, dtype=np.float64) / counts
     lowest = np.argsort(means, kind="stable")[:worst]
     return result | {"lowest": list(zip(lowest.tolist(), means[lowest].tolist(), strict=True))}
@@ -330,6 +330,29 @@ def _token_scores(rows: Dataset, relative: bool, top_k: int) -> tuple[np.ndarray
     scores = np.concatenate(parts)
     covered = {"k": top_k, "mass": mass / len(scores), "sampled": among / len(scores)} if top_k else None
     return scores, np.concatenate(counts), covered
+
+
+def _spreads(rows: Dataset, advantages: np.ndarray, counts: np.ndarray) -> dict[str, dict[str, Any]]:
+    """Standard deviation of the advantages, `(tokens,)`, of each teacher's rows and of those of each of its domains,
+    which have `counts` tokens, `(rows,)`."""
+    from ..table.schema import TEACHER_ID, holds_names
+
+    starts = np.cumsum(counts) - counts
+    sums, squares = (np.add.reduceat(values, starts, dtype=np.float64) for values in (advantages, advantages**2))
+
+    def std(indices: np.ndarray) -> float:
+        tokens = counts[indices].sum()
+        return float(np.sqrt(max(squares[indices].sum() / tokens - (sums[indices].sum() / tokens) ** 2, 0.0)))
+
+    teachers = np.array(rows["teacher_fingerprint"][:], dtype=object)
+    domains = np.array(rows[TEACHER_ID][:] if holds_names(rows, TEACHER_ID) else [None] * len(rows), dtype=object)
+    result = {}
+    for teacher in sorted({*teachers}):
+        of_teacher = teachers == teacher
+        names = sorted({*domains[of_teacher]} - {None})
+        by_domain = {name: std(np.flatnonzero(of_teacher & (domains == name))) for name in names}
+        result[teacher] = {"std": std(np.flatnonzero(of_teacher)), "teacher_ids": by_domain}
+    return result
 
 
 def _finish_reasons(rows: Dataset) -> dict[str, int] | None:
@@ -516,19 +539,23 @@ def _show_rows(name: str, split: str, summary: dict[str, Any], decoded_with: str
         f"  {'rows':12} {summary['rows']:,}, of {summary.get('completion_tokens', 0):,} completion tokens; "
         f"{_INTEGRITY[summary['integrity']]}"
     )
+    measured = summary["statistics"]
+    spreads = ((measured or {}).get("advantage") or {}).get("teachers", {})
     for key, title in (
         ("teachers", "scored by" if summary["scored"] else "written by"),
         ("students", "sampled by"),
     ):
         for id, count in summary[key].items() or {"not named": summary["rows"]}.items():
-            print_line(f"  {title:12} {id or 'not named'}  {count:,} rows")
-            _show_domains(summary["domains"].get(id, {}) if key == "teachers" else {}, summary["rows"])
+            spread = spreads.get(id, {}) if key == "teachers" else {}
+            std = f", advantages of std {spread['std']:.3f}" if spread and len(spreads) > 1 else ""
+            print_line(f"  {title:12} {id or 'not named'}  {count:,} rows{std}")
+            domains = summary["domains"].get(id, {}) if key == "teachers" else {}
+            _show_domains(domains, summary["rows"], spread.get("teacher_ids"))
     if summary["residual"]:
         fits = summary["card"].get("residual") or []
         explained = ", ".join(f"{fit['explained_variance']:.1%}" for fit in fits)
         known = f"explains {explained} of the variance" if fits else "has no record"
         print_line(f"  {'residual':12} not the teacher's scores: the recurring part was subtracted, which {known}")
-    measured = summary["statistics"]
     if not measured or not summary["rows"]:
         return
     for title, text in _facts(summary["rows"], measured):
@@ -538,14 +565,17 @@ def _show_rows(name: str, split: str, summary: dict[str, Any], decoded_with: str
         _show_worst(summary["worst_rows"], scores, bool(measured["advantage"]), split, decoded_with)
 
 
-def _show_domains(domains: dict[str, int | None], total: int | None) -> None:
-    """Prints the rows of each domain of a teacher, with their share of all rows."""
+def _show_domains(domains: dict[str, int | None], total: int | None, spreads: dict[str, float] | None = None) -> None:
+    """Prints the rows of each domain of a teacher, with their share of all rows and the spread of their advantages."""
     for domain, rows in sorted(domains.items(), key=lambda item: -(item[1] or 0)):
         share = f" ({_share(rows / total)})" if rows and total else ""
-        print_line(f"  {'':12}   {domain:12} {f'{rows:,} rows{share}' if rows else 'rows not counted'}")
+        std = f", advantages of std {spreads[domain]:.3f}" if domain in (spreads or {}) else ""
+        print_line(f"  {'':12}   {domain:12} {f'{rows:,} rows{share}' if rows else 'rows not counted'}{std}")
 
 
 def _facts(rows: int, measured: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    from ..table.schema import LEAST_SPREAD
+
     distinct, repeated, length = measured["distinct_prompts"], measured["duplicates"], measured["length"]
     answers = "1 answer" if rows == distinct else f"{rows / distinct:.3g} answers"
     repeats = f"{repeated:,} rows repeat an earlier prompt and answer" if repeated else "no row repeats another"

@@ -322,7 +322,7 @@ def as_dict(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | N
     Converts the value of an option, which is YAML or JSON on the command line, to a dictionary.
 
     Raises:
-        ValueError: If the value is neither a dictionary nor YAML or JSON of one.
+        ValueError: If the value is neither a dictionary nor YAML or JSON of one, or a space is missing after a colon.
     """
     if isinstance(value, str):
         try:
@@ -331,4 +331,11 @@ def as_dict(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | N
             raise ValueError(f"`{name}` is no YAML: {' '.join(str(error).split())}") from None
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"`{name}` is a dictionary such as '{{dtype: bfloat16}}', not {value!r}.")
+    for key, of in (value or {}).items():
+        if of is None and isinstance(key, str) and 0 < key.find(":") < len(key) - 1:
+            before, _, after = key.partition(":")
+            raise ValueError(
+                f"`{name}` has the key {key!r} without a value: a space is missing. YAML needs one after the colon, "
+                f"'{{{before}: {after}}}'."
+            )
     return value

@@ -39,7 +39,7 @@ from .prompts import Prompt, as_dataset, continues_answers, encode_prompts, warn
 from .runs import ShardedRun, take
 from .samplers import ContinuousBatchingSampler, Sample, Sampler, TransformersSampler
 from .servers import VLLMServer
-from .several import of_each, refuse_list, remove_parts, row_numbers, run_parts, split_rows
+from .several import naming, of_each, refuse_list, remove_parts, row_numbers, run_parts, split_rows
 from .teachers import LocalTeacher
 
 if TYPE_CHECKING:
@@ -178,7 +178,10 @@ def generate_sft_data(
         refuse_no_dataset(prompts, "prompts")
         prompts, parts = split_rows(prompts, teacher, teacher_column)
         given = of_each(teacher, tokenizer=processing_class, fingerprint=fingerprint)
-        models = {name: _Model.resolve(teacher[name], "teacher", options, **given[name]) for name in teacher}
+        models = {}
+        for name, source in teacher.items():
+            with naming(name):
+                models[name] = _Model.resolve(source, "teacher", options, **given[name])
         return _collect_parts(prompts, parts, models, output_dir)
     if teacher_column is not None:
         raise ValueError("`teacher_column` is for several teachers, a dictionary of them by name.")

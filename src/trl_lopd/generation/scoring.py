@@ -62,7 +62,7 @@ from ..table.store import read_pins
 from .addresses import is_address, server_at
 from .options import ScoringOptions, takes
 from .runs import ShardedRun, take
-from .several import of_each, refuse_list, remove_parts, row_numbers, run_parts, split_rows
+from .several import naming, of_each, refuse_list, remove_parts, row_numbers, run_parts, split_rows
 from .teachers import DEFAULT_BUDGET, LocalTeacher, RowError, Scores, Teacher
 
 if TYPE_CHECKING:
@@ -158,9 +158,10 @@ def score_rollouts(
     if isinstance(teacher, dict):
         dataset, parts = split_rows(dataset, teacher, teacher_column)
         given_each = of_each(teacher, **given)
-        scorers = {
-            name: _resolve(teacher[name], rows, ref_model, options, **given_each[name]) for name, rows in parts.items()
-        }
+        scorers = {}
+        for name, rows in parts.items():
+            with naming(name):
+                scorers[name] = _resolve(teacher[name], rows, ref_model, options, **given_each[name])
         return _score_parts(dataset, parts, scorers, output_dir)
     if teacher_column is not None:
         raise ValueError("`teacher_column` is for several teachers, a dictionary of them by name.")

@@ -7,9 +7,11 @@ its shards are written when all parts are complete, and the parts are deleted wh
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -101,6 +103,20 @@ def of_each(teachers: dict[str, Any], **options: Any) -> dict[str, dict[str, Any
     return {name: {option: (values or {}).get(name) for option, values in options.items()} for name in teachers}
 
 
+@contextmanager
+def naming(teacher: str, part: Path | None = None, whole: str | Path | None = None) -> Iterator[None]:
+    """Names a teacher in the errors inside a `with` block, and the directory of the whole, which the user gave, in
+    place of that of its part."""
+    try:
+        yield
+    except Exception as error:
+        if len(error.args) == 1 and isinstance(message := error.args[0], str):
+            if part is not None:
+                message = re.sub(rf"{re.escape(str(part))}(?!/)", lambda _: str(whole), message)
+            error.args = (f"Teacher {teacher!r}: {message}",)
+        raise
+
+
 def row_numbers(dataset: Dataset) -> np.ndarray:
     """The numbers of rows in the whole input, of which they may be a part: `(rows,)` int."""
     if _ROW not in dataset.column_names:
@@ -137,7 +153,8 @@ def run_parts(
     tables, entries, counts = [], [], Counter()
     for name, rows in parts.items():
         path = directory and directory / f"teacher-{quote(name, safe='')}"
-        table, entry, of_part = compute(name, rows, path)
+        with naming(name, path, run.output_dir):
+            table, entry, of_part = compute(name, rows, path)
         tables.append(table)
         entries.append(entry)
         counts.update(of_part)

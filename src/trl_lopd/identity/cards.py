@@ -17,7 +17,7 @@ trl_lopd:
     weights: ...        # and the rest of the teacher's record, see `TeacherFingerprint`, where it is known
   opd_rounds:           # what trained it after that, oldest first
   - student: student-sft@1-...
-    teachers: [...]     # scored the rollouts
+    teachers: [...]     # scored the rollouts, with the rows of each `teacher_id`
     sampled_by: [...]   # sampled them
     rows: 3000
     objective: topk

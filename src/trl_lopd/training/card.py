@@ -20,7 +20,7 @@ from trl.trainer.utils import generate_model_card, get_config_model_id
 from ..identity.cards import count_teachers, read_model_card, record_of, stamp_model_card
 from ..identity.fingerprint import TeacherFingerprint, content_id, weights_part
 from ..identity.stamp import checkpoint_fingerprint
-from ..table.schema import RESIDUAL, TRAINED_ROWS, column_counts, row_hashes
+from ..table.schema import RESIDUAL, TRAINED_ROWS, column_counts, row_hashes, teacher_counts
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def describe_round(trainer: Trainer) -> dict[str, Any]:
     """Describes the training of an [`OfflineOPDTrainer`] as an entry of `opd_rounds`, see [`~identity.cards`]."""
     student, check, mode = trainer.student, trainer.rows.trained, trainer.args.teacher_consistency
     if isinstance(trainer.train_dataset, Dataset):
-        teachers, verdict = check.teachers, check.verdict
+        teachers, verdict = teacher_counts(trainer.train_dataset), check.verdict
         samplers = column_counts(trainer.train_dataset, "student_fingerprint")
     else:
         teachers, samplers = check.of_all

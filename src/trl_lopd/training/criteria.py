@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from datasets import Dataset
+
+from ..table.schema import TableRows, rows_of_each
+
 if TYPE_CHECKING:
+    from datasets import IterableDataset
     from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -102,4 +109,46 @@ def choose_best_model_metric(
         logger.warning(
             "The best model is chosen by the loss of the sampled objective, the Huber value, which can fall while the "
             "student gets worse. Score the evaluation rows with `top_k=8` and leave `metric_for_best_model` unset."
+        )
+
+
+def refuse_absent_metric(
+    args: TrainingArguments,
+    eval_datasets: Mapping[str, Dataset | IterableDataset],
+    eval_columns: Mapping[str, set[str]],
+    several: bool,
+) -> None:
+    """
+    Checks that evaluations will give `metric_for_best_model`, if it is a metric of [`OfflineOPDTrainer`].
+
+    Args:
+        args ([`OfflineOPDConfig`]): The arguments.
+        eval_datasets (`dict`): The evaluation datasets by name.
+        eval_columns (`dict[str, set[str]]`): Columns of each of them.
+        several (`bool`): Whether several datasets are evaluated, so that names of metrics contain that of a dataset.
+
+    Raises:
+        ValueError: If no evaluation gives the metric. Without this, `Trainer` would raise at the first one.
+    """
+    metric = args.metric_for_best_model
+    if metric is None or not _is_one_of(metric, tuple(_CRITERIA)) or args.eval_strategy == "no" or not eval_columns:
+        return
+    metric = metric if metric.startswith("eval_") else f"eval_{metric}"
+    possible: list[str] = []
+    for name, columns in eval_columns.items():
+        prefix = f"eval_{name}_" if several else "eval_"
+        criteria = [criterion for criterion in _CRITERIA if criterion == "loss" or "teacher_topk_ids" in columns]
+        teachers: list[str] = []
+        if isinstance(eval_datasets[name], Dataset):
+            teachers = list(rows_of_each(TableRows(eval_datasets[name]).teacher_ids))
+        elif re.fullmatch(rf"{re.escape(prefix)}.+/({'|'.join(criteria)})", metric):
+            return  # the teachers of a stream are not known yet
+        possible += [
+            prefix + of + criterion for of in ("", *(f"{name}/" for name in teachers)) for criterion in criteria
+        ]
+    if metric not in possible:
+        near = difflib.get_close_matches(metric, possible, n=1)
+        raise ValueError(
+            f"`metric_for_best_model` is {args.metric_for_best_model!r}, and of such metrics an evaluation here gives "
+            f"only {', '.join(map(repr, possible))}.{f' Did you mean {near[0]!r}?' if near else ''}"
         )

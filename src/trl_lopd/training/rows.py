@@ -27,6 +27,7 @@ from ..identity.consistency import Verdict, check_teacher_consistency
 from ..models import check_positions, stretches_from
 from ..processes import on_main_process
 from ..table.schema import (
+    LEAST_SPREAD,
     REQUIRED_COLUMNS,
     RESIDUAL,
     TEACHER_ID,
@@ -40,11 +41,10 @@ from ..table.schema import (
     validate_table,
 )
 from .collator import FILLER, OfflineOPDCollator, Row, no_weight, padded_length, too_long
+from .packing import best_fit_decreasing
 
 # Passes over a table beyond which it warns: 13 were measured to pay and 38 not to, by `benchmarks/evidence.py`.
 _MOST_PASSES = 20
-# Standard deviation of the advantages, in nats: 0.9 and less where the sampled update cost accuracy, 2.3 where not.
-_LEAST_SPREAD = 1.0
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -210,11 +210,12 @@ class TrainingRows:
         columns = set(table.column_names)
         self.loss_type = resolve_loss_type(args, columns, self.loss_type)
         if check is self.trained:
-            _advise(table, self.loss_type, args)
             if args.teacher_weights:
                 _check_weights(table, args.teacher_weights, name)
         self._report(summary, name)
         _report_truncation(table, args, name)
+        if check is self.trained:
+            _advise(table, self.loss_type, args)
         row_lengths = fitting_lengths(table, args)
         model = "the student (`max_length` truncates completions)"
         _report_stretched(row_lengths, stretches_from(student.config), name)
@@ -287,12 +288,13 @@ class TeacherCheck:
             processing_class=self.student.tokenizer,
         )
 
-    def meet(self, batch: dict[str, Any]) -> None:
-        """Checks and counts the rows of a stream's batch, and removes their fingerprints from the batch."""
+    def meet(self, batch: dict[str, Any]) -> list[str | None] | None:
+        """Checks and counts the rows of a stream's batch, removes their fingerprints from the batch, and returns the
+        `teacher_id` of each; `None` for a batch of a table."""
         names = ("teacher_fingerprint", TEACHER_ID, "student_fingerprint")
         teachers, ids, samplers = (batch.pop(name, None) for name in names)
         if teachers is None:
-            return
+            return None
         pairs = [(teacher, _domain_of(id)) for teacher, id in zip(teachers, ids, strict=True)]
         if not ({*pairs} <= self.domains.keys() and {*samplers} <= self.samplers.keys()):
             all_pairs = sorted({*self.domains, *pairs}, key=lambda pair: (pair[0], pair[1] or ""))
@@ -300,6 +302,7 @@ class TeacherCheck:
         self.teachers.update(teachers)
         self.domains.update(pairs)
         self.samplers.update(samplers)
+        return [domain for _, domain in pairs]
 
     def resume(self, checkpoint: str) -> None:
         """Restores the counts of the rows that trained a checkpoint from its card, without those of earlier rounds."""
@@ -418,16 +421,20 @@ def _advise(table: Dataset, loss_type: str, args: OfflineOPDConfig) -> None:
     """Warns of what was measured not to pay, see docs/evidence.md."""
     if loss_type == "sampled" and {"teacher_logprobs", "ref_logprobs"} <= {*table.column_names}:
         spread = _spread_of_advantages(table, args.advantage_clip)
-        if spread < _LEAST_SPREAD:
+        if spread < LEAST_SPREAD:
             remedy = "leave `loss_type` unset" if "teacher_topk_ids" in table.column_names else "score with `top_k=8`"
             logger.warning(
-                f"The advantages have a standard deviation of {spread:.3f} nats. Measured below {_LEAST_SPREAD}, "
+                f"The advantages have a standard deviation of {spread:.3f} nats. Measured below {LEAST_SPREAD}, "
                 f"the sampled update as in the paper cost accuracy, and the divergence on the teacher's top-k did "
                 f"better (docs/evidence.md): {remedy}."
             )
-    rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    passes = args.max_steps * rows_a_step / len(table) if args.max_steps > 0 else args.num_train_epochs
-    if passes > _MOST_PASSES and not args.packing:
+    items_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    passes = args.num_train_epochs
+    if args.max_steps > 0:
+        # With packing, the items of a batch are packs.
+        items = len(best_fit_decreasing(fitting_lengths(table, args), args.max_length) if args.packing else table)
+        passes = args.max_steps * items_a_step / items
+    if passes > _MOST_PASSES:
         logger.warning(
             f"The {len(table)} training rows will be read {passes:.0f} times. Where measured, 13 passes paid, 38 did "
             "not: 1,000 rows read 38 times ended where 3,000 did that were read three times (docs/evidence.md). "

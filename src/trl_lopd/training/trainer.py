@@ -27,7 +27,7 @@ from ..table.schema import TEACHER_ID, TableRows
 from .card import SavedCheckpoint, check_resumed, describe_round, fingerprint_saved, write_arguments, write_card
 from .collator import FILLER
 from .config import OfflineOPDConfig, refuse_tensor_parallelism, refuse_unsupported
-from .criteria import choose_best_model_metric
+from .criteria import choose_best_model_metric, refuse_absent_metric
 from .experts import keep_in_step
 from .head import check_head
 from .loss import Objective
@@ -92,7 +92,8 @@ class OfflineOPDTrainer(Trainer):
         TeacherConsistencyError: If the table was scored by a teacher that is not known to have written the student's
             SFT data, and `args.teacher_consistency` is `"strict"`.
         TableError: If a row is invalid, or a prompt leaves no room for its completion.
-        ValueError: If options contradict each other or the table's columns.
+        ValueError: If options contradict each other or the table's columns, or no evaluation gives
+            `metric_for_best_model`.
     """
 
     # The loss is divided by a number of items that is counted over all accumulation steps.
@@ -128,7 +129,12 @@ class OfflineOPDTrainer(Trainer):
         eval_columns = {
             name: self.rows.prepare(dataset, name) for name, dataset in eval_datasets.items() if dataset is not None
         }
-        choose_best_model_metric(args, self.loss_type, eval_columns, several=isinstance(eval_dataset, dict))
+        several = isinstance(eval_dataset, dict)
+        choose_best_model_metric(args, self.loss_type, eval_columns, several)
+        # A subclass may add metrics of its own.
+        own = (type(self).evaluate, type(self).evaluation_loop)
+        if own == (Trainer.evaluate, OfflineOPDTrainer.evaluation_loop):
+            refuse_absent_metric(args, eval_datasets, eval_columns, several)
 
         set_seed(args.seed)  # adapters are initialised at random
         model = self.student.load(args, quantization_config, peft_config)
@@ -268,13 +274,13 @@ class OfflineOPDTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
-        self.rows.evaluated.meet(inputs)
+        teacher_ids = self.rows.evaluated.meet(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             _, totals = self._forward(model, inputs, self.objective.num_items(inputs))
         self._try_once(model)
         if FILLER in inputs:
             totals[FILLER] = inputs[FILLER]
-        self._evaluated.add(totals)
+        self._evaluated.add(totals, teacher_ids)
         # No loss is returned, because `Trainer` would average it over batches. `evaluation_loop` adds the exact one.
         return None, None, None
 

@@ -28,15 +28,16 @@ _NO_PICTURE = re.compile(r"<metadata>.*?</metadata>|<style.*?</style>", re.DOTAL
 Points = list[tuple[float, float]]
 
 
-def curves(series: list[Points], band: tuple[float, float] | None = None) -> Markup:
-    """One line for each of several series of points `(x, y)`, before a horizontal band."""
+def curves(series: list[tuple[str, Points]], band: tuple[float, float] | None = None) -> Markup:
+    """One line for each of several series of points `(x, y)`, with a class that the style sheet colours, before a
+    horizontal band."""
 
     def draw(axes: Axes) -> None:
         if band is not None:
             axes.axhspan(*band, gid="chart-band", linewidth=0)
-        for i, points in enumerate(series):
+        for tone, points in series:
             # A single point is no line.
-            axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 50 else "", ms=3, gid=f"chart-c{i}")
+            axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 50 else "", ms=3, gid=tone)
 
     return _drawn(draw)
 

@@ -80,8 +80,9 @@ async function main() {
   }
 
   function search() {
-    const wanted = options.find.value.toLowerCase();
-    found = data.rows.filter((row) => !wanted || (row.prompt + completion(row)).toLowerCase().includes(wanted));
+    const wanted = options.find.value.toLowerCase(), teacher = options.teacher?.value;
+    const those = teacher ? data.rows.filter((row) => row.teacher === Number(teacher)) : data.rows;
+    found = those.filter((row) => !wanted || (row.prompt + completion(row)).toLowerCase().includes(wanted));
     found.sort(ORDERS[options.sort.value]);
     page = 0;
     draw();
@@ -103,6 +104,10 @@ async function main() {
 
   function article(row) {
     const about = element("header", {}, element("span", {}, `row ${row.row}`), element("span", {}, `${row.tokens} tokens`));
+    if (row.teacher !== undefined) {
+      const { className, textContent } = options.teacher.options[row.teacher + 1];
+      about.append(element("span", { className }, textContent));
+    }
     const means = element("span", {}, "mean |advantage| ");
     states.forEach((state, i) => means.append(i ? " → " : "", element("b", { title: state }, row[state].toFixed(3))));
     about.append(means);
@@ -223,7 +228,7 @@ async function main() {
   controls.hidden = false;
   controls.addEventListener("submit", (event) => event.preventDefault());
   controls.addEventListener("input", (event) => {
-    if (event.target.name === "find" || event.target.name === "sort") search();
+    if (["find", "sort", "teacher"].includes(event.target.name)) search();
     else colour();
   });
   pager.addEventListener("click", (event) => {

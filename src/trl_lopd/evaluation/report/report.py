@@ -36,7 +36,15 @@ from ...identity.fingerprint import fingerprint_teacher, same_teacher
 from ...identity.stamp import fingerprint_or_none
 from ...models import load_model
 from ...names import as_name
-from ...table.schema import TOPK_COLUMNS, TRAINED_ROWS, TableRows, column_counts, row_hashes, validate_table
+from ...table.schema import (
+    TOPK_COLUMNS,
+    TRAINED_ROWS,
+    TableRows,
+    column_counts,
+    row_hashes,
+    rows_of_each,
+    validate_table,
+)
 from ..inspect import ADVANTAGE_CLIP, find_tokenizer, visible
 from .charts import curves, marks
 
@@ -49,6 +57,8 @@ _HELD_OUT = ("test", "validation", "eval")
 _TOP = 5
 # Log-probabilities are kept in thousandths of a nat.
 _LOWEST, _MINUS_INF = -32767, -32768
+# Colours of teachers in `report.css`; the next teachers have the same again.
+_TONES = 8
 # Lightning OPD measures importance weights of this mean, with a standard deviation below this.
 _PAPER_MEAN, _PAPER_STD = 0.94, 0.1
 
@@ -164,6 +174,9 @@ def write_report(
         trained = trained and np.load(trained)
         rollouts = _rollouts(run, model, _Source(table, split, rows, student), trained, card, clip)
         warnings += rollouts.pop("warnings")
+    # A teacher has one colour in all curves, and beside its rollouts.
+    named = {*_teachers_of(logs), *(rollouts["of_teachers"] if rollouts else ())}
+    tones = {name: f"chart-c-t{i % _TONES}" for i, name in enumerate(sorted(named))}
     content = {
         "name": run.resolve().name,
         "version": __version__,
@@ -172,10 +185,11 @@ def write_report(
         "facts": list(_facts(card, state, settings, rollouts)),
         "evaluations": evaluations,
         "rollouts": rollouts,
+        "tones": tones,
         "has_weights": model is not None,
         "has_state": bool(logs),
-        "curves": list(_charts(logs, _CURVES)),
-        "weights": list(_charts(logs, _WEIGHTS)),
+        "curves": list(_charts(logs, _CURVES, tones)),
+        "weights": list(_charts(logs, _WEIGHTS, tones)),
         "drift": _drift(logs),
         "logs": _log_table(logs),
         "searches": _searches(searches, history.get("summary")),
@@ -387,29 +401,41 @@ def _versions(place: Path, card: dict[str, Any]) -> list[tuple[str, str]]:
 # ---- Curves ----
 
 
+def _teachers_of(logs: list[dict[str, Any]]) -> set[str]:
+    """The teachers that evaluations have metrics of, with the name of the evaluated dataset if there are several."""
+    keys = "|".join(re.escape(key) for _, _, key, _ in (*_CURVES, *_WEIGHTS))
+    matches = (re.fullmatch(rf"eval_(.+)/(?:{keys})", name) for entry in logs for name in entry)
+    return {match[1] for match in matches if match}
+
+
 def _series(logs: list[dict[str, Any]], key: str) -> list[tuple[str, list[tuple[float, float]]]]:
-    """The curve of what training logs under a name, and those of its evaluations."""
-    named: dict[str, list[tuple[float, float]]] = {}
+    """The curve of what training logs under a name, and those of its evaluations: of all rows, and of each teacher."""
+    # The logs of a saved state are sorted by their names.
+    named: dict[str, list[tuple[float, float]]] = {"training": [], "evaluation": []}
     for entry in logs:
         for name, value in entry.items():
             if not (isinstance(value, int | float) and math.isfinite(value)):
                 continue
             if name == key:
-                named.setdefault("training", []).append((entry["step"], value))
-            elif match := re.fullmatch(rf"eval_(?:(.+)_)?{re.escape(key)}", name):
+                named["training"].append((entry["step"], value))
+            elif match := re.fullmatch(rf"eval_(?:(.+)[_/])?{re.escape(key)}", name):
                 named.setdefault(f"evaluation {match[1] or ''}".strip(), []).append((entry["step"], value))
-    return list(named.items())
+    return [(name, points) for name, points in named.items() if points]
 
 
-def _charts(logs: list[dict[str, Any]], wanted: tuple[tuple, ...]) -> Iterator[dict[str, Any]]:
+def _charts(logs: list[dict[str, Any]], wanted: tuple[tuple, ...], tones: dict[str, str]) -> Iterator[dict[str, Any]]:
     """What was logged of what is wanted, each as title, unit, drawing, and the last value of each curve."""
     for title, unit, key, band in wanted:
         if series := _series(logs, key):
+            toned = [
+                (name, tones.get(name.partition(" ")[2], f"chart-c{i}"), points)
+                for i, (name, points) in enumerate(series)
+            ]
             yield {
                 "title": title,
                 "unit": unit,
-                "svg": curves([points for _, points in series], band),
-                "last": [(name, points[-1][1]) for name, points in series],
+                "svg": curves([(tone, points) for _, tone, points in toned], band),
+                "last": [(name, tone, points[-1][1]) for name, tone, points in toned],
             }
 
 
@@ -508,7 +534,16 @@ def _rollouts(
     shown = flat.get("completion_mask", slice(None))
     states = [key for key in ("before", "after") if key in scores]
     advantage = {key: (scores["teacher"] - scores[key]).clip(-clip, clip)[shown] for key in states}
-    packed = _packed(values, flat, scores, tokenizer, chosen, clip)
+    sizes = np.array([len(row["completion_ids"]) for row in values])
+    labels: list[dict[str, int]] = [{"row": int(row)} for row in chosen]
+    of_teachers = {}
+    for place, (teacher, indices) in enumerate(rows_of_each(TableRows(rows).teacher_ids).items()):
+        is_of = np.repeat(np.isin(np.arange(len(rows)), indices), sizes)[shown]
+        means = {key: float(np.abs(value[is_of]).mean()) for key, value in advantage.items()}
+        of_teachers[teacher] = {"rows": len(indices), "disagreement": means}
+        for i in indices:
+            labels[i]["teacher"] = place
+    packed = _packed(values, flat, scores, tokenizer, labels, clip)
     warnings = list(_mismatches(table, student, card))
     if seen:
         warnings.append(
@@ -516,6 +551,7 @@ def _rollouts(
         )
     return {
         "data": packed,
+        "of_teachers": of_teachers,
         "disagreement": {key: float(np.abs(value).mean()) for key, value in advantage.items()},
         "means": {key: float(value.mean()) for key, value in advantage.items()},
         "table": Path(name).name if Path(name).exists() else name,
@@ -539,10 +575,11 @@ def _packed(
     flat: dict[str, np.ndarray],
     scores: dict[str, np.ndarray],
     tokenizer: PreTrainedTokenizerBase | None,
-    chosen: np.ndarray,
+    labels: list[dict[str, int]],
     clip: float,
 ) -> dict[str, str]:
-    """The columns that the script unpacks, as text."""
+    """The columns that the script unpacks, as text. `labels` has the index of each row in the table, and the place of
+    its teacher among those that are shown, if there are several."""
     texts = [text_pieces(tokenizer, [*row["prompt_ids"].tolist(), *row["completion_ids"].tolist()]) for row in values]
     known: dict[tuple[int, str], int] = {}
     tokens = [
@@ -574,11 +611,11 @@ def _packed(
         "vocabulary": [list(pair) for pair in known],
         "rows": [
             {
-                "row": int(row),
+                **label,
                 "tokens": len(value["completion_ids"]),
                 "prompt": "".join(pieces[: len(value["prompt_ids"])]),
             }
-            for row, value, pieces in zip(chosen, values, texts, strict=True)
+            for label, value, pieces in zip(labels, values, texts, strict=True)
         ],
     }
     packed = {"header": json.dumps(header).encode(), **{key: value.tobytes() for key, value in columns.items()}}

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from ...table.schema import rows_of_each
@@ -85,9 +86,20 @@ class EvaluationTotals:
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.batches: list[Totals] = []
+        self._streamed_ids: list[list[str | None]] = []
 
-    def add(self, totals: Totals) -> None:
-        """Adds a batch's totals, one value per sequence. All processes must call this."""
+    def add(self, totals: Totals, teacher_ids: list[str | None] | None = None) -> None:
+        """
+        Adds a batch's totals, one value per sequence. All processes must call this.
+
+        Args:
+            totals (`dict[str, Tensor]`): Totals of the sequences of this process.
+            teacher_ids (`list[str | None]`, *optional*): Their teachers, where they are not known beforehand: of a
+                stream.
+        """
+        if teacher_ids is not None:
+            fillers = totals[FILLER].tolist() if FILLER in totals else [False] * len(teacher_ids)
+            self._streamed_ids.append([id for id, fills in zip(teacher_ids, fillers, strict=True) if not fills])
         # `gather_for_metrics` drops the rows that were repeated to fill the last batch, so totals are per sequence.
         names, num_sequences = sorted(totals), len(totals["truncated"])
         columns = [totals[name].float().reshape(num_sequences, -1) for name in names]
@@ -103,15 +115,28 @@ class EvaluationTotals:
         """Returns one of the totals for each sequence, `(sequences,)` float64, in the order of the rows."""
         return torch.cat([batch[name] for batch in self.batches]).double().cpu().numpy()
 
+    def _gather_streamed_ids(self) -> np.ndarray | None:
+        """Returns the teachers of a stream's sequences in the order of the totals, `(sequences,)`; `None` without."""
+        if not self._streamed_ids:
+            return None
+        of_processes = [self._streamed_ids]
+        if self.accelerator.num_processes > 1:
+            of_processes = gather_object([self._streamed_ids])
+        batches = zip(*of_processes, strict=True)
+        return np.array([id for batch in batches for part in batch for id in part], dtype=object)
+
     def metrics(self, aggregation: str, teacher_ids: np.ndarray | None = None) -> dict[str, float]:
         """
-        Returns the loss over all sequences and the other metrics; empty if there were no sequences.
+        Returns the loss over all sequences and the other metrics; empty if there were no sequences. All processes must
+        call this.
 
         Args:
             aggregation (`str`): What the loss is the mean over.
-            teacher_ids (`(sequences,)` array, *optional*): With several different ones, each also has metrics of its
-                own, `teacher_id/name`.
+            teacher_ids (`(sequences,)` array, *optional*): The teacher of each; those given to [`add`] otherwise. With
+                several different ones, each also has metrics of its own, `teacher_id/name`.
         """
+        if teacher_ids is None:
+            teacher_ids = self._gather_streamed_ids()
         names = self.batches[0] if self.batches else ()
         columns = {name: torch.cat([batch[name] for batch in self.batches]).double().cpu() for name in names}
         if not columns:
