@@ -285,14 +285,14 @@ def test_greedy_answers_are_those_of_transformers(sampling_server):
 def test_tokens_follow_the_distribution(sampling_server, student, temperature, top_p):
     prompt = AutoTokenizer.from_pretrained(STUDENT).encode("75+74=")
     sampling = Sampling(temperature, top_p, 1, (student.config.eos_token_id,), (), 0)
-    answers = VLLMServer(sampling_server.url).sample([prompt] * 2000, sampling)
+    answers = VLLMServer(sampling_server.url).sample([prompt] * 1000, sampling)
     counts = np.bincount([answer.ids[0] for answer in answers], minlength=student.config.vocab_size)
     p, order = (own_logprobs(student, prompt, [0])[0].double() / temperature).softmax(-1).sort(descending=True)
     p[p.cumsum(-1) - p >= top_p] = 0
     p, counts = (p / p.sum()).numpy(), counts[order.numpy()]
     assert counts[p == 0].sum() == 0
     # Five standard deviations of a binomial; more of those of a rare token, of which there may be one or two.
-    assert (np.abs(counts - 2000 * p) <= 5 * np.sqrt(2000 * p * (1 - p)) + 2).all()
+    assert (np.abs(counts - 1000 * p) <= 5 * np.sqrt(1000 * p * (1 - p)) + 2).all()
 
 
 def test_stops(sampling_server, rollouts, student):
@@ -315,7 +315,9 @@ def test_stops(sampling_server, rollouts, student):
 def test_an_answer_for_which_there_is_no_room(sampling_server):
     """vLLM answers with what fits, and says no word of it."""
     sampling, start = Sampling(1.0, 1.0, 20, (), (), 0), time.monotonic()
-    with pytest.raises(ServerError, match="Answer 0.*cut after 6 tokens, of 20 allowed.*`max_model_len`"):
+    with pytest.raises(
+        ServerError, match="Answer 0.*cut after 6 tokens, of 20 allowed, asked once.*`--max-model-len`"
+    ):
         VLLMServer(sampling_server.url).sample([[2] * (CONTEXT - 6)], sampling)
     assert time.monotonic() - start < 30
 
@@ -389,7 +391,9 @@ def test_a_seed_and_a_prompt_in_pieces(uncached):
         prompts = [[2 + i % 9 for i in range(150)]] * 2
         first, second = client.sample(prompts, sampling), client.sample(prompts, sampling)
     except ServerError:
-        pytest.skip(uncached.words(r"Error: "))
+        words = uncached.words("CPU Generator")
+        assert "CPU Generator" in words, words
+        pytest.skip(words)
     assert first == second
 
 
