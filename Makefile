@@ -1,11 +1,13 @@
-# `make train` runs the main job and `make test` the tests, each from nothing but Python 3.10 or newer.
+# `make train` runs the main job and `make test` the tests, each from nothing but Python 3.10 or newer. `make test-vllm`
+# holds the served paths against a real vLLM on the CPU, which needs 3.11 and an environment of its own.
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 # Its defaults, which accelerate would list on every start.
 ONE := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: train test
+.PHONY: train test test-vllm
 
 train: $(VENV)/.installed
 	$(BIN)/accelerate launch $(ONE) examples/train.py
@@ -15,6 +17,13 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed
+	VLLM_VENV=$(abspath $(VLLM_VENV)) $(BIN)/python -m pytest tests/real_vllm/test_real_vllm.py
+
+$(VLLM_VENV)/.installed: tests/real_vllm/setup.sh
+	PYTHON=$(PYTHON) bash tests/real_vllm/setup.sh $(VLLM_VENV)
+	touch $@
 
 $(VENV)/.installed: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)

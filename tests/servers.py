@@ -140,11 +140,8 @@ def answer_vllm_sample(
 ) -> dict:
     (prompt,) = body["prompt"]
     config = GENERATION_CONFIG if generation_config is None else generation_config
-    if len(prompt) + body["max_tokens"] > CONTEXT:
-        raise Refused(
-            f"This model's maximum context length is {CONTEXT} tokens. However, you requested {body['max_tokens']} "
-            f"output tokens and your prompt contains {len(prompt)} input tokens."
-        )
+    if not 0 <= body["temperature"] <= 2:
+        raise Refused(f"temperature must be in [0, 2], got {body['temperature']}.")
     answer = vllm_sample(model, prompt, config | body, texts)
     shown = answer.warped if logprobs_mode == "processed_logprobs" else answer.raw
     as_ids = body.get("return_tokens_as_token_ids") and version >= (0, 6, 3)
@@ -186,6 +183,12 @@ def answer_vllm_sample(
 
 
 def answer_vllm(model, body: dict, texts: list[str], **options) -> dict:
+    longest = max(map(len, body["prompt"]))
+    if longest > CONTEXT:
+        raise Refused(f"Input length ({longest}) exceeds model's maximum context length ({CONTEXT}).")
+    if longest == CONTEXT:
+        # It lowers `max_tokens` to what fits, without a word, and needs one.
+        raise Refused("max_tokens must be at least 1, got 0.")
     if body.get("prompt_logprobs") is None:
         assert body["model"] == "served"
         return answer_vllm_sample(model, body, texts, **options)

@@ -11,7 +11,7 @@ import servers
 
 @dataclass
 class SamplingParams:
-    """Of vLLM 0.11: a name that is not here is a TypeError there too."""
+    """Of vLLM 0.11, with the limit of 0.32: a name that is not here is a TypeError there too."""
 
     n: int = 1
     best_of: int | None = None
@@ -38,6 +38,10 @@ class SamplingParams:
     bad_words: list[str] = field(default_factory=list)
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature <= 2:
+            raise ValueError(f"temperature must be in [0, 2], got {self.temperature}.")
 
 
 @dataclass

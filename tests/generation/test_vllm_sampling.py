@@ -270,12 +270,18 @@ def test_prompts_that_cannot_be_answered(vllm):
 
 def test_a_prompt_without_room_for_its_answer(model):
     with stub_server("vllm", model) as server:
-        with pytest.raises(
-            ServerError,
-            match="^Answer 8, http.*status 400.*maximum context length.*`max_completion_length`.*`--max-model-len`",
-        ) as caught:
-            VLLMServer(server.url, max_concurrency=1).sample([[3], [3] * 117], PLAIN, 7)
-        assert caught.value.row == 1 and len(server.requests) == 2
+        for length, message in [
+            # The server answers with what fits.
+            (servers.CONTEXT - 5, "cut after 5 tokens, of 12 allowed, asked once.*`--max-model-len`, for prompt and"),
+            (servers.CONTEXT, "status 400, 'max_tokens must be at least 1.*leaves no room.*`--max-model-len`"),
+            (servers.CONTEXT + 1, "status 400, .Input length .129. exceeds.*leaves no room.*`--max-model-len`"),
+        ]:
+            server.requests.clear()
+            with pytest.raises(ServerError, match=f"^Answer 8, http.*{message}") as caught:
+                VLLMServer(server.url, max_concurrency=1).sample(
+                    [[3], [3] * length], replace(PLAIN, eos_token_ids=()), 7
+                )
+            assert caught.value.row == 1 and len(server.requests) == 2
         with pytest.raises(ServerError, match="Answer 0.*out of vocabulary.*another tokenizer"):
             VLLMServer(server.url).sample([[999]], PLAIN)
 
@@ -345,7 +351,6 @@ BAD_ANSWERS = {
     "longer": (changed(longer), "32 tokens where 12 are the most"),
     "abort": (edit(finish_reason="abort"), "ended with 'abort'", "its log"),
     "unfinished": (edit(finish_reason=None), "ended with None"),
-    "cut": (changed(lambda body: ends(body, 5)), "cut after 5 tokens, of 12", "--generation-config vllm"),
     "ended": (changed(lambda body: ends(body, 5, finish_reason="stop")), "ended by token", "--generation-config vllm"),
     "through": (changed(through_eos), "goes on after its end-of-sequence token 1"),
     "another prompt": (edit(prompt_token_ids=[4]), "an answer to another prompt"),
@@ -410,7 +415,9 @@ def test_a_limit_of_the_server_s_own(model):
     config = {"max_new_tokens": 6}
     with stub_server("vllm", model, generation_config=config) as server:
         with pytest.raises(ServerError, match="Answer 0.*cut after 6 tokens, of 12 allowed.*max_new_tokens"):
-            VLLMServer(server.url, max_retries=0).sample(PROMPTS[:1], GREEDY)
+            VLLMServer(server.url).sample(PROMPTS[:1], GREEDY)
+        # Asking again would change nothing.
+        assert len(server.requests) == 1
 
 
 def test_the_key_is_sent_and_told_nobody(monkeypatch, caplog, model):

@@ -43,7 +43,7 @@ MAX_RETRY_AFTER_SECONDS = 600.0
 
 # A server whose log-probabilities are at the temperature of sampling is nats off on these tokens at this temperature;
 # one that does not is off by what it rounds in computing a prompt and what follows it.
-_HOT_TEMPERATURE = 5.0
+_HOT_TEMPERATURE = 2.0  # the highest that vLLM takes
 _HOT_TOKENS = 16
 _MAX_DIFFERENCE = 0.5
 
@@ -51,12 +51,12 @@ _MAX_DIFFERENCE = 0.5
 _BUSY = {408, 425, 429}
 
 _REASONS_TO_REFUSE = (
-    "a token id that is not in the server's vocabulary, because it has another tokenizer; a row longer than its "
-    "context; `top_k` above its limit (`--max-logprobs` in vLLM)."
+    "a token id that is not in the server's vocabulary, because it has another tokenizer; a row as long as its "
+    "context (`--max-model-len` in vLLM) or longer; `top_k` above its limit (`--max-logprobs` in vLLM)."
 )
 _REASONS_NOT_TO_SAMPLE = (
-    "a prompt that leaves no room in the server's context for `max_completion_length` more tokens: shorten either, or "
-    "raise `--max-model-len`; a token id that is not in its vocabulary, because it has another tokenizer."
+    "a prompt that leaves no room in the server's context: raise `--max-model-len`, or drop the prompt; a token id "
+    "that is not in its vocabulary, because it has another tokenizer; a `temperature` above 2."
 )
 # JSON has no infinity: vLLM writes this for it.
 _NO_PROBABILITY = -9999.0
@@ -66,11 +66,11 @@ _OVERFLOWS = "The model overflows on it: serve it in bfloat16 or float32, or dro
 
 
 class Failure(Exception):
-    """What is wrong with one answer that may be right if asked for again, what to do if not, and seconds to wait."""
+    """What is wrong with one answer, what to do if it stays wrong, and whether and after how long to ask again."""
 
-    def __init__(self, what: str, remedy: str, wait: float = 0.0):
+    def __init__(self, what: str, remedy: str, wait: float = 0.0, may_pass: bool = True):
         super().__init__(what)
-        self.what, self.remedy, self.wait = what, remedy, wait
+        self.what, self.remedy, self.wait, self.may_pass = what, remedy, wait, may_pass
 
 
 class _Server:
@@ -294,7 +294,7 @@ class _Server:
             try:
                 return await self._ask_once(client, payload, parse, path or self._path, reasons or _REASONS_TO_REFUSE)
             except Failure as failure:
-                if attempt > self.max_retries:
+                if attempt > self.max_retries or not failure.may_pass:
                     times = "once" if attempt == 1 else f"{attempt} times"
                     raise ServerError(f"{where}: {failure.what}, asked {times}. {failure.remedy}", row) from None
                 # Jitter, so that rows that failed together do not return together.
@@ -682,8 +682,10 @@ def checked_sample(
     if finish_reason == "length" and length < longest:
         raise Failure(
             f"an answer cut after {length} tokens, of {longest} allowed",
-            "vLLM has a limit of its own: `max_model_len`, or `max_new_tokens` in a generation config, which "
-            "`--generation-config vllm` leaves out. Raise it, or lower `max_completion_length`.",
+            "vLLM has a limit of its own: `--max-model-len`, for prompt and answer together, or `max_new_tokens` in a "
+            "generation config, which `--generation-config vllm` leaves out. Raise it, or lower "
+            "`max_completion_length`.",
+            may_pass=False,
         )
     if finish_reason == "stop" and not ends and stop_reason not in sampling.stop:
         raise Failure(
