@@ -14,7 +14,6 @@ unpacked first (`pip install gguf`):
 """
 
 import json
-import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,10 +37,8 @@ from trl_lopd import (
     generate_sft_data,
     load_benchmark,
     score_rollouts,
+    write_report,
 )
-from trl_lopd.evaluation.report.report import write_report
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -182,14 +179,6 @@ def train(name: str, student: str, table: Dataset, test: Dataset, path: Path, ar
 
 def main(args: Arguments) -> None:
     out = Path(args.output_dir)
-    problems = load_benchmark(args.prompts, as_chat=True).shuffle(seed=args.seed)
-    parts, start = {}, 0
-    for part, count in {"sft": args.sft_prompts, "rollouts": args.rollout_prompts, "held_out": args.held_out}.items():
-        if start + count > len(problems):
-            raise SystemExit(f"{args.prompts} has {len(problems)} prompts; {start + count} are needed, and more.")
-        parts[part] = problems.select(range(start, start + count))
-        start += count
-
     teacher, base = args.teacher, args.student
     if args.gguf_file is not None:
         teacher = str(out / "teacher")
@@ -199,6 +188,15 @@ def main(args: Arguments) -> None:
         base = str(out / "base")
         if not done(Path(base)):
             prune(teacher, Path(base))
+    as_chat = AutoTokenizer.from_pretrained(teacher).chat_template is not None
+    problems = load_benchmark(args.prompts, as_chat=as_chat).shuffle(seed=args.seed)
+    parts, start = {}, 0
+    for part, count in {"sft": args.sft_prompts, "rollouts": args.rollout_prompts, "held_out": args.held_out}.items():
+        if start + count > len(problems):
+            raise SystemExit(f"{args.prompts} has {len(problems)} prompts; {start + count} are needed, and more.")
+        parts[part] = problems.select(range(start, start + count))
+        start += count
+
     options = {
         "max_completion_length": args.max_completion_length,
         "batch_size": args.sampling_batch_size,

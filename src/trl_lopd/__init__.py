@@ -42,6 +42,7 @@ _MODULE_OF = {
     "table_features": "table.schema",
     "validate_table": "table.schema",
     "verify_served_teacher": "identity.probes",
+    "write_report": "evaluation.report.report",
 }
 
 __all__ = list(_MODULE_OF)
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from .errors import OfflineOPDError, ServerError, ShardError, TableError, TeacherConsistencyError
     from .evaluation.comparison import compare_models
     from .evaluation.evaluate import evaluate_model, load_benchmark
+    from .evaluation.report.report import write_report
     from .generation.residual import residualize_table
     from .generation.rollouts import collect_rollouts, generate_sft_data
     from .generation.scoring import score_rollouts
