@@ -205,7 +205,6 @@ class EffOPDCallback(TrainerCallback):
             self._load(self._resume_from, state.global_step)
         else:
             self._base = self._copy()
-        self._begun, self._first_step, self._earlier = time.perf_counter(), state.global_step, len(self.history)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._is_due(state.global_step):
@@ -225,32 +224,26 @@ class EffOPDCallback(TrainerCallback):
             tqdm.write(
                 f"EffOPD: {summary['steps']} steps that went as far as {summary['equivalent_steps']:g}; "
                 f"{summary['accepted']} of {summary['searches']} searches accepted, {summary['search_seconds']:.1f} s "
-                f"spent in them, {summary['seconds_gained']:.1f} s gained."
+                "spent in them."
             )
         self._base, self._direction = {}, None
 
     def summary(self) -> dict[str, Any]:
         """
-        Summarizes the searches: `steps`, `equivalent_steps` (each step counted with the scale of its direction),
-        `searches`, `accepted`, `search_seconds`, and `seconds_gained` (estimated duration of the steps that were
-        saved, minus that of the searches).
+        Summarizes the searches: `steps`, `equivalent_steps` (each step counted with the scale of its direction, a
+        distance and not a quality), `searches`, `accepted` and `search_seconds`.
         """
         steps = self.trainer.state.global_step
-        spent = [search["seconds"] for search in self.history]
         equivalent, before = float(steps), 0
         for search in self.history:
             equivalent += (search["accepted"] - 1) * (search["step"] - before)
             before = search["step"]
-        # After a resumption, only the steps and searches of this process were timed.
-        training = time.perf_counter() - self._begun - sum(spent[self._earlier :])
-        seconds_per_step = training / max(1, steps - self._first_step)
         return {
             "steps": steps,
             "equivalent_steps": equivalent,
             "searches": len(self.history),
             "accepted": sum(search["accepted"] > 1 for search in self.history),
-            "search_seconds": round(sum(spent), 3),
-            "seconds_gained": round((equivalent - steps) * seconds_per_step - sum(spent), 3),
+            "search_seconds": round(sum(search["seconds"] for search in self.history), 3),
         }
 
     def card_record(self) -> dict[str, Any]:
