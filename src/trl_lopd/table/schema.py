@@ -27,7 +27,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -53,6 +53,8 @@ TEACHER_ID = "teacher_id"
 LEAST_SPREAD = 1.0
 # One entry a completion token.
 TOKEN_COLUMNS = ("completion_ids", "teacher_logprobs", RESIDUAL, *OPTIONAL_COLUMNS)
+# Columns that are read as arrays, not as Python lists.
+_TOKEN_LISTS = ("prompt_ids", *TOKEN_COLUMNS)
 LOGPROB_COLUMNS = ("teacher_logprobs", "ref_logprobs", "teacher_topk_logprobs")
 
 # Engines round: the log-probability of a near-certain token can come out a little above 0, a total a little above 1.
@@ -371,8 +373,8 @@ class TableRows:
     """
 
     def __init__(self, dataset: Dataset, columns: tuple[str, ...] = ()):
-        names = [name for name in dict.fromkeys(("prompt_ids", *TOKEN_COLUMNS)) if name in dataset.column_names]
-        self.source, self.columns = dataset, columns
+        names = [name for name in _TOKEN_LISTS if name in dataset.column_names]
+        self.source = dataset
         self.dataset = dataset.select_columns([*names, *columns]).with_format("arrow")
 
     @property
@@ -387,12 +389,19 @@ class TableRows:
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: list[int]) -> list[dict[str, np.ndarray]]:
-        table = self.dataset[rows]
-        columns = {
-            name: table[name].to_pylist() if name in self.columns else _row_arrays(name, table[name].combine_chunks())
-            for name in table.column_names
-        }
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return numpy_rows(self.dataset[rows])
+
+
+def numpy_rows(pa_table: pa.Table) -> list[dict[str, Any]]:
+    """
+    Returns the rows of a valid Arrow table: `prompt_ids` and the columns of tokens as arrays `(tokens,)` or
+    `(tokens, k)`, other columns as Python values.
+    """
+    columns = {
+        name: _row_arrays(name, column.combine_chunks()) if name in _TOKEN_LISTS else column.to_pylist()
+        for name, column in zip(pa_table.column_names, pa_table.columns, strict=True)
+    }
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def vocab_limits(
