@@ -600,13 +600,15 @@ class RowCheck:
                         f"Row {i}: its types are not those of the rows before it: {error}. Cast all rows to the types "
                         "of `table_features`, or make the table with `score_rollouts`."
                     ) from None
-        return joined
+        return joined.combine_chunks()
 
     def _check_columns(self, table: pa.Table) -> None:
         unlike = {}  # the first row that has a column that it must not have, or lacks one that it must have
         for name in _CHECKED:
-            nulls = table[name].is_null().to_numpy() if name in table.column_names else np.ones(len(table), bool)
-            if (wrong := nulls == (name in self.columns)).any():
+            present = np.full(len(table), name in table.column_names)
+            if name in table.column_names and table[name].null_count:
+                present = table[name].is_valid().to_numpy()
+            if (wrong := present != (name in self.columns)).any():
                 unlike[name] = int(wrong.argmax())
         if not unlike:
             return
