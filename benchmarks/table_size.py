@@ -97,7 +97,7 @@ class Rollouts:
         top_ids = np.split(self.ids[:, :top_k], ends)
         top_logprobs = np.split(self.logprobs[:, :top_k].astype(np.float16), ends)
         scores = [Scores(*row) for row in zip(logprobs, top_ids, top_logprobs, strict=True)]
-        table = with_scores(rollouts, "teacher@1-000000000000-00000000-00000000", top_k, scores)
+        table = with_scores(rollouts, "teacher@1-000000000000-00000000-00000000", top_k, scores, None)
         validate_table(table)
         return table
 

@@ -146,9 +146,9 @@ def test_no_room_is_an_error():
         OfflineOPDCollator(pad_token_id=0, max_completion_length=2)(late)
 
 
-def test_a_pack_stands_for_its_rows_and_all_rows_are_validated():
+def test_a_pack_stands_for_its_rows_and_all_rows_are_read():
     rows, seen = random_rows(5), []
-    collator = OfflineOPDCollator(pad_token_id=0, padding_free=True, validate=seen.extend)
+    collator = OfflineOPDCollator(pad_token_id=0, padding_free=True, read=lambda rows: seen.extend(rows) or rows)
     batch = collator([rows[:3], rows[3], rows[4:]])
     assert [id(row) for row in seen] == [id(row) for row in rows]
     expected = collator(rows)
@@ -161,7 +161,7 @@ def test_a_pack_stands_for_its_rows_and_all_rows_are_validated():
 def test_rows_that_nobody_has_read_yet_bring_who_scored_and_sampled_them():
     rows = [row | {"teacher_fingerprint": f"t{i}"} for i, row in enumerate(random_rows(4))]
     rows[2]["student_fingerprint"] = "s"
-    parts = OfflineOPDCollator(pad_token_id=0, max_tokens=24, validate=lambda rows: None)(rows)
+    parts = OfflineOPDCollator(pad_token_id=0, max_tokens=24, read=list)(rows)
     found = [
         pair for part in parts for pair in zip(part["teacher_fingerprint"], part["student_fingerprint"], strict=True)
     ]

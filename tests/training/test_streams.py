@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch
 from conftest import make_args, make_model, make_rollouts, without_topk
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
 
 from trl_lopd import (
     OfflineOPDTrainer,
@@ -220,6 +221,73 @@ def test_several_streams_may_have_different_columns(tmp_path, student_dir, table
 def test_a_table_that_is_streamed_as_it_is_stays_valid(tmp_path, student_dir, table):
     rows = Dataset.from_list(table.to_list(), features=table.features)
     assert OfflineOPDTrainer(str(student_dir), make_args(tmp_path), rows.to_iterable_dataset()).train()
+
+
+# ---- Ways in which a stream is read ----
+
+
+def generated(table):
+    return IterableDataset.from_generator(lambda: iter(table.to_list()))
+
+
+STREAMS = {
+    "arrow": lambda table, path: table.to_iterable_dataset(num_shards=3),
+    "parquet": lambda table, path: load_dataset("parquet", data_files=path, split="train", streaming=True),
+    "generator": lambda table, path: generated(table),
+    "torch": lambda table, path: table.to_iterable_dataset().with_format("torch"),
+    "mapped": lambda table, path: table.to_iterable_dataset().map(lambda row: {**row}),
+    "mapped as torch": lambda table, path: table.to_iterable_dataset().with_format("torch").map(lambda row: {**row}),
+    "mapped as numpy": lambda table, path: table.to_iterable_dataset().with_format("numpy").map(lambda row: {**row}),
+    "generated as torch": lambda table, path: generated(table).with_format("torch"),
+    "filtered": lambda table, path: table.to_iterable_dataset().filter(lambda row: len(row["prompt_ids"]) > 0),
+}
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_a_stream_gives_the_batches_of_its_table(tmp_path, student_dir, table, kind):
+    mask = [[True] * (len(ids) - 1) + [False] if len(ids) > 1 else [True] for ids in table["completion_ids"]]
+    table = table.add_column("completion_mask", mask)
+    table.to_parquet(tmp_path / "table.parquet")
+    stream = STREAMS[kind](table, str(tmp_path / "table.parquet"))
+    trainer = OfflineOPDTrainer(str(student_dir), make_args(tmp_path), table, eval_dataset=stream)
+    expected, found = (list(trainer.get_eval_dataloader(rows)) for rows in (table, stream))
+    assert len(found) == len(expected) > 1
+    for batch, of_table in zip(found, expected, strict=True):
+        assert set(batch) - set(of_table) == {"teacher_fingerprint", "teacher_id", "student_fingerprint", "is_filler"}
+        for name, values in of_table.items():
+            assert batch[name].dtype == values.dtype and torch.equal(batch[name], values), name
+
+
+def test_a_shuffled_stream_has_each_row_once(tmp_path, student_dir, table):
+    stream = table.to_iterable_dataset().shuffle(seed=1, buffer_size=10)
+    trainer = OfflineOPDTrainer(str(student_dir), make_args(tmp_path), table, eval_dataset=stream)
+    expected, found = (
+        [batch["labels"][batch["sequences"] == row].tolist() for batch in trainer.get_eval_dataloader(rows)
+         for row in range(len(batch["truncated"]))]
+        for rows in (table, stream)
+    )  # fmt: skip
+    assert found != expected and sorted(found) == sorted(expected)
+
+
+@pytest.mark.parametrize("kind", ["arrow", "generator", "torch", "generated as torch"])
+def test_a_stream_that_was_moved_begins_there(tmp_path, student_dir, table, kind):
+    stream = STREAMS[kind](table, None)
+    rows = iter(stream)
+    for _ in range(10):
+        next(rows)
+    stream.load_state_dict(stream.state_dict())
+    trainer = OfflineOPDTrainer(str(student_dir), make_args(tmp_path), table, eval_dataset=stream)
+    found = [batch["labels"].tolist() for batch in trainer.get_eval_dataloader(stream)]
+    expected = [batch["labels"].tolist() for batch in trainer.get_eval_dataloader(table.select(range(10, 24)))]
+    assert found == expected
+
+
+def test_a_row_of_other_types_is_named(tmp_path, student_dir, table):
+    rows = table.to_list()
+    rows[6]["completion_ids"] = [str(id) for id in rows[6]["completion_ids"]]
+    trainer = OfflineOPDTrainer(str(student_dir), make_args(tmp_path), stream_of(rows))
+    with pytest.raises(TableError, match=r"Row 6: its types are not those of the rows before it: .*completion_ids"):
+        trainer.train()
 
 
 # ---- Ends of a pass ----

@@ -61,7 +61,7 @@ class OfflineOPDCollator:
       `teacher_topk_ids` int64 and `teacher_topk_logprobs` float32 `(trained, k)`.
 
     For each sequence, `truncated` `(sequences,)`: whether its completion, with every per-token column, was truncated
-    on the right to fit the limits. With `validate`, also `teacher_fingerprint`, `teacher_id` and
+    on the right to fit the limits. With `read`, also `teacher_fingerprint`, `teacher_id` and
     `student_fingerprint`, lists of strings, and `is_filler` `(sequences,)`, see [`~rows.WholeStream`]. With
     `teacher_weights`, `weights` `(sequences,)` float32.
 
@@ -75,7 +75,7 @@ class OfflineOPDCollator:
         positions: how long a row the model can read.
         max_tokens: splits the batch into micro-batches of at most this many tokens, padding included, as few as
             best-fit decreasing finds, and returns them as a list.
-        validate: called first with the rows of each batch, for rows that have not been validated yet.
+        read: called first with the items of each batch, to make valid rows of what a stream yields.
         teacher_weights: weight of the rows of each `teacher_id`.
 
     Raises:
@@ -91,14 +91,14 @@ class OfflineOPDCollator:
     padding_free: bool = False
     positions: Positions = Positions(None, False)
     max_tokens: int | None = None
-    validate: Callable[[list[Row]], None] | None = None
+    read: Callable[[list[Any]], list[Row]] | None = None
     teacher_weights: dict[str, float] | None = None
 
     def __call__(self, items: list[Row | list[Row]]) -> Batch | list[Batch]:
         """Makes a batch of rows. An item may also be a pack, a list of rows."""
         rows = [row for item in items for row in (item if isinstance(item, list) else [item])]
-        if self.validate is not None:
-            self.validate(rows)
+        if self.read is not None:
+            rows = self.read(rows)
         spans = [self._span(row) for row in rows]
         if self.max_tokens is None:
             return self._batch(rows, spans)
@@ -122,7 +122,7 @@ class OfflineOPDCollator:
                     f"`max_length={self.positions.limit}`, which truncates completions, or filter such rows out of "
                     "the table."
                 )
-            if self.validate is not None:  # for tables, `check_positions` has warned already
+            if self.read is not None:  # for tables, `check_positions` has warned already
                 _warn_once(
                     f"Rows are longer than the {self.positions.limit} positions of the student. It reads them with "
                     "rotations that it was not trained on. `max_length` truncates completions."
@@ -176,12 +176,12 @@ class OfflineOPDCollator:
         if self.teacher_weights is not None:
             batch["weights"] = np.array([self._weight(row) for row in rows], dtype=np.float32)
         tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
-        if self.validate is not None:
+        if self.read is not None:
             # The collator may run in a dataloader worker, so fingerprints go into the batch. The training process
             # checks and counts them.
             for name in ("teacher_fingerprint", TEACHER_ID, "student_fingerprint"):
                 tensors[name] = [row.get(name) for row in rows]
-            tensors[FILLER] = torch.tensor([row.get(FILLER, False) for row in rows])
+            tensors[FILLER] = torch.tensor([bool(row.get(FILLER)) for row in rows])
         return tensors
 
     def _weight(self, row: Row) -> float:

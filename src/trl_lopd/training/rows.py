@@ -35,6 +35,7 @@ from ..table.schema import (
     TableSummary,
     column_counts,
     lengths,
+    numpy_rows,
     prompt_and_row_hashes,
     refuse_no_dataset,
     validate_rows,
@@ -174,22 +175,20 @@ class TrainingRows:
         return replace(self._prepared[stream])
 
     def _prepare_stream(self, stream: IterableDataset, name: str, check: TeacherCheck) -> set[str]:
-        row = next(iter(stream), None)
-        if row is None:
+        first = next(iter(in_arrow(stream)), None)
+        if first is None:
             raise TableError(f"`{name}` is an empty stream.")
-        columns = columns_of(row)
+        columns = columns_of(first)
 
-        def judge() -> tuple[RowCheck, Verdict]:
+        def judge() -> tuple[RowCheck, Verdict, str]:
             rows = RowCheck(self.args.teacher_logprob_floor, self.student.vocab_limits, columns)
-            rows([row])
+            (row,) = rows([first])
             check.is_residual = RESIDUAL in columns
-            teachers = [(row.get("teacher_fingerprint"), _domain_of(row.get(TEACHER_ID)))]
-            return replace(rows, rows=0), check.judge(
-                teachers, "the stream", sampled_by=[row.get("student_fingerprint")]
-            )
+            teachers = [(row["teacher_fingerprint"], _domain_of(row.get(TEACHER_ID)))]
+            verdict = check.judge(teachers, "the stream", sampled_by=[row.get("student_fingerprint")])
+            return replace(rows, rows=0), verdict, row["teacher_fingerprint"]
 
-        self._prepared[stream], check.verdict = on_main_process(self.args.distributed_state, judge)
-        check.first = row.get("teacher_fingerprint")
+        self._prepared[stream], check.verdict, check.first = on_main_process(self.args.distributed_state, judge)
         self.loss_type = resolve_loss_type(self.args, columns, self.loss_type)
         return columns
 
@@ -524,12 +523,32 @@ class GroupedByLength(LengthGroupedSampler):
 
 # ---- Streams ----
 
+_CHECKED = tuple(dict.fromkeys((*REQUIRED_COLUMNS, *TOKEN_COLUMNS)))
+_RECORDED = (TEACHER_ID, "student_fingerprint", FILLER)
+
+
+def in_arrow(stream: IterableDataset) -> IterableDataset:
+    """
+    Returns a stream that yields each row as an Arrow table of one row, from where the given one would begin.
+
+    A format of the given stream is replaced. Functions that it was mapped with still see the rows in that format.
+    """
+    arrow = stream.with_format("arrow")
+    if (state := stream._starting_state_dict) is not None:  # of `load_state_dict`, which `with_format` drops
+        position = state["examples_iterable"]
+        if position["type"] != "RebatchedArrowExamplesIterable":  # the source yields Python rows
+            position = {"examples_iterable": position}
+        arrow.load_state_dict({**state, "examples_iterable": position})
+    return arrow
+
 
 @dataclass
 class RowCheck:
     """
-    Check of the rows of a stream, in the process that reads them. Each row must be valid, and have the columns and the
-    k of the first row of the stream. A column with the value `None` counts as missing.
+    Reader of the rows of a stream, in the process that reads them. Each row must be valid, and have the columns and
+    the k of the first row of the stream. A column with the value `None` counts as missing.
+
+    A call takes rows as [`in_arrow`] yields them, and returns them as [`~table.schema.numpy_rows`] does.
 
     Args:
         floor (`float` or `None`): `teacher_logprob_floor`.
@@ -548,12 +567,12 @@ class RowCheck:
     top_k: int = 0
     rows: int = 0
 
-    def __call__(self, rows: list[Row]) -> None:
+    def __call__(self, rows: list[pa.Table]) -> list[Row]:
         try:
-            for i, row in enumerate(rows):
-                self._check_columns(row, self.rows + i)
+            table = self._joined(rows)
+            self._check_columns(table)
             summary = validate_rows(
-                pa.Table.from_pylist([{name: row[name] for name in self.columns} for row in rows]),
+                table.select([name for name in _CHECKED if name in self.columns]),
                 first_row=self.rows,
                 vocab_size=self.vocab[0],
                 topk_vocab_size=self.vocab[1],
@@ -563,35 +582,60 @@ class RowCheck:
         except TableError as error:
             raise TableError(f"{error} (Rows are counted in the order in which this process read them.)") from None
         self.rows, self.top_k = self.rows + len(rows), summary.top_k
+        return numpy_rows(table.select([name for name in table.column_names if name in (*self.columns, *_RECORDED)]))
 
-    def _check_columns(self, row: Row, number: int) -> None:
-        columns = columns_of(row)
-        if columns == self.columns:
+    def _joined(self, rows: list[pa.Table]) -> pa.Table:
+        read = (*_CHECKED, *_RECORDED)
+        rows = [row.select([name for name in read if name in row.column_names]) for row in rows]
+        joined = rows[0]
+        try:
+            # Rows of Python objects have types of their own: an empty list or `None` fits any.
+            joined = pa.concat_tables(rows, promote_options="permissive")
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            for i, row in enumerate(rows[1:], start=self.rows + 1):
+                try:
+                    joined = pa.concat_tables([joined, row], promote_options="permissive")
+                except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                    raise TableError(
+                        f"Row {i}: its types are not those of the rows before it: {error}. Cast all rows to the types "
+                        "of `table_features`, or make the table with `score_rollouts`."
+                    ) from None
+        return joined.combine_chunks()
+
+    def _check_columns(self, table: pa.Table) -> None:
+        unlike = {}  # the first row that has a column that it must not have, or lacks one that it must have
+        for name in _CHECKED:
+            present = np.full(len(table), name in table.column_names)
+            if name in table.column_names and table[name].null_count:
+                present = table[name].is_valid().to_numpy()
+            if (wrong := present != (name in self.columns)).any():
+                unlike[name] = int(wrong.argmax())
+        if not unlike:
             return
-        name = next(n for n in (*REQUIRED_COLUMNS, *TOKEN_COLUMNS) if (n in columns) != (n in self.columns))
+        name = min(unlike, key=unlike.get)
         problem = "missing, but the first row of the stream has it" if name in self.columns else (
             "present, but the first row of the stream lacks it"
         )  # fmt: skip
         raise TableError(
-            f"Row {number}, column `{name}`: {problem}. A column is in every row of a stream or in none: drop it "
-            "with `remove_columns`, or score all rows with the same options."
+            f"Row {self.rows + unlike[name]}, column `{name}`: {problem}. A column is in every row of a stream or in "
+            "none: drop it with `remove_columns`, or score all rows with the same options."
         )
 
 
-def columns_of(row: Row) -> frozenset[str]:
-    """Returns the columns that training reads and in which a row has a value."""
-    return frozenset(name for name in (*REQUIRED_COLUMNS, *TOKEN_COLUMNS) if row.get(name) is not None)
+def columns_of(row: pa.Table) -> frozenset[str]:
+    """Returns the columns that training reads and in which a table of one row has a value."""
+    return frozenset(name for name in _CHECKED if name in row.column_names and not row[name].null_count)
 
 
 class WholeStream(torch.utils.data.IterableDataset):
     """
-    Stream that every process reads completely, to take its part of each batch.
+    Stream of tables of one row that every process reads completely, to take its part of each batch.
 
     accelerate would distribute the shards of a [`~datasets.IterableDataset`] over the processes, if there are enough.
     Processes with fewer rows would then train on theirs more often, or keep the others waiting at the end of an epoch.
 
     Args:
-        stream ([`~datasets.IterableDataset`]): The rows.
+        stream ([`~datasets.IterableDataset`]): The rows, see [`in_arrow`].
         fill (`int`, *optional*, defaults to `1`): The number of rows is rounded up to a multiple of this by copies of
             the first row, marked with `FILLER`. Otherwise accelerate would repeat rows to fill the last batch, without
             a mark.
@@ -603,11 +647,11 @@ class WholeStream(torch.utils.data.IterableDataset):
     def set_epoch(self, epoch: int) -> None:
         self.stream.set_epoch(epoch)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[pa.Table]:
         rows = 0
         for rows, row in enumerate(self.stream, start=1):
             if rows == 1:
                 first = row
             yield row
         for _ in range(-rows % self.fill):
-            yield {**first, FILLER: True}
+            yield first.append_column(FILLER, pa.array([True]))

@@ -37,7 +37,7 @@ from .monitoring.drift import DriftMonitor, remedy
 from .monitoring.failures import LossCheck, SaveOnSigterm, out_of_memory_advice
 from .monitoring.metrics import EvaluationTotals, Window
 from .packing import PackedRows, best_fit_decreasing, check_boundaries
-from .rows import GroupedByLength, TrainingRows, WholeStream, fitting_lengths
+from .rows import GroupedByLength, TrainingRows, WholeStream, fitting_lengths, in_arrow
 from .student import Student, model_id_of
 
 if TYPE_CHECKING:
@@ -397,7 +397,8 @@ class OfflineOPDTrainer(Trainer):
         # Only training uses weights, and micro-batches: evaluation has its own batch size.
         self.data_collator = replace(collator, **({} if training else {"max_tokens": None, "teacher_weights": None}))
         if isinstance(dataset, IterableDataset):
-            self.data_collator.validate = self.rows.check_of(dataset)
+            self.data_collator.read = self.rows.check_of(dataset)
+            dataset = in_arrow(dataset)
             if (processes := self.accelerator.num_processes) > 1:
                 dataset = WholeStream(dataset, fill=1 if training else self.args.eval_batch_size * processes)
         # Evaluation reads all rows in their order. With persistent workers, `Trainer` would use this dataloader for
