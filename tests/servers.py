@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import select
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -264,6 +265,14 @@ def cut_off(handler, answer: dict) -> None:
 
 
 def hang_up(handler, answer: dict) -> None:
+    handler.close_connection = True
+
+
+def closed_at_the_next_request(handler, answer: dict) -> None:
+    """The time to keep the connection is over just when it is used again."""
+    honest(handler, answer)
+    handler.wfile.flush()
+    select.select([handler.connection], [], [])
     handler.close_connection = True
 
 
