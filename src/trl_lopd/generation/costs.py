@@ -335,10 +335,11 @@ def describe(estimate: dict[str, Any]) -> list[str]:
     sizes = sorted(estimate["bytes"].items(), key=lambda item: -item[1][1])
     whole = tuple(sum(size[i] for _, size in sizes) for i in range(2))
     largest = [f"{name} {_between(size, _size)}" for name, size in sizes if size[1] >= 0.01 * whole[1]]
+    rows = f"{estimate['rows']:,} rows, {estimate['prompt_tokens']:,} prompt tokens, {completions} completion tokens"
+    shards = f"{estimate['shards']:,} {'shard' if estimate['shards'] == 1 else 'shards'}"
     lines = [
-        f"{estimate['rows']:,} rows, {estimate['prompt_tokens']:,} prompt tokens, {completions} completion tokens; "
-        f"the longest row has {at_most}{estimate['longest_row']:,} tokens.",
-        f"On disk: {_between(whole, _size)} in {estimate['shards']:,} {'shard' if estimate['shards'] == 1 else 'shards'} ({', '.join(largest)}).",
+        f"{rows}; the longest row has {at_most}{estimate['longest_row']:,} tokens.",
+        f"On disk: {_between(whole, _size)} in {shards} ({', '.join(largest)}).",
     ]
     for name, model in estimate["models"].items():
         line = (
