@@ -64,7 +64,7 @@ def estimate_scoring(
     """
     dataset, scorers = scorers_of(dataset, teacher, teacher_column, ref_model, options, **given)
     _reset_peak()
-    models, sizes = {}, Counter(_column_bytes(_spread(dataset), len(dataset)))
+    models, sizes = {}, Counter(_bytes_of_rows(dataset))
     for name, (rows, scorer) in scorers.items():
         with naming(name) if name is not None else nullcontext():
             models[name or "teacher"], added = _measure_scoring(rows, scorer)
@@ -78,12 +78,12 @@ def estimate_scoring(
         "completion_tokens": int(completions.sum()),
         "longest_row": int((prompts + completions).max()),
         "shards": -(-len(dataset) // options.rows_per_shard),
-        "bytes": {name: (size, size) for name, size in sizes.items()},
+        "bytes": {name: (round(size), round(size)) for name, size in sizes.items()},
         **_total(models),
     }
 
 
-def _measure_scoring(dataset: Dataset, scorer: Scorer) -> tuple[dict[str, Any], dict[str, int]]:
+def _measure_scoring(dataset: Dataset, scorer: Scorer) -> tuple[dict[str, Any], dict[str, float]]:
     """Measures a teacher on some of its rows: the measurement, and the bytes of the columns that it adds."""
     scorer.settle_budget(None)
     tokens = np.add(*lengths(dataset))
@@ -116,7 +116,7 @@ def _measure_scoring(dataset: Dataset, scorer: Scorer) -> tuple[dict[str, Any], 
         measured |= {"tokens_at_once": min(widest, most), "max_batch_tokens": most}
     added = table.select_columns([name for name in table.column_names if name not in dataset.column_names])
     share = lengths(dataset)[1].sum() / lengths(table)[1].sum()
-    return measured, {name: round(size * share) for name, size in _column_bytes(added, len(added)).items()}
+    return measured, _column_bytes(added, share)
 
 
 def _groups_by_length(dataset: Dataset, tokens: np.ndarray) -> Iterator[list[np.ndarray]]:
@@ -229,9 +229,12 @@ def _measure_sampling(
         total = tokens * seconds / answer_lengths.sum()
     table = columns(take(prompts, rows), given, samples)
     # Of answers, the tokens decide how long a column is; of prompts, the rows do.
-    of_rows = answers / count * np.ones(2)
-    by_tokens = tokens / answer_lengths.sum()
-    by_rows = {*prompts.column_names, "prompt_ids", "finish_reason"}
+    of_prompts = [
+        name for name in table.column_names if name in (*prompts.column_names, "prompt_ids", "finish_reason")
+    ]
+    of_answers = table.remove_columns(of_prompts)
+    sizes_on_disk = _column_bytes(table.select_columns(of_prompts), np.full(2, answers / count))
+    sizes_on_disk |= _column_bytes(of_answers, tokens / answer_lengths.sum())
     return {
         "rows": answers,
         "completion_tokens": _whole(tokens),
@@ -241,10 +244,7 @@ def _measure_sampling(
         "ended": int(ended.sum()),
         "tokens_per_second": answer_lengths.sum() / seconds,
         "seconds": tuple(_largest_share(sizes, options.rows_per_shard) * total),
-    }, {
-        name: size * (of_rows if name in by_rows else by_tokens)
-        for name, size in _column_bytes(table, len(table)).items()
-    }
+    }, sizes_on_disk
 
 
 def _sample_longer_and_longer(
@@ -266,22 +266,29 @@ def _sample_longer_and_longer(
         limit = min(2 * limit, sampling.max_completion_length)
 
 
-def _spread(dataset: Dataset) -> Dataset:
-    """Takes rows from all over the dataset."""
+def _bytes_of_rows(dataset: Dataset) -> dict[str, float]:
+    """Returns the bytes on disk of each column of the rows, from some of all over them."""
     count = min(len(dataset), _ROWS_FOR_SIZES)
-    return take(dataset, np.linspace(0, len(dataset) - 1, count).astype(int))
+    rows = np.linspace(0, len(dataset) - 1, count).astype(int)
+    return _column_bytes(take(dataset, rows), len(dataset) / count)
 
 
-def _column_bytes(sample: Dataset, rows: int) -> dict[str, int]:
-    """Returns the bytes of each column in the parquet files of a table of so many rows, of which these are some."""
+def _column_bytes(sample: Dataset, scale: float | np.ndarray) -> dict[str, Any]:
+    """Returns the bytes of each column on disk, of a table that is so many times as large as the sample."""
+    first, whole = (_parquet_bytes(take(sample, range(rows))) for rows in (1, len(sample)))
+    # What a column takes that has hardly any values does not grow with them.
+    return {name: size + (size - first[name]) * (scale - 1) for name, size in whole.items()}
+
+
+def _parquet_bytes(table: Dataset) -> dict[str, int]:
     file = io.BytesIO()
-    write_parquet(sample.data.table, file, {})
+    write_parquet(table.data.table, file, {})
     metadata, sizes = pq.read_metadata(file), Counter()
     for group in range(metadata.num_row_groups):
         for i in range(metadata.num_columns):
             column = metadata.row_group(group).column(i)
             sizes[column.path_in_schema.split(".")[0]] += column.total_compressed_size
-    return {name: round(size * rows / len(sample)) for name, size in sizes.items()}
+    return sizes
 
 
 def _largest_share(sizes: np.ndarray, rows_per_shard: int) -> float:
