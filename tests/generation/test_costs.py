@@ -80,7 +80,7 @@ def test_scoring_takes_the_time_that_was_estimated(clock, teacher_dir):
     score_rollouts(rows, teacher, top_k=0, **declared)
     # Most of it is spent on the longest rows: tokens a second of all lengths together would say far less.
     low, high = estimate["seconds"]
-    assert 0.9 * low <= clock.now - measured <= 1.1 * high and high < 1.5 * low
+    assert low <= clock.now - measured <= high < 1.6 * low
 
 
 def test_rows_of_one_prompt_are_measured_together(clock, teacher_dir):
@@ -148,7 +148,7 @@ def test_a_batch_takes_as_long_as_its_longest_answer(clock, student_dir, monkeyp
     options = RolloutOptions(temperature=0.8, batch_size=8, max_completion_length=500, rows_per_shard=10)
     estimate = estimate_rollouts(PROMPTS, str(student_dir), "student", options)
     # Two shards of ten prompts and one of four: five batches, of which each takes up to 500 steps.
-    assert estimate["seconds"][1] == pytest.approx(5 * (2 + 0.1 * 500))
+    assert estimate["seconds"][1] == pytest.approx(1.15 * 5 * (2 + 0.1 * 500))
     assert estimate["seconds"][0] < 5 * (2 + 0.1 * 400)
 
 
@@ -170,7 +170,7 @@ def test_the_command_writes_nothing(tmp_path, teacher_dir, student_dir, capsys, 
         assert cli.main(["score", *flags, *out, "--fingerprint", f"{{code: {teacher_dir}}}"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("20 rows, ") and "teacher_topk_ids" in printed[1]
-    assert printed[2].startswith("math: 10 rows in about ") or printed[2].startswith("math: 10 rows in ")
+    assert printed[2].startswith("math: 10 rows in ")
     assert printed[3].startswith("code: 10 rows in ") and "tokens at once" not in printed[3]
     assert json.loads(printed[-1])["rows"] == 20
     for role in ("student", "teacher"):

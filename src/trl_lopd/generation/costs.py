@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 SAMPLE_SECONDS = 20.0
 # Rows are measured by length, in groups that each hold as many tokens: a token of a long row takes longer.
 _GROUPS = 4
+# How far, at least, the pace of some seconds may be from that of hours.
+_UNSURE = 0.15
 _ROWS_FOR_SIZES = 1000
 
 
@@ -101,6 +103,7 @@ def _measure_scoring(dataset: Dataset, scorer: Scorer) -> tuple[dict[str, Any], 
         of_group = tokens[np.concatenate(group)].sum()
         # Larger batches are faster, up to a size: what was seen last is nearest to the run.
         seconds += of_group * np.array([min(paces[-2:]), max(paces[-2:])])
+    seconds *= 1 - _UNSURE, 1 + _UNSURE
     table = concatenate_datasets(scored)
     sampled = int(np.add(*lengths(table)).sum())
     measured = {
@@ -108,8 +111,8 @@ def _measure_scoring(dataset: Dataset, scorer: Scorer) -> tuple[dict[str, Any], 
         "tokens": int(tokens.sum()),
         "measured_rows": len(table),
         "measured_tokens": sampled,
-        "tokens_per_second": sampled / spent,
-        "seconds": tuple(_largest_share(tokens, scorer.options.rows_per_shard) * seconds),
+        "tokens_per_second": float(sampled / spent),
+        "seconds": tuple((_largest_share(tokens, scorer.options.rows_per_shard) * seconds).tolist()),
     }
     if not scorer.is_served:
         most = scorer.max_batch_tokens
@@ -127,11 +130,13 @@ def _groups_by_length(dataset: Dataset, tokens: np.ndarray) -> Iterator[list[np.
     units = np.split(np.arange(len(prompts)), starts[1:])
     order = np.argsort(np.maximum.reduceat(tokens, starts), kind="stable")
     ends = np.cumsum(np.add.reduceat(tokens, starts)[order])
-    cuts = np.searchsorted(ends, ends[-1] * np.arange(1, _GROUPS) / _GROUPS)
-    for group in np.split(order, cuts):
-        if len(group):
-            # From the middle, whose length is the group's.
-            yield [units[unit] for unit in np.roll(group, -(len(group) // 2))]
+    cuts, middles = (
+        np.searchsorted(ends, ends[-1] * np.arange(first, 2 * _GROUPS, 2) / (2 * _GROUPS)) for first in (0, 1)
+    )
+    for start, middle, stop in zip(cuts, middles, [*cuts[1:], len(order)], strict=True):
+        if start < stop:
+            # From the unit where half of the group's tokens are, whose length is most like theirs.
+            yield [units[unit] for unit in np.roll(order[start:stop], start - min(middle, stop - 1))]
 
 
 def _growing(units: list[np.ndarray], seconds: float) -> Iterator[np.ndarray]:
@@ -227,6 +232,7 @@ def _measure_sampling(
         total = batches.sum() * (seconds + pace * (steps - reached))
     else:
         total = tokens * seconds / answer_lengths.sum()
+    total *= 1 - _UNSURE, 1 + _UNSURE
     table = columns(take(prompts, rows), given, samples)
     # Of answers, the tokens decide how long a column is; of prompts, the rows do.
     of_prompts = [
@@ -242,8 +248,8 @@ def _measure_sampling(
         "measured_tokens": int(answer_lengths.sum()),
         "measured_length": limit,
         "ended": int(ended.sum()),
-        "tokens_per_second": answer_lengths.sum() / seconds,
-        "seconds": tuple(_largest_share(sizes, options.rows_per_shard) * total),
+        "tokens_per_second": float(answer_lengths.sum() / seconds),
+        "seconds": tuple((_largest_share(sizes, options.rows_per_shard) * total).tolist()),
     }, sizes_on_disk
 
 
