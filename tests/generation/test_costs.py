@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import types
 
@@ -96,14 +97,15 @@ def joined(rows, i):
 
 
 def test_a_table_has_the_size_that_was_estimated(tmp_path, teacher_dir, student_dir, monkeypatch):
-    monkeypatch.setattr(costs, "SAMPLE_SECONDS", 3.0)
-    rows = make_rollouts(2000)
-    options = {"top_k": 4, "rows_per_shard": 600}
+    # So that the sample is the same on a slow machine.
+    monkeypatch.setattr(costs, "time", types.SimpleNamespace(perf_counter=itertools.count(step=0.001).__next__))
+    rows = make_rollouts(1000)
+    options = {"top_k": 4, "rows_per_shard": 300}
     estimate = estimate_scoring(rows, str(teacher_dir), ScoringOptions(**options), ref_model=str(student_dir))
     table = score_rollouts(rows, str(teacher_dir), ref_model=str(student_dir), output_dir=tmp_path / "t", **options)
     tokens = [sum(map(len, table[name])) for name in ("prompt_ids", "completion_ids")]
-    assert (estimate["rows"], estimate["prompt_tokens"], estimate["completion_tokens"]) == (2000, *tokens)
-    assert estimate["longest_row"] == max(len(joined(rows, i)) for i in range(2000)) and estimate["shards"] == 4
+    assert (estimate["rows"], estimate["prompt_tokens"], estimate["completion_tokens"]) == (1000, *tokens)
+    assert estimate["longest_row"] == max(len(joined(rows, i)) for i in range(1000)) and estimate["shards"] == 4
     sizes = dict.fromkeys(table.column_names, 0)
     for path in (tmp_path / "t").glob("*.parquet"):
         metadata = pq.read_metadata(path)
