@@ -19,7 +19,16 @@ from trl.data_utils import maybe_convert_to_chatml
 from .evaluation.evaluate import evaluate_model, load_benchmark, show
 from .evaluation.metrics import flatten
 from .generation.addresses import create_client, is_address, served_model, server_at
-from .generation.options import RolloutOptions, SamplingOptions, ScoringOptions, as_dict, check_whole_numbers
+from .generation.costs import describe, estimate_rollouts, estimate_scoring
+from .generation.options import (
+    ROLLOUT_DEFAULTS,
+    SFT_DATA_DEFAULTS,
+    RolloutOptions,
+    SamplingOptions,
+    ScoringOptions,
+    as_dict,
+    check_whole_numbers,
+)
 from .generation.prompts import TEMPLATE_COLUMNS
 from .generation.rollouts import SFT_COLUMNS, WRITTEN_COLUMNS, collect_rollouts, generate_sft_data
 from .generation.scoring import score_rollouts
@@ -64,6 +73,13 @@ class TableArguments(JobArguments):
         default=None, metadata={"help": "Push the table and its card there when it is complete."}
     )
     hub_private_repo: bool = field(default=False, metadata={"help": "Whether that repository is private."})
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Write nothing: measure a sample for about 20 seconds, and print how many rows and tokens there "
+            "are, and how much disk, memory and time they will take."
+        },
+    )
 
 
 @dataclass(kw_only=True)
@@ -193,11 +209,20 @@ class EvaluateArguments(SamplingOptions, JobArguments):
             self.output_dir = str(Path(self.model_name_or_path) / "evaluations" / Path(self.benchmark).stem)
 
 
-def rollout(args: RolloutArguments) -> Dataset:
-    """Samples rollouts or SFT data with these options, and returns the table, which is in `output_dir` too."""
+def rollout(args: RolloutArguments) -> Dataset | None:
+    """
+    Samples rollouts or SFT data with these options, and returns the table, which is in `output_dir` too; with
+    `dry_run`, prints what that will take.
+    """
     with _surroundings(args):
         model, engine = _model_of(args)
         options = _options(args, RolloutOptions) | engine
+        if args.dry_run:
+            defaults = ROLLOUT_DEFAULTS if args.role == "student" else SFT_DATA_DEFAULTS
+            sampling, ref_logprobs = RolloutOptions(**defaults | options), args.role == "student" and args.ref_logprobs
+            return _print_estimate(
+                estimate_rollouts(load_prompts(args), model, args.role, sampling, args.teacher_column, ref_logprobs)
+            )
         if args.role == "student":
             collect, options["ref_logprobs"] = collect_rollouts, args.ref_logprobs
         else:
@@ -207,26 +232,36 @@ def rollout(args: RolloutArguments) -> Dataset:
         return _pushed(collect(load_prompts(args), model, output_dir=args.output_dir, **options), args)
 
 
-def score(args: ScoreArguments) -> Dataset:
-    """Scores rollouts with these options, and returns the table, which is in `output_dir` too."""
+def score(args: ScoreArguments) -> Dataset | None:
+    """
+    Scores rollouts with these options, and returns the table, which is in `output_dir` too; with `dry_run`, prints
+    what that will take.
+    """
     with _surroundings(args):
         rollouts = load_table(args.dataset_name, args.dataset_config, split=args.dataset_split)
-        options: dict[str, Any] = _options(args, ScoringOptions)
+        options = _options(args, ScoringOptions)
         kwargs = hub_kwargs(args.init_kwargs)
         teacher: Any = _each(
             args.teacher, lambda name: server_at(name, **(args.server_kwargs or {})) if is_address(name) else name
         )
+        given: dict[str, Any] = {}
         if args.teacher_card:
-            options["teacher_card"] = card = read_model_card(args.teacher_card)
+            given["teacher_card"] = card = read_model_card(args.teacher_card)
             if isinstance(teacher, dict):
-                options["teacher_card"] = {name: card for name, given in args.teacher.items() if is_address(given)}
+                given["teacher_card"] = {name: card for name, served in args.teacher.items() if is_address(served)}
         if args.fingerprint:
-            options["fingerprint"] = _each(args.fingerprint, lambda name: fingerprint_teacher(name, **kwargs))
-        if args.teacher_column:
-            options["teacher_column"] = args.teacher_column
-        return _pushed(
-            score_rollouts(rollouts, teacher, output_dir=args.output_dir, ref_model=args.ref_model, **options), args
-        )
+            given["fingerprint"] = _each(args.fingerprint, lambda name: fingerprint_teacher(name, **kwargs))
+        given |= {"teacher_column": args.teacher_column, "ref_model": args.ref_model}
+        if args.dry_run:
+            return _print_estimate(estimate_scoring(rollouts, teacher, ScoringOptions(**options), **given))
+        return _pushed(score_rollouts(rollouts, teacher, output_dir=args.output_dir, **given, **options), args)
+
+
+def _print_estimate(estimate: dict[str, Any]) -> None:
+    if processes().is_main_process:
+        for line in describe(estimate):
+            print(line)
+        print(json.dumps(estimate), flush=True)
 
 
 def evaluate(args: EvaluateArguments) -> dict[str, Any]:
@@ -423,7 +458,7 @@ def _check_server_kwargs(args: JobArguments, *names: str) -> None:
 def _surroundings(args: JobArguments) -> Iterator[None]:
     """Starts the processes, and a wandb run on the main one, which ends with the `with` block."""
     state = processes(cpu=args.use_cpu)
-    if args.report_to != "wandb" or not state.is_main_process:
+    if args.report_to != "wandb" or getattr(args, "dry_run", False) or not state.is_main_process:
         yield
         return
     import wandb

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import ranks
-from conftest import make_trainer, without_topk
+from conftest import make_model, make_trainer, save_student, without_topk
+from peft import LoraConfig
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
@@ -40,10 +41,55 @@ def test_a_log_is_a_line_of_six_numbers(tmp_path, student_dir, table, capfd, dis
     out, err = capfd.readouterr()
     assert [re.fullmatch(TRAINED, line)[1] for line in out.splitlines() if "/4: " in line] == ["2", "4"]
     assert [re.fullmatch(EVALUATED, line)[1] for line in out.splitlines() if "eval" in line] == ["4"]
-    assert len(out.splitlines()) == 4 and re.fullmatch(r"4 steps in [\d.]+ s", out.splitlines()[-1])
+    assert len(out.splitlines()) == 5 and re.fullmatch(r"4 steps in [\d.]+ s", out.splitlines()[-1])
     assert "it/s" not in err
     for log in (logs.logs[0], trainer.state.log_history[0]):
         assert len(log) > 20 and "importance_weight/p99" in log
+
+
+def first_line(capsys, trainer):
+    capsys.readouterr()
+    trainer.train()
+    return capsys.readouterr().out.splitlines()[0]
+
+
+def test_the_first_line_says_what_the_training_takes(tmp_path, tokenizer, teacher_dir, table, capsys):
+    # In the file of the optimizer each parameter has a kilobyte of its own.
+    student_dir = save_student(tmp_path / "student", make_model(seed=2, hidden=128), tokenizer, teacher_dir)
+    changes = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
+    trainer = make_trainer(tmp_path, student_dir, table, max_completion_length=4, **changes)
+    line = first_line(capsys, trainer)
+    tokens = [len(row["prompt_ids"]) + min(4, len(row["completion_ids"])) for row in table]
+    assert line.startswith(
+        f"24 rows of {sum(tokens)} tokens, at most {max(tokens)} a row; 8 optimizer steps, 2.67 passes."
+    )
+    # Weights, gradients and two of Adam; weights and Adam on disk.
+    size = 4 * sum(parameter.numel() for parameter in trainer.model.parameters())
+    assert line.endswith(
+        f"Weights and gradients and Adam: {4 * size / 1e9:.3g} GB in each process; checkpoints on disk: 3 x "
+        f"{3 * size / 1e9:.3g} GB."
+    )
+    saved = sorted((tmp_path / "out").glob("checkpoint-*"))
+    on_disk = [sum((path / name).stat().st_size for name in ("model.safetensors", "optimizer.pt")) for path in saved]
+    assert len(saved) == 3 and on_disk == pytest.approx([3 * size] * 3, rel=0.05)
+
+
+def test_the_first_line_counts_what_adapters_take(tmp_path, student_dir, table, capsys):
+    peft_config = LoraConfig(r=2, target_modules="all-linear")
+    changes = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    trainer = make_trainer(tmp_path, student_dir, table, peft_config=peft_config, save_only_model=True, **changes)
+    line = first_line(capsys, trainer)
+    trained = 4 * sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    memory = 4 * sum(parameter.numel() for parameter in trainer.model.parameters()) + 3 * trained
+    assert line.endswith(f"{memory / 1e9:.3g} GB in each process; checkpoints on disk: 1 x {trained / 1e9:.3g} GB.")
+
+
+def test_the_first_line_says_what_is_not_known_of_a_stream(tmp_path, student_dir, table, capsys):
+    trainer = make_trainer(tmp_path, student_dir, table.to_iterable_dataset(), max_steps=1, optim="sgd")
+    line = first_line(capsys, trainer)
+    assert line.startswith(
+        "A stream, whose rows and tokens are not known beforehand; 1 optimizer steps. Weights and gradients: "
+    )
 
 
 def test_what_a_table_lacks_is_left_out(tmp_path, student_dir, table, capsys):
@@ -68,7 +114,7 @@ def test_metrics_of_one_s_own_and_searches_are_shown(tmp_path, student_dir, tabl
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(rf"step 0, eval: {SIX}, eval_solved 0.25", lines[0])
     assert lines[1] == "step 0: mine 1.5, of words"
-    assert re.match(r"step 1: effopd/score_1 [\d.]+, effopd/score_3 [\d.]+", lines[2])
+    assert re.match(r"step 1: effopd/score_1 [\d.]+, effopd/score_3 [\d.]+", lines[3])
 
 
 def test_a_printer_of_one_s_own_is_left_alone(tmp_path, student_dir, table, capsys):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,11 +119,14 @@ def collect_rollouts(
         ShardError: `output_dir` has other content or another run's rollouts, or another process writes to it.
         ServerError: A server cannot be used.
     """
-    model = _Model.resolve(student, "student", options, processing_class, fingerprint)
+    given = {"processing_class": processing_class, "fingerprint": fingerprint}
+    prompts, answerers = answerers_of(prompts, student, "student", options, ref_logprobs=ref_logprobs, **given)
+    columns = answerers[None][1]
+    model = columns.model
     name = model.source if isinstance(model.source, str) else model.source.config._name_or_path
     card = read_model_card(name, options.init_kwargs.get("revision")) if name else {}
     sft_teachers = [teacher["id"] for teacher in card.get("sft_teachers") or []]
-    answers, about, _ = _run(_prepare_prompts(prompts, model), model, output_dir, ref_logprobs=ref_logprobs)
+    answers, about, _ = _run(prompts, columns, output_dir)
     return _recorded(answers, {"students": [about | {"sft_teachers": sft_teachers}]}, output_dir)
 
 
@@ -173,21 +176,54 @@ def generate_sft_data(
         ValueError, ShardError, ServerError: As in [`collect_rollouts`].
         TableError: A prompt names none of several teachers, or a teacher has no prompts.
     """
-    refuse_list(teacher, "teacher")
+    given = {"processing_class": processing_class, "fingerprint": fingerprint}
+    prompts, answerers = answerers_of(prompts, teacher, "teacher", options, teacher_column, **given)
     if isinstance(teacher, dict):
-        refuse_no_dataset(prompts, "prompts")
-        prompts, parts = split_rows(prompts, teacher, teacher_column)
-        given = of_each(teacher, tokenizer=processing_class, fingerprint=fingerprint)
-        models = {}
-        for name, source in teacher.items():
-            with naming(name):
-                models[name] = _Model.resolve(source, "teacher", options, **given[name])
-        return _collect_parts(prompts, parts, models, output_dir)
-    if teacher_column is not None:
-        raise ValueError("`teacher_column` is for several teachers, a dictionary of them by name.")
-    model = _Model.resolve(teacher, "teacher", options, processing_class, fingerprint)
-    answers, about, _ = _run(_prepare_prompts(prompts, model), model, output_dir)
+        return _collect_parts(prompts, answerers, output_dir)
+    answers, about, _ = _run(*answerers[None], output_dir)
     return _recorded(answers, {"sft_teachers": count_teachers(teacher_counts(answers), [about])}, output_dir)
+
+
+def answerers_of(
+    prompts: Dataset | Sequence[Prompt],
+    model: Any,
+    role: str,
+    options: RolloutOptions,
+    teacher_column: str | None = None,
+    ref_logprobs: bool = False,
+    **given: Any,
+) -> tuple[Dataset, dict[str | None, tuple[Dataset, AnswerColumns]]]:
+    """
+    Finds who answers which prompts, and whether they can, before anything is sampled; for the arguments see
+    [`collect_rollouts`] and [`generate_sft_data`].
+
+    Returns:
+        `tuple[Dataset, dict]`: The prompts; and those of each model with its [`AnswerColumns`], by its name, or `None`
+        if there is one.
+    """
+    if role == "teacher":
+        refuse_list(model, role)
+    if role == "student" or not isinstance(model, dict):
+        if teacher_column is not None:
+            raise ValueError("`teacher_column` is for several teachers, a dictionary of them by name.")
+        one = _Model.resolve(model, role, options, **given)
+        prompts = _prepare_prompts(prompts, one)
+        return prompts, {None: (prompts, AnswerColumns.of(prompts, one, ref_logprobs))}
+    refuse_no_dataset(prompts, "prompts")
+    prompts, parts = split_rows(prompts, model, teacher_column)
+    given_each = of_each(model, **given)
+    models = {}
+    for name, source in model.items():
+        with naming(name):
+            models[name] = _Model.resolve(source, role, options, **given_each[name])
+    # All prompts first, for errors that name the prompt of all.
+    first = next(iter(models.values()))
+    as_dataset(prompts, first.tokenizer, options.chat_template_kwargs or {})
+    with_input_ids, answerers = _need_input_ids(prompts, first), {}
+    for name, rows in parts.items():
+        rows = _prepare_prompts(rows, models[name])
+        answerers[name] = rows, replace(AnswerColumns.of(rows, models[name]), with_input_ids=with_input_ids)
+    return prompts, answerers
 
 
 @dataclass
@@ -220,8 +256,8 @@ class _Model:
         source: str | Path | PreTrainedModel,
         role: str,
         options: RolloutOptions,
-        tokenizer: PreTrainedTokenizerBase | None,
-        fingerprint: TeacherFingerprint | None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        fingerprint: TeacherFingerprint | None = None,
     ) -> _Model:
         """Finds a model's tokenizer and fingerprint. All processes must call this."""
         state, engine = processes(), options.engine
@@ -237,8 +273,10 @@ class _Model:
         is_declared = engine not in ENGINES or fingerprint is not None
         is_declared |= isinstance(source, str) and warn_of_altering_kwargs(options.init_kwargs, source)
         # Only one process reads the gigabytes of a checkpoint.
-        fingerprint = fingerprint or on_main_process(state, lambda: fingerprint_teacher(source, tokenizer, **kwargs))
-        tokenizer = tokenizer or load_tokenizer(source, **kwargs)
+        fingerprint = fingerprint or on_main_process(
+            state, lambda: fingerprint_teacher(source, processing_class, **kwargs)
+        )
+        tokenizer = processing_class or load_tokenizer(source, **kwargs)
         if engine not in ENGINES and hasattr(engine, "self_test"):
             engine.processing_class = engine.processing_class or tokenizer
             on_main_process(state, engine.self_test)
@@ -322,32 +360,20 @@ class _Model:
 
 
 def _run(
-    prompts: Dataset,
-    model: _Model,
-    output_dir: str | Path | None,
-    *,
-    ref_logprobs: bool = False,
-    with_input_ids: bool | None = None,
-    whole: ShardedRun | None = None,
+    prompts: Dataset, columns: AnswerColumns, output_dir: str | Path | None, whole: ShardedRun | None = None
 ) -> tuple[Dataset, dict[str, Any], dict[str, int]]:
     """Samples the answers of a model: the answers, the model's entry, and the counts of the run."""
-    state, options = processes(), model.options
-    as_columns = _AnswerColumns(
-        model,
-        ref_logprobs,
-        as_messages=model.role == "teacher" and is_conversational({"prompt": prompts[0]["prompt"]}),
-        with_input_ids=_need_input_ids(prompts, model) if with_input_ids is None else with_input_ids,
-    )
+    state, model, options = processes(), columns.model, columns.model.options
     pins = {
         "run": "answers of a " + model.role,
         "prompts": on_main_process(state, lambda: describe(prompts)) if output_dir is not None else None,
-        "ref_logprobs": ref_logprobs,
+        "ref_logprobs": columns.ref_logprobs,
         **model.pins(),
     }
     sizes, about = np.full(len(prompts), options.num_generations), {}
     with ShardedRun("Sampling", "answer", sizes, options.rows_per_shard, output_dir, pins, whole) as run:
         for shard, span in run.pending():
-            _answer(run, shard, prompts, span, as_columns)
+            _answer(run, shard, prompts, span, columns)
         if model.is_probed and state.is_main_process:
             card = read_dataset_card(output_dir) if output_dir is not None else {}
             about["probes"] = probes_of_run(card, model.fingerprint.id, lambda: model.loaded, model.tokenizer)
@@ -361,15 +387,11 @@ def _run(
 
 
 def _collect_parts(
-    prompts: Dataset, parts: dict[str, Dataset], models: dict[str, _Model], output_dir: str | Path | None
+    prompts: Dataset, parts: dict[str, tuple[Dataset, AnswerColumns]], output_dir: str | Path | None
 ) -> Dataset:
     """Samples the answers of each of several teachers to its prompts, and puts them together."""
-    first = next(iter(models.values()))
-    options = first.options
-    # All prompts first, for errors that name the prompt of all.
-    as_dataset(prompts, first.tokenizer, options.chat_template_kwargs or {})
-    parts = {name: _prepare_prompts(rows, models[name]) for name, rows in parts.items()}
-    with_input_ids, state = _need_input_ids(prompts, first), processes()
+    models, state = {name: columns.model for name, (_, columns) in parts.items()}, processes()
+    options = next(iter(models.values())).options
     pins = {
         "run": "answers of several teachers",
         "prompts": on_main_process(state, lambda: describe(prompts)) if output_dir is not None else None,
@@ -377,7 +399,7 @@ def _collect_parts(
     }
 
     def answer(name: str, rows: Dataset, directory: Path | None) -> tuple[Dataset, dict[str, Any], dict[str, int]]:
-        answers, about, counts = _run(rows, models[name], directory, with_input_ids=with_input_ids, whole=run)
+        answers, about, counts = _run(rows, parts[name][1], directory, run)
         models[name].unload()
         if directory is not None and state.is_main_process:
             write_record(directory, {"sft_teachers": [about]})
@@ -385,7 +407,10 @@ def _collect_parts(
 
     sizes = np.full(len(prompts), options.num_generations)
     with ShardedRun("Sampling", "answer", sizes, options.rows_per_shard, output_dir, pins) as run:
-        entries = [*(entry(model.fingerprint) for model in models.values()), *run_parts(run, parts, answer)]
+        entries = [
+            *(entry(model.fingerprint) for model in models.values()),
+            *run_parts(run, {name: rows for name, (rows, _) in parts.items()}, answer),
+        ]
         answers = run.dataset()
         record = {"sft_teachers": count_teachers(teacher_counts(answers), entries)}
         answers = _recorded(answers, record, output_dir)
@@ -435,17 +460,13 @@ def _prepare_prompts(prompts: Dataset | Sequence[Prompt], model: _Model) -> Data
     return prompts
 
 
-def _answer(run: ShardedRun, shard: int, prompts: Dataset, span: range, as_columns: _AnswerColumns) -> None:
+def _answer(run: ShardedRun, shard: int, prompts: Dataset, span: range, columns: AnswerColumns) -> None:
     """Samples the answers to the prompts of a shard, and writes the shard."""
-    model, count = as_columns.model, as_columns.model.options.num_generations
+    model, count = columns.model, columns.model.options.num_generations
     rows = take(prompts, [row for row in span for _ in range(count)])
     prompt_ids = [ids for ids in model.encode(prompts[span.start : span.stop]) for _ in range(count)]
-    samples = model.sampler.sample(
-        prompt_ids, model.sampling, span.start * count, lambda tokens: run.advance(tokens, 1)
-    )
-    if as_columns.ref_logprobs:
-        samples = _with_logprobs(samples, prompt_ids, model)
-    part = as_columns(rows, prompt_ids, samples)
+    samples = columns.sample(prompt_ids, model.sampling, span.start * count, lambda tokens: run.advance(tokens, 1))
+    part = columns(rows, prompt_ids, samples)
     is_cut = [sample.finish_reason == "length" for sample in samples]
     kept = [i for i, cut in enumerate(is_cut) if model.options.truncated == "keep" or not cut]
     run.write(
@@ -513,7 +534,7 @@ def _with_logprobs(samples: list[Sample], prompt_ids: list[list[int]], model: _M
 
 
 @dataclass(frozen=True)
-class _AnswerColumns:
+class AnswerColumns:
     """
     Columns of answers, which a call adds to the rows of their prompts.
 
@@ -528,6 +549,23 @@ class _AnswerColumns:
     ref_logprobs: bool
     as_messages: bool
     with_input_ids: bool
+
+    @classmethod
+    def of(cls, prompts: Dataset, model: _Model, ref_logprobs: bool = False) -> AnswerColumns:
+        """Finds the columns that the answers to these prompts have."""
+        as_messages = model.role == "teacher" and is_conversational({"prompt": prompts[0]["prompt"]})
+        return cls(model, ref_logprobs, as_messages, _need_input_ids(prompts, model))
+
+    def sample(
+        self,
+        prompt_ids: list[list[int]],
+        sampling: Sampling,
+        first: int = 0,
+        advance: Callable[[int], object] = lambda tokens: None,
+    ) -> list[Sample]:
+        """Answers each prompt once, see [`Sampler`], with log-probabilities if the columns have them."""
+        samples = self.model.sampler.sample(prompt_ids, sampling, first, advance)
+        return _with_logprobs(samples, prompt_ids, self.model) if self.ref_logprobs else samples
 
     def __call__(self, rows: Dataset, prompt_ids: list[list[int]], samples: list[Sample]) -> Dataset:
         ids = [sample.ids for sample in samples]

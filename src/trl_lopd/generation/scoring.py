@@ -147,6 +147,30 @@ def score_rollouts(
         ValueError: An option out of range, several processes without `output_dir`, or a served teacher without a
             fingerprint or card.
     """
+    given = {"processing_class": processing_class, "fingerprint": fingerprint, "teacher_card": teacher_card}
+    dataset, scorers = scorers_of(dataset, teacher, teacher_column, ref_model, options, **given)
+    if isinstance(teacher, dict):
+        return _score_parts(dataset, scorers, output_dir)
+    table, record, _ = _run(dataset, scorers[None][1], output_dir)
+    return _recorded(dataset, table, [record], output_dir)
+
+
+def scorers_of(
+    dataset: Dataset,
+    teacher: OneTeacher | dict[str, OneTeacher],
+    teacher_column: str | None,
+    ref_model: str | Path | PreTrainedModel | None,
+    options: ScoringOptions,
+    **given: Any,
+) -> tuple[Dataset, dict[str | None, tuple[Dataset, Scorer]]]:
+    """
+    Finds who scores which rows, and whether they can, before anything is scored; for the arguments see
+    [`score_rollouts`].
+
+    Returns:
+        `tuple[Dataset, dict]`: The rows, with `teacher_id` if there are several teachers; and each teacher's rows and
+        its [`Scorer`], by its name, or `None` if there is one.
+    """
     refuse_list(teacher, "teacher")
     ref_model = as_name(ref_model)
     if is_address(ref_model):
@@ -154,19 +178,17 @@ def score_rollouts(
     added = ["teacher_logprobs", "teacher_fingerprint", *(TOPK_COLUMNS if options.top_k else ())]
     added += ["ref_logprobs"] if ref_model is not None else []
     check_rollouts(dataset, added)
-    given = {"processing_class": processing_class, "fingerprint": fingerprint, "teacher_card": teacher_card}
-    if isinstance(teacher, dict):
-        dataset, parts = split_rows(dataset, teacher, teacher_column)
-        given_each = of_each(teacher, **given)
-        scorers = {}
-        for name, rows in parts.items():
-            with naming(name):
-                scorers[name] = _resolve(teacher[name], rows, ref_model, options, **given_each[name])
-        return _score_parts(dataset, parts, scorers, output_dir)
-    if teacher_column is not None:
-        raise ValueError("`teacher_column` is for several teachers, a dictionary of them by name.")
-    table, record, _ = _run(dataset, _resolve(teacher, dataset, ref_model, options, **given), output_dir)
-    return _recorded(dataset, table, [record], output_dir)
+    if not isinstance(teacher, dict):
+        if teacher_column is not None:
+            raise ValueError("`teacher_column` is for several teachers, a dictionary of them by name.")
+        return dataset, {None: (dataset, _resolve(teacher, dataset, ref_model, options, **given))}
+    dataset, parts = split_rows(dataset, teacher, teacher_column)
+    given_each = of_each(teacher, **given)
+    scorers = {}
+    for name, rows in parts.items():
+        with naming(name):
+            scorers[name] = rows, _resolve(teacher[name], rows, ref_model, options, **given_each[name])
+    return dataset, scorers
 
 
 def _resolve(
@@ -174,10 +196,10 @@ def _resolve(
     dataset: Dataset,
     ref_model: str | PreTrainedModel | None,
     options: ScoringOptions,
-    processing_class: PreTrainedTokenizerBase | None,
-    fingerprint: TeacherFingerprint | None,
-    teacher_card: dict[str, Any] | None,
-) -> _Scorer:
+    processing_class: PreTrainedTokenizerBase | None = None,
+    fingerprint: TeacherFingerprint | None = None,
+    teacher_card: dict[str, Any] | None = None,
+) -> Scorer:
     """Finds out who a teacher is, and whether it can score these rows, before anything is scored."""
     state, teacher = processes(), as_name(teacher)
     if is_address(teacher):
@@ -197,7 +219,7 @@ def _resolve(
         fingerprint = fingerprint or on_main_process(state, lambda: fingerprint_teacher(teacher, tokenizer, **kwargs))
         record = entry(fingerprint, "declared" if is_declared else None)
     record["scoring"] = {"top_k": options.top_k}
-    scorer = _Scorer(teacher, is_served, record, tokenizer, ref_model, options)
+    scorer = Scorer(teacher, is_served, record, tokenizer, ref_model, options)
     on_main_process(state, lambda: _check_reference(dataset, scorer))
     if same := on_main_process(state, lambda: _same_tokens_as(dataset, scorer)):
         record["same_tokens_as"] = same
@@ -206,7 +228,7 @@ def _resolve(
 
 
 def _run(
-    dataset: Dataset, scorer: _Scorer, output_dir: str | Path | None, whole: ShardedRun | None = None
+    dataset: Dataset, scorer: Scorer, output_dir: str | Path | None, whole: ShardedRun | None = None
 ) -> tuple[Dataset, dict[str, Any], dict[str, int]]:
     """Has a teacher score rows: the table, the teacher's entry, and the counts of the run."""
     scorer.settle_budget(output_dir)
@@ -224,10 +246,9 @@ def _run(
         return run.dataset(), record, run.counts()
 
 
-def _score_parts(
-    dataset: Dataset, parts: dict[str, Dataset], scorers: dict[str, _Scorer], output_dir: str | Path | None
-) -> Dataset:
+def _score_parts(dataset: Dataset, parts: dict[str, tuple[Dataset, Scorer]], output_dir: str | Path | None) -> Dataset:
     """Has each of several teachers score its rows, and puts them together."""
+    scorers = {name: scorer for name, (_, scorer) in parts.items()}
     first = next(iter(scorers.values()))
     tokens, pins = lengths(dataset)[1], {}
     if output_dir is not None:
@@ -243,14 +264,17 @@ def _score_parts(
         return table, record, counts
 
     with ShardedRun("Scoring", "token", tokens, first.options.rows_per_shard, output_dir, pins) as run:
-        entries = [*(scorer.record for scorer in scorers.values()), *run_parts(run, parts, score)]
+        entries = [
+            *(scorer.record for scorer in scorers.values()),
+            *run_parts(run, {name: rows for name, (rows, _) in parts.items()}, score),
+        ]
         table = _recorded(dataset, run.dataset(), entries, output_dir)
         remove_parts(run)
         return table
 
 
 @dataclass
-class _Scorer:
+class Scorer:
     """
     Teacher and optional reference model, which are loaded when they are first needed.
 
@@ -344,7 +368,7 @@ class _Scorer:
         return with_scores(rows, self.teacher_id, self.options.top_k, scores, ref)
 
 
-def _pins(dataset: Dataset, scorer: _Scorer) -> dict[str, Any]:
+def _pins(dataset: Dataset, scorer: Scorer) -> dict[str, Any]:
     """Returns everything that the scores depend on, which must be the same in a resumed run."""
     state, student_id = processes(), None
     if scorer.ref_model is not None:
@@ -476,7 +500,7 @@ def _entry_of_served(
     return entry(fingerprint, "declared")
 
 
-def _check_reference(dataset: Dataset, scorer: _Scorer) -> None:
+def _check_reference(dataset: Dataset, scorer: Scorer) -> None:
     """
     Holds the reference model against the models that the rows say they were sampled from.
 
@@ -505,7 +529,7 @@ def _check_reference(dataset: Dataset, scorer: _Scorer) -> None:
         logger.warning(f"{message} The rows only declare their model, so this may be it, in another dtype.")
 
 
-def _same_tokens_as(dataset: Dataset, scorer: _Scorer) -> list[str]:
+def _same_tokens_as(dataset: Dataset, scorer: Scorer) -> list[str]:
     """
     Compares the tokenizers that the rows were sampled with to the teacher's, on the ids in the rows. It uses the
     student's tokenizer if it is available, otherwise the text of the rows.

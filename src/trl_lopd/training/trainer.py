@@ -154,7 +154,7 @@ class OfflineOPDTrainer(Trainer):
         )
         # Replace the console callback of `Trainer`, which is the last one, but not the one for notebooks.
         if type(self.callback_handler.callbacks[-1]) in (PrinterCallback, ProgressCallback):
-            self.callback_handler.callbacks[-1] = ConsoleCallback()
+            self.callback_handler.callbacks[-1] = ConsoleCallback(self)
         if args.n_gpu > 1:
             raise ValueError(
                 "`nn.DataParallel` is not supported. Launch with `accelerate launch` or `torchrun`, or make a single "
