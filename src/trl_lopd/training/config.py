@@ -346,8 +346,7 @@ def refuse_unsupported(args: OfflineOPDConfig, streams: bool) -> None:
             "use `activation_checkpointing=True`, with `activation_checkpointing_kwargs={'offload': True}` if it "
             "takes that, `max_tokens_per_device`, a `peft_config`, and ZeRO-3 or FSDP2."
         )
-    if parallelism.tp_enabled:
-        refuse_tensor_parallelism()
+    refuse_parallelism(parallelism.tp_size)
     if args.use_liger_kernel:
         liger = args.liger_kernel_config or {}
         if liger.get("fused_linear_cross_entropy"):
@@ -358,14 +357,24 @@ def refuse_unsupported(args: OfflineOPDConfig, streams: bool) -> None:
         args.liger_kernel_config = {**liger, "fused_linear_cross_entropy": False}
 
 
-def refuse_tensor_parallelism() -> None:
+def refuse_parallelism(tp_size: int, n_gpu: int = 1) -> None:
     """
-    Refuses tensor parallelism.
+    Refuses to split a model, or a batch within a process.
+
+    Args:
+        tp_size (`int`): Processes that a layer is split over.
+        n_gpu (`int`, *optional*, defaults to `1`): GPUs of this process.
 
     Raises:
-        ValueError: Always.
+        ValueError: If either is more than 1.
     """
-    raise ValueError(
-        "Tensor parallelism is not supported: processes that read the same rows would be counted as if they had read "
-        "others. Set `tp_size` to 1. For models that do not fit, use ZeRO-3 or FSDP2."
-    )
+    if n_gpu > 1:
+        raise ValueError(
+            "`nn.DataParallel` is not supported. Launch with `accelerate launch` or `torchrun`, or make a single GPU "
+            "visible with `CUDA_VISIBLE_DEVICES`."
+        )
+    if tp_size > 1:
+        raise ValueError(
+            "Tensor parallelism is not supported: processes that read the same rows would be counted as if they had "
+            "read others. Set `tp_size` to 1. For models that do not fit, use ZeRO-3 or FSDP2."
+        )

@@ -26,7 +26,7 @@ from ..processes import on_main_process
 from ..table.schema import TEACHER_ID, TableRows
 from .card import SavedCheckpoint, check_resumed, describe_round, fingerprint_saved, write_arguments, write_card
 from .collator import FILLER
-from .config import OfflineOPDConfig, refuse_tensor_parallelism, refuse_unsupported
+from .config import OfflineOPDConfig, refuse_parallelism, refuse_unsupported
 from .criteria import choose_best_model_metric, refuse_absent_metric
 from .experts import keep_in_step
 from .head import check_head
@@ -131,9 +131,7 @@ class OfflineOPDTrainer(Trainer):
         }
         several = isinstance(eval_dataset, dict)
         choose_best_model_metric(args, self.loss_type, eval_columns, several)
-        # A subclass may add metrics of its own.
-        own = (type(self).evaluate, type(self).evaluation_loop)
-        if own == (Trainer.evaluate, OfflineOPDTrainer.evaluation_loop):
+        if type(self) is OfflineOPDTrainer:  # a subclass may add metrics of its own
             refuse_absent_metric(args, eval_datasets, eval_columns, several)
 
         set_seed(args.seed)  # adapters are initialised at random
@@ -155,13 +153,8 @@ class OfflineOPDTrainer(Trainer):
         # Replace the console callback of `Trainer`, which is the last one, but not the one for notebooks.
         if type(self.callback_handler.callbacks[-1]) in (PrinterCallback, ProgressCallback):
             self.callback_handler.callbacks[-1] = ConsoleCallback(self)
-        if args.n_gpu > 1:
-            raise ValueError(
-                "`nn.DataParallel` is not supported. Launch with `accelerate launch` or `torchrun`, or make a single "
-                "GPU visible with `CUDA_VISIBLE_DEVICES`."
-            )
-        if self.get_tp_size() > 1:  # the model was loaded with tensor parallelism, or DeepSpeed uses it
-            refuse_tensor_parallelism()
+        # The model may have been loaded with tensor parallelism, or DeepSpeed uses it.
+        refuse_parallelism(self.get_tp_size(), args.n_gpu)
         keep_in_step(self)
         self.objective = Objective.of(self.model, self.loss_type, args)
         self.window = Window(self.accelerator)
