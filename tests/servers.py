@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import select
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -264,6 +265,14 @@ def cut_off(handler, answer: dict) -> None:
 
 
 def hang_up(handler, answer: dict) -> None:
+    handler.close_connection = True
+
+
+def closed_at_the_next_request(handler, answer: dict) -> None:
+    """As a busy server does when the time to keep a connection is over before it reads what has come on it."""
+    honest(handler, answer)
+    handler.wfile.flush()
+    select.select([handler.connection], [], [])
     handler.close_connection = True
 
 

@@ -325,6 +325,13 @@ def test_nobody_there():
         SGLangServer(url, max_retries=1).score([np.arange(3, 12)], [4], 1)
 
 
+def test_a_connection_that_the_server_keeps_no_longer(model, rows):
+    sequences, lengths = rows
+    with stub_server("vllm", model, faults=[servers.closed_at_the_next_request] * len(lengths)) as server:
+        teacher = VLLMServer(server.url, model="served", max_retries=0, max_concurrency=2)
+        assert len(teacher.score(sequences, lengths, 1)) == len(lengths)
+
+
 def test_another_server_there(model):
     with stub_server("vllm", model) as server:
         with pytest.raises(ServerError, match="status 404"):
