@@ -269,7 +269,7 @@ def hang_up(handler, answer: dict) -> None:
 
 
 def closed_at_the_next_request(handler, answer: dict) -> None:
-    """As a busy server does when the time to keep a connection is over before it reads what has come on it."""
+    """The time to keep the connection is over just when it is used again."""
     honest(handler, answer)
     handler.wfile.flush()
     select.select([handler.connection], [], [])

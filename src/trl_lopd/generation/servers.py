@@ -263,8 +263,9 @@ class _Server:
         """The result of `work(client)`, run in a thread with an event loop of its own."""
 
         async def connected():
-            # Rows wait for their slot, where no time-out runs, and not for a connection. Each request has its own: a
-            # busy server (vLLM keeps a connection for 5 s) closes one that is used again before it reads the request.
+            # Rows wait for their slot, where no time-out runs, and not for a connection. Each request has its own: one
+            # that was kept may be closed by the server (vLLM: after 5 s) while this process reads other answers,
+            # between httpx's check that it is open and the request.
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
             async with httpx.AsyncClient(headers=authorization(), timeout=self.timeout, limits=limits) as client:
                 await self._prepare(client)
