@@ -179,6 +179,8 @@ def train(name: str, student: str, table: Dataset, test: Dataset, path: Path, ar
 
 def main(args: Arguments) -> None:
     out = Path(args.output_dir)
+    if unknown := [name for name in args.runs or () if name not in RUNS]:
+        raise SystemExit(f"`--runs` names {unknown[0]!r}, which is none of {', '.join(map(repr, RUNS))}.")
     teacher, base = args.teacher, args.student
     if args.gguf_file is not None:
         teacher = str(out / "teacher")

@@ -508,13 +508,13 @@ def show(result: dict[str, Any]) -> None:
 
 
 def _show_model(model: dict[str, Any]) -> None:
-    def entries(title: str, items: list[dict[str, Any]]) -> None:
+    def entries(title: str, items: list[dict[str, Any]], total: int | None) -> None:
         for item in items:
             rows = f", {item['rows']:,} rows" if "rows" in item else ""
             share = f" ({item['share']:.1%})" if "share" in item else ""
             print_line(f"  {title:12} {item['id']}  {item.get('evidence', 'declared')}{rows}{share}")
             title = ""
-            _show_domains(item.get("teacher_ids") or {}, card.get("sft_rows"))
+            _show_domains(item.get("teacher_ids") or {}, total)
 
     own, card = model["fingerprint"], model["card"]
     print_line(f"Model {model['name']}", "bold")
@@ -524,13 +524,16 @@ def _show_model(model: dict[str, Any]) -> None:
     bound = (card.get("model") or {}).get("id")
     unbound = "bound to no weights" if card else "names no teacher"
     print_line(f"  {'card':12} {f'written for {bound}' if bound else unbound}")
-    entries("SFT teachers", card.get("sft_teachers") or [])
+    entries("SFT teachers", card.get("sft_teachers") or [], card.get("sft_rows"))
     for i, round in enumerate(card.get("opd_rounds") or [], start=1):
         print_line(
             f"  OPD round {i}  from {round.get('student')}, {round.get('objective')}, "
             f"teacher consistency: {round.get('teacher_consistency')}"
         )
-        entries("", [{**item, "id": f"scored by {item['id']}"} for item in round.get("teachers") or []])
+        teachers = round.get("teachers") or []
+        counts = [item.get("rows") for item in teachers]
+        total = None if None in counts else sum(counts)
+        entries("", [{**item, "id": f"scored by {item['id']}"} for item in teachers], total)
 
 
 def _show_rows(name: str, split: str, summary: dict[str, Any], decoded_with: str | None) -> None:

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 # Rows that are in memory at a time.
 _BATCH_ROWS = 1000
+# The share of variance explained below which it warns.
+_LEAST_EXPLAINED = 0.05
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,12 @@ def residualize_table(
         "tokens": trained,
         "digest": rows_digest(table),
     }
-    logger.info(f"The recurring part explains {fit['explained_variance']:.1%} of the variance, out of fold.")
+    if fit["explained_variance"] < _LEAST_EXPLAINED:
+        logger.warning(
+            f"The recurring part explains {fit['explained_variance']:.1%} of the variance on rows that it was not "
+            f"fitted on: hardly anything is corrected. {len(table)} rows may be too few, or the teacher writes as the "
+            "student does."
+        )
     replaced = [name for name in ("teacher_logprobs", *TOPK_COLUMNS) if name in table.column_names]
     result = table.remove_columns(replaced).add_column(
         RESIDUAL, pa.chunked_array(chunks), feature=List(Value("float32"))

@@ -235,18 +235,20 @@ def _judge_residual(
         f"Residual scores: {table_name} was scored by {_listed(teachers)}, and the recurring part of its scores was "
         f"subtracted (`residualize_table`); the SFT data of {student} {wrote}."
     )
-    if own := [teacher for teacher in teachers if any(same_teacher(teacher, entry["id"]) for entry in entries)]:
-        warning = (
+    own = [teacher for teacher in teachers if any(same_teacher(teacher, entry["id"]) for entry in entries)]
+    warnings = []
+    if own:
+        warnings.append(
             f"{_capitalized(table_name)} holds residual scores of {', '.join(own)}, which wrote SFT data of "
             f"{student}: they need no correction. Train on the table that `residualize_table` was given."
         )
-    else:
-        warning = (
-            f"{_capitalized(table_name)} holds residual scores, which are not those of the teacher that wrote the SFT "
-            f"data of {student}. They recover a part of what another teacher's scores cost; SFT on some answers of "
-            "that teacher before its scores does better (docs/teacher-consistency.md)."
+    if others := [teacher for teacher in teachers if teacher not in own]:
+        warnings.append(
+            f"{_capitalized(table_name)} holds residual scores of {', '.join(others)}, not of the teacher that wrote "
+            f"the SFT data of {student}. They recover a part of what another teacher's scores cost; SFT on some "
+            "answers of that teacher before its scores does better (docs/teacher-consistency.md)."
         )
-    return Verdict(True, RESIDUAL_EVIDENCE, reason, (warning,))
+    return Verdict(True, RESIDUAL_EVIDENCE, reason, tuple(warnings))
 
 
 def _judge_teachers(

@@ -64,8 +64,11 @@ def direction(metric: str, greater_is_better: bool | None = None, *, ours: bool 
                 )
             return higher
     if greater_is_better is None:
+        near = difflib.get_close_matches(metric.split("/")[-1].removeprefix("eval_"), _CRITERIA, n=1)
+        hint = f"Did you mean {near[0]!r}? For a metric of your own," if near and ours else "For one of your own,"
         raise ValueError(
-            f"{metric!r} is no metric that is known here: set `greater_is_better` to say whether higher is better."
+            f"{metric!r} is no metric that is known here. {hint} set `greater_is_better` to say whether higher is "
+            "better."
         )
     return greater_is_better
 

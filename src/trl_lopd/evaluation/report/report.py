@@ -37,6 +37,7 @@ from ...identity.stamp import fingerprint_or_none
 from ...models import load_model
 from ...names import as_name
 from ...table.schema import (
+    RESIDUAL,
     TOPK_COLUMNS,
     TRAINED_ROWS,
     TableRows,
@@ -637,6 +638,11 @@ def _candidates(
     splits = loaded if isinstance(loaded, dict) else {str(loaded.split or split or "all rows"): loaded}
     order = sorted(splits, key=lambda part: (*_HELD_OUT, "train", part).index(part))
     for table in splits.values():
+        if RESIDUAL in table.column_names:
+            raise TableError(
+                f"{name} holds residual scores, and tokens are coloured by a teacher’s: give the table that "
+                "`residualize_table` was given."
+            )
         for column in ("prompt_ids", "completion_ids", "teacher_logprobs", "teacher_fingerprint"):
             if column not in table.column_names:
                 raise TableError(
@@ -669,6 +675,11 @@ def _mismatches(table: Dataset, student: str | None, card: dict[str, Any]) -> It
     if not card.get("opd_rounds"):
         return
     last = card["opd_rounds"][-1]
+    if "residual" in last:
+        yield (
+            "The run was trained on what `residualize_table` left of a teacher’s scores; the scores here are those "
+            "before it, and the advantages are not those of the run."
+        )
     for column, key, did in (
         ("teacher_fingerprint", "teachers", "scored"),
         ("student_fingerprint", "sampled_by", "sampled"),
