@@ -92,3 +92,8 @@ def test_schedulers_that_read_the_metric_read_it_in_its_direction(tmp_path, stud
             tmp_path, eval_strategy="steps", lr_scheduler_type="reduce_lr_on_plateau",
             lr_scheduler_kwargs={"mode": "max"}, metric_for_best_model="eval_loss",
         )  # fmt: skip
+
+
+def test_a_mistyped_metric_is_told_its_near_name(tmp_path):
+    with pytest.raises(ValueError, match="no metric that is known here. Did you mean 'reverse_kl_topk'"):
+        make_args(tmp_path, metric_for_best_model="eval_small/reverse_kl_topkk")

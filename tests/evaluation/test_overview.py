@@ -322,3 +322,13 @@ def test_a_malformed_record_names_no_tokenizer(table, tmp_path):
     rows = table.select(range(2))
     attach_record(rows, {"students": [{"id": "x", "model_id": ["a"], "tokenizer": {}, "revision": []}]})
     assert overview.find_tokenizer(None, None, None, record_of(rows), str(tmp_path / "t")) == (None, None)
+
+
+def test_the_domains_of_a_round_are_shares_of_its_own_rows(capsys):
+    """Not of the rows of the SFT data, of which there are many more."""
+    teacher = "teacher@1-000000000000-00000000-00000000"
+    entry = {"id": teacher, "rows": 40, "share": 1.0, "teacher_ids": {"math": 30, "code": 10}}
+    card = {"sft_teachers": [{"id": teacher, "rows": 4000}], "sft_rows": 4000, "opd_rounds": [{"teachers": [entry]}]}
+    overview._show_model({"name": "m", "fingerprint": None, "card": card})
+    out = capsys.readouterr().out
+    assert "30 rows (75.0%)" in out and "10 rows (25.0%)" in out

@@ -485,6 +485,7 @@ def test_the_best_step_is_what_the_page_says_of_the_best_model(run, tmp_path):
         (["{run}", "--student", "x"], "give `table` too"),
         (["{run}", "--table", "./nothing"], "./nothing is not there"),
         (["{run}", "--table", "{unscored}"], "no column 'teacher_logprobs'.*trl-lopd score"),
+        (["{run}", "--table", "{residual}"], "holds residual scores.*that `residualize_table` was given"),
         (["{run}", "--table", "{wide}"], "Row 0, column .completion_ids.*99"),
         (["{run}", "--table", "{table}", "--student", "{small}"], r"Row \d+ does not fit .*small.*vocabulary of 16"),
         (["{card}", "--table", "{alone}"], "Name the student: `--student`"),
@@ -501,9 +502,10 @@ def test_what_is_wrong_is_said_in_one_line(words, message, run, table_dir, tmp_p
     (tmp_path / "damaged" / "trainer_state.json").write_text("{")
     (tmp_path / "strange" / "evaluations" / "a").mkdir(parents=True)
     (tmp_path / "strange" / "evaluations" / "a" / "metrics.json").write_text('{"metrics": {"x": 1}}')
-    names |= {name: str(tmp_path / f"{name}.parquet") for name in ("unscored", "wide", "alone")}
+    names |= {name: str(tmp_path / f"{name}.parquet") for name in ("unscored", "wide", "alone", "residual")}
     rows.select_columns(["prompt_ids", "completion_ids"]).to_parquet(names["unscored"])
     rows.remove_columns("ref_logprobs").to_parquet(names["alone"])
+    rows.rename_column("teacher_logprobs", "residual_logprobs").to_parquet(names["residual"])
     rows.map(lambda row: {"completion_ids": [99] * len(row["completion_ids"])}).to_parquet(names["wide"])
     make_model(vocab=16).save_pretrained(names["small"])
     assert main(["report", *(word.format(run=run, table=table_dir, **names) for word in words)]) == 2

@@ -162,6 +162,16 @@ def test_a_recurring_part_is_taken_out_and_the_rest_is_kept():
     assert known.mean() < left.mean() - 2
 
 
+def test_a_fit_that_explains_nothing_is_said(caplog):
+    """The difference is noise, which nothing predicts on other rows."""
+    table, rng = make_table(60), np.random.default_rng(7)
+    noisy = table.map(
+        lambda row: {"teacher_logprobs": np.array(row["ref_logprobs"]) - rng.random(len(row["ref_logprobs"]))}
+    )
+    residualize_table(noisy)
+    assert "hardly anything is corrected. 60 rows may be too few" in caplog.text
+
+
 def test_the_table_and_its_record(tmp_path, table):
     result = residualize_table(table, folds=3)
     kept = [name for name in table.column_names if not name.startswith("teacher_") or name == "teacher_fingerprint"]

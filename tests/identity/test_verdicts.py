@@ -578,6 +578,7 @@ REFUSED = None
         (residual_of_another_teacher, "residual", "intact", "which are not those of the teacher that wrote the SFT"),
         (residual_of_the_sft_teacher, "residual", "intact", "they need no correction"),
         (residual_joined_with_one_of_the_sft_teacher, "residual", "unverified", "they need no correction"),
+        (residual_joined_with_one_of_the_sft_teacher, "residual", "unverified", "which are not those of the teacher"),
         (residual_of_another_domain_s_teacher, "residual", None, "they need no correction"),
         (residual_for_a_student_without_a_card, "residual", "intact", "is of unknown teachers"),
         (residual_without_its_record, "residual", "unverified", "which are not those of the teacher"),

@@ -244,9 +244,9 @@ def _judge_residual(
         )
     if others := [teacher for teacher in teachers if teacher not in own]:
         warnings.append(
-            f"{_capitalized(table_name)} holds residual scores of {', '.join(others)}, not of the teacher that wrote "
-            f"the SFT data of {student}. They recover a part of what another teacher's scores cost; SFT on some "
-            "answers of that teacher before its scores does better (docs/teacher-consistency.md)."
+            f"{_capitalized(table_name)} holds residual scores of {', '.join(others)}, which are not those of the "
+            f"teacher that wrote the SFT data of {student}. They recover a part of what another teacher's scores "
+            "cost; SFT on some answers of that teacher before its scores does better (docs/teacher-consistency.md)."
         )
     return Verdict(True, RESIDUAL_EVIDENCE, reason, tuple(warnings))
 
