@@ -46,6 +46,7 @@ from trl_lopd import (
     residualize_table,
     score_rollouts,
 )
+from trl_lopd.table.schema import score_column
 from trl_lopd.training.loss import Objective
 from trl_lopd.training.objective import divergence_topk
 
@@ -308,8 +309,7 @@ def build_table(task: str, arm: Arm, teacher: Path, scorer: Path, student: Path,
 
 def describe_table(table: datasets.Dataset, student: Path) -> dict:
     """How long its answers are, how far its scores are from the student's, and what the check says."""
-    column = "teacher_logprobs" if "teacher_logprobs" in table.column_names else "residual_logprobs"
-    ref, scores = (np.concatenate(table[name]) for name in ("ref_logprobs", column))
+    ref, scores = (np.concatenate(table[name]) for name in ("ref_logprobs", score_column(table.column_names)))
     verdict = check_teacher_consistency(read_model_card(student), table, teacher_consistency="off")
     return {
         "tokens": len(ref) / len(table),
@@ -383,19 +383,19 @@ class Mixed(Objective):
         return (divergence_topk(*args, beta=0.0) + divergence_topk(*args, beta=1.0)) / 2
 
 
-def train(task: str, arm: Arm, teacher: Path, student: Path, table: Path, tokens: float, run: Path, seed: int) -> dict:
-    """Trains and measures; `tokens` is the mean length of the student's rollouts, which bounds online training."""
-    common = dict(
+def settings(run: Path, seed: int, steps: int, length: int) -> dict:
+    """Arguments that an offline and an online trainer have in common."""
+    return dict(
         output_dir=str(run),
         seed=seed,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         weight_decay=0.1,
         adam_beta2=0.98,
-        max_steps=arm.steps[-1],
+        max_steps=steps,
         per_device_train_batch_size=BATCH_SIZE,
         per_device_eval_batch_size=HELD_OUT,
-        max_completion_length=TASKS[task].max_answer_tokens,
+        max_completion_length=length,
         dataloader_drop_last=True,
         save_strategy="no",
         report_to="none",
@@ -403,7 +403,11 @@ def train(task: str, arm: Arm, teacher: Path, student: Path, table: Path, tokens
         use_cpu=not torch.cuda.is_available(),
         bf16=False,
     )
-    common |= dict(arm.options)
+
+
+def train(task: str, arm: Arm, teacher: Path, student: Path, table: Path, tokens: float, run: Path, seed: int) -> dict:
+    """Trains and measures; `tokens` is the mean length of the student's rollouts, which bounds online training."""
+    common = settings(run, seed, arm.steps[-1], TASKS[task].max_answer_tokens) | dict(arm.options)
     tokenizer = build.make_tokenizer()
     curve = Curve(lambda model: measure(task, model, teacher, processing_class=tokenizer), arm.steps)
     if arm.rows == "online":

@@ -24,6 +24,7 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset
+from fingerprint_speed import memory_mib
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
@@ -41,12 +42,6 @@ from trl_lopd.table.schema import TableRows
 from trl_lopd.training.collator import OfflineOPDCollator
 
 PROMPT, TOP_K = 64, 8
-
-
-def memory_mib() -> tuple[float, float]:
-    """Resident memory now, and its peak since `measured` began."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return tuple(int(status[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM"))
 
 
 def make_model(directory: Path, vocab: int, longest: int) -> str:
@@ -129,9 +124,9 @@ def measure(stage: str, length: int, a) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as directory:
         work = prepare(stage, make_model(Path(directory, "model"), a.vocab, max(a.lengths)), length, a)
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
-        before, start = memory_mib()[0], time.process_time()
+        before, start = memory_mib()["VmRSS"], time.process_time()
         work()
-        return {"mib": memory_mib()[1] - before, "seconds": time.process_time() - start}
+        return {"mib": memory_mib()["VmHWM"] - before, "seconds": time.process_time() - start}
 
 
 def main() -> None:

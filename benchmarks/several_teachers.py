@@ -20,8 +20,7 @@ from pathlib import Path
 
 import datasets
 import evidence
-import torch
-from evidence import BATCH_SIZE, HELD_OUT, LEARNING_RATE, QUICKSTART, TOP_K, Curve, build, interval, measure, once
+from evidence import BATCH_SIZE, HELD_OUT, QUICKSTART, TOP_K, Curve, build, interval, measure, once, settings
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
@@ -99,23 +98,7 @@ def build_student(seed: int, directory: Path) -> dict:
 def train(line: str, seed: int, directory: Path, tokens: dict[str, float]) -> dict:
     run, student = directory / f"runs-{seed}" / line, str(directory / f"student-{seed}")
     steps = STEPS.get(line, (150,) if line in ONLINE else (600,))
-    common = dict(
-        output_dir=str(run),
-        seed=seed,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        weight_decay=0.1,
-        adam_beta2=0.98,
-        max_steps=steps[-1],
-        per_device_train_batch_size=BATCH_SIZE,
-        max_completion_length=LENGTH,
-        dataloader_drop_last=True,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=False,
-    )
+    common = settings(run, seed, steps[-1], LENGTH)
     curve = Curve(lambda model: measure_both(model, directory), steps)
     if line in ONLINE:
         domain = ONLINE[line]
