@@ -363,13 +363,14 @@ def stub_server(
     path, ids_key, answer = FORMATS[kind]
     turn, to_happen = itertools.cycle(replicas), iter(faults)
     # Models take turns in the order of requests; what happens then, they do at the same time.
-    lock, count = threading.Lock(), itertools.count()
+    lock, counting, count = threading.Lock(), threading.Lock(), itertools.count()
     running: set[int] = set()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         # Head and body are two writes: 40 ms apart otherwise.
         disable_nagle_algorithm = True
+        number = None
 
         def log_message(self, *args):
             pass
@@ -382,7 +383,13 @@ def stub_server(
             for name, value in headers.items():
                 self.send_header(name.replace("_", "-"), value)
             self.end_headers()
+            # Before the client can know of the answer and ask anew.
+            self.ended()
             self.wfile.write(data)
+
+        def ended(self) -> None:
+            with counting:
+                running.discard(self.number)
 
         def do_GET(self):
             # Both also say what the model was loaded from: a directory or Hub id, whatever name it is served under.
@@ -393,9 +400,11 @@ def stub_server(
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if self.path != path:
                 return status(404, f"no {self.path} here")(self, {})
-            with lock:
-                running.add(request := next(count))
+            with counting:
+                self.number = next(count)
+                running.add(self.number)
                 server.peak = max(server.peak, len(running))
+            with lock:
                 server.requests.append(body)
                 server.authorizations.append(self.headers["Authorization"])
                 fault, model = next(to_happen, honest), next(turn)
@@ -414,8 +423,7 @@ def stub_server(
                 # The client has given up.
                 self.close_connection = True
             finally:
-                with lock:
-                    running.discard(request)
+                self.ended()
 
     server = StubServer(("127.0.0.1", 0), Handler)
     server.requests, server.authorizations, server.peak = [], [], 0

@@ -238,7 +238,7 @@ NO_ANSWERS = {
     "500": (status(500, "CUDA out of memory"), "status 500, 'CUDA out of memory'"),
     "503": (status(503), "status 503"),
     "429": (status(429, Retry_After="0"), "status 429"),
-    "timeout": (servers.slow(0.6), "no answer .ReadTimeout"),
+    "timeout": (servers.slow(2), "no answer .ReadTimeout"),
     "hang up": (servers.hang_up, "no answer .RemoteProtocolError"),
     "cut off": (servers.cut_off, "no answer .RemoteProtocolError"),
 }
@@ -247,15 +247,16 @@ FAULTS = BAD_ANSWERS | NO_ANSWERS
 CASES = [(kind, name) for kind in TEACHERS for name in BAD_ANSWERS] + [("vllm", name) for name in NO_ANSWERS]
 
 
-def teacher_of(kind, server, **options):
-    return TEACHERS[kind](server.url, timeout=0.3, **options)
+def teacher_of(kind, server, name, **options):
+    # No shorter where nothing is late: a busy machine is.
+    return TEACHERS[kind](server.url, timeout=1 if name == "timeout" else 60, **options)
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_a_fault_that_passes(model, kind, name):
     sequence, expected = np.arange(3, 12), next(plain(model, [np.arange(3, 12)], [4], 2))
     with stub_server(kind, model, faults=[FAULTS[name][0]] * 2) as server:
-        (scores,) = teacher_of(kind, server, max_retries=2).score([sequence], [4], 2)
+        (scores,) = teacher_of(kind, server, name, max_retries=2).score([sequence], [4], 2)
     assert len(server.requests) == 3
     for array, other in zip(scores, expected, strict=True):
         np.testing.assert_array_equal(array, other)
@@ -265,7 +266,7 @@ def test_a_fault_that_passes(model, kind, name):
 def test_a_fault_that_stays(model, kind, name):
     fault, message = FAULTS[name]
     with stub_server(kind, model, faults=[honest, *[fault] * 9]) as server:
-        teacher = teacher_of(kind, server, max_retries=1, max_concurrency=1)
+        teacher = teacher_of(kind, server, name, max_retries=1, max_concurrency=1)
         with pytest.raises(ServerError, match=f"(?s)^Row 1, http://127.*{message}.*asked 2 times\\. ") as caught:
             teacher.score([np.arange(3, 12)] * 2, [4, 4], 2)
     assert caught.value.row == 1 and len(server.requests) == 3
@@ -294,7 +295,7 @@ def test_retry_after_is_honoured(model):
     with stub_server("vllm", model, faults=[status(429, Retry_After="1")]) as server:
         start = time.monotonic()
         VLLMServer(server.url, model="served").score([np.arange(3, 12)], [4], 1)
-    assert 0.9 < time.monotonic() - start < 4
+    assert 0.9 < time.monotonic() - start < 15
 
 
 @pytest.mark.parametrize("value", ["", "soon", "-3", "nan", "Wed, 21 Oct 2015 07:28:00 GMT"])
@@ -340,12 +341,12 @@ def test_another_server_there(model):
 
 def test_the_first_failure_ends_the_call(model):
     """Without waiting for rows that are in their turn."""
-    faults = [status(400), *[servers.slow(2)] * 99]
+    faults = [status(400), *[servers.slow(30)] * 99]
     with stub_server("vllm", model, faults=faults) as server:
         start = time.monotonic()
         with pytest.raises(ServerError, match="Row"):
             VLLMServer(server.url, model="served", max_concurrency=2).score([np.arange(3, 12)] * 50, [4] * 50, 1)
-        assert time.monotonic() - start < 1.5
+        assert time.monotonic() - start < 15
         assert len(server.requests) <= 4
     assert not any("portal" in thread.name for thread in threading.enumerate())
 
@@ -362,7 +363,7 @@ def test_two_scores_of_one_token_that_differ(model):
 
 
 def test_an_interrupt_ends_the_call(model):
-    with stub_server("sglang", model, faults=itertools.repeat(servers.slow(3))) as server:
+    with stub_server("sglang", model, faults=itertools.repeat(servers.slow(30))) as server:
         timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
         start = time.monotonic()
         # A worker of pytest-xdist ignores it.
@@ -371,7 +372,7 @@ def test_an_interrupt_ends_the_call(model):
         with pytest.raises(KeyboardInterrupt):
             SGLangServer(server.url).score([np.arange(3, 12)] * 9, [4] * 9, 1)
         signal.signal(signal.SIGINT, handler)
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 15
     assert not any("portal" in thread.name for thread in threading.enumerate())
 
 

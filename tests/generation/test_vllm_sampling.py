@@ -392,11 +392,11 @@ def test_retry_after_is_honoured(model):
 
 
 def test_the_first_failure_ends_the_call(model):
-    with stub_server("vllm", model, faults=[status(400), *[servers.slow(2)] * 99]) as server:
+    with stub_server("vllm", model, faults=[status(400), *[servers.slow(30)] * 99]) as server:
         start = time.monotonic()
         with pytest.raises(ServerError, match="Answer"):
             VLLMServer(server.url, model="served", max_concurrency=2).sample(PROMPTS, GREEDY)
-        assert time.monotonic() - start < 1.5 and len(server.requests) <= 4
+        assert time.monotonic() - start < 15 and len(server.requests) <= 4
 
 
 @pytest.mark.parametrize("version", [(0, 6, 3), (0, 10, 1), (0, 11)])
