@@ -238,7 +238,7 @@ NO_ANSWERS = {
     "500": (status(500, "CUDA out of memory"), "status 500, 'CUDA out of memory'"),
     "503": (status(503), "status 503"),
     "429": (status(429, Retry_After="0"), "status 429"),
-    "timeout": (servers.slow(2), "no answer .ReadTimeout"),
+    "timeout": (servers.slow(4), "no answer .ReadTimeout"),
     "hang up": (servers.hang_up, "no answer .RemoteProtocolError"),
     "cut off": (servers.cut_off, "no answer .RemoteProtocolError"),
 }
@@ -249,7 +249,7 @@ CASES = [(kind, name) for kind in TEACHERS for name in BAD_ANSWERS] + [("vllm", 
 
 def teacher_of(kind, server, name, **options):
     # No shorter where nothing is late: a busy machine is.
-    return TEACHERS[kind](server.url, timeout=1 if name == "timeout" else 60, **options)
+    return TEACHERS[kind](server.url, timeout=2 if name == "timeout" else 60, **options)
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
