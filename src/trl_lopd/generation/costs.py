@@ -93,16 +93,21 @@ def _measure_scoring(dataset: Dataset, scorer: Scorer) -> tuple[dict[str, Any], 
     # The first rows wait for the model to be loaded and tested.
     scorer.score(dataset.select([int(tokens.argmin())]), np.array([tokens.argmin()]), lambda tokens: None)
     for group in _groups_by_length(dataset, tokens):
-        paces = []
+        times, counts = [], []
         for rows in _growing(group, SAMPLE_SECONDS / _GROUPS):
             start = time.perf_counter()
             scored.append(scorer.score(take(dataset, rows), rows, lambda tokens: None))
-            paces.append((time.perf_counter() - start) / tokens[rows].sum())
-            spent += time.perf_counter() - start
+            times.append(time.perf_counter() - start)
+            counts.append(tokens[rows].sum())
+            spent += times[-1]
             widest = max(widest, len(rows) * int(tokens[rows].max()))
         of_group = tokens[np.concatenate(group)].sum()
-        # Larger batches are faster, up to a size: what was seen last is nearest to the run.
-        seconds += of_group * np.array([min(paces[-2:]), max(paces[-2:])])
+        # The last call had most rows, which is nearest to the run. It also has costs of its own, which a shard has
+        # once: without them, a token costs what the last call took longer by.
+        paces = [times[-1] / counts[-1]]
+        if len(times) > 1 and counts[-1] > counts[-2] and times[-1] > times[-2]:
+            paces.append((times[-1] - times[-2]) / (counts[-1] - counts[-2]))
+        seconds += of_group * np.array([min(paces), max(paces)])
     seconds *= 1 - _UNSURE, 1 + _UNSURE
     table = concatenate_datasets(scored)
     sampled = int(np.add(*lengths(table)).sum())
