@@ -17,7 +17,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from ..errors import OfflineOPDError
 from ..logits import LogitTransform, backbone, score_logits, score_tokens
 from ..models import stretches_from
-from ..own_logits import difference, not_causal, own_logprobs, reads_ahead, trial_rows
+from ..own_logits import difference, evaluating, not_causal, own_logprobs, reads_ahead, trial_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -121,10 +121,7 @@ class LocalTeacher:
                     row,
                 )
         results: list[Scores | None] = [None] * len(sequences)
-        # Restore the mode of each module, because frozen parts of a model in training may be in evaluation mode.
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             self.find_budget()
             self._reading = self._reading or _find_reading(self.model)
             batches = self._plan(np.arange(len(sequences)), sequences, completion_lengths)
@@ -152,9 +149,6 @@ class LocalTeacher:
                     logger.warning(f"Out of memory: from here on {self.max_batch_tokens} tokens are scored at a time.")
                     remaining = np.array([row for row, result in enumerate(results) if result is None])
                     batches = self._plan(remaining, sequences, completion_lengths)
-        finally:
-            for module in training:
-                module.training = True
         return results
 
     def _plan(self, rows: np.ndarray, sequences: list[np.ndarray], counts: list[int]) -> list[tuple[np.ndarray, bool]]:

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from accelerate.utils import is_peft_model
 
-from ..logits import LogitTransform, score_tokens
+from ..own_logits import TrialRow, evaluating, own_logprobs
 from .fingerprint import content_id, with_evidence
 
 if TYPE_CHECKING:
@@ -79,7 +78,6 @@ def probe_sequences(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     return [[draw(probe, position) for position in range(_HALF_LENGTH)] * 2 for probe in range(_NUM_PROBES)]
 
 
-@torch.inference_mode()
 def probe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """
     What a card stores of a teacher's behaviour: `{"version": 1, "sequences": [[ids]], "logprobs": [[nats]]}`.
@@ -102,36 +100,17 @@ def probe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> d
             f"The tokenizer has a token id {largest}, but the model's vocabulary has {vocab} tokens. They do not "
             "belong together."
         )
-    was_training = model.training
-    model.eval()
-    try:
-        # Adapters live in the layers of the model that PEFT wraps.
-        inner = model.get_base_model() if is_peft_model(model) else model
-        head = inner.get_output_embeddings()
-        input_ids = torch.tensor(sequences, device=inner.get_input_embeddings().weight.device)
-        hidden = inner.base_model(
-            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False
-        ).last_hidden_state[:, :-1]
-        logprobs, _, _ = score_tokens(
-            hidden.flatten(0, 1).to(head.weight.device),
-            head.weight,
-            head.bias,
-            input_ids[:, 1:].flatten().to(head.weight.device),
-            0,
-            LogitTransform.of(inner.config),
-        )
-    finally:
-        model.train(was_training)
-    if not logprobs.isfinite().all():
+    # Adapters live in the layers of the model that PEFT wraps.
+    inner = model.get_base_model() if is_peft_model(model) else model
+    device = inner.get_input_embeddings().weight.device
+    with evaluating(model):
+        rows = [TrialRow(np.array(sequence), len(sequence) - 1) for sequence in sequences]
+        logprobs = np.array([own_logprobs(model, row, device).logprobs for row in rows], np.float64)
+    if not np.isfinite(logprobs).all():
         raise ValueError(
             "The model answers its probes with NaN or infinity. Load it in another dtype, float32 or bfloat16."
         )
-    rows = logprobs.view(len(sequences), -1).tolist()
-    return {
-        "version": PROBE_VERSION,
-        "sequences": sequences,
-        "logprobs": [[round(value, 4) for value in row] for row in rows],
-    }
+    return {"version": PROBE_VERSION, "sequences": sequences, "logprobs": logprobs.round(4).tolist()}
 
 
 def probes_of_run(

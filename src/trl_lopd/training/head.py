@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..logits import LogitTransform, backbone, chunks, logits_of
-from ..own_logits import TrialRow, difference, not_causal, own_logprobs, reads_ahead, trial_rows
+from ..own_logits import TrialRow, difference, evaluating, not_causal, own_logprobs, reads_ahead, trial_rows
 from .experts import load_balancing
 
 if TYPE_CHECKING:
@@ -227,9 +227,7 @@ def check_head(model: torch.nn.Module, config: PreTrainedConfig, device: torch.d
         ValueError: If they differ, or if the model is not causal.
     """
     rows = trial_rows(config)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         own = [own_logprobs(model, row, device) for row in rows]
         ahead = reads_ahead(model, rows[0], own[0], device)
         try:
@@ -238,9 +236,6 @@ def check_head(model: torch.nn.Module, config: PreTrainedConfig, device: torch.d
             raise
         except Exception as error:  # an architecture without the attributes that the head needs can raise anything
             apart = f"{type(error).__name__}: {error}"
-    finally:
-        for module in training:
-            module.training = True
     name = type(extract_model_from_parallel(model)).__name__
     if ahead:
         raise ValueError(not_causal(name, ahead))

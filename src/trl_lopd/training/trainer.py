@@ -21,7 +21,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ..identity.cards import count_teachers, record_of
+from ..identity.cards import count_teachers
 from ..processes import on_main_process
 from ..table.schema import TEACHER_ID, TableRows
 from .card import SavedCheckpoint, check_resumed, describe_round, fingerprint_saved, write_arguments, write_card
@@ -309,9 +309,7 @@ class OfflineOPDTrainer(Trainer):
         super().log(logs, start_time)
 
     def _advise_fresh_rollouts(self) -> str:
-        records = [self.student.card.get("sft_teachers"), record_of(self.train_dataset).get("teachers")]
-        entries = [entry for teachers in records for entry in teachers or ()]
-        return remedy(self.args.output_dir, self.rows.trained.teachers, entries)
+        return remedy(self.args.output_dir, self.rows.trained.teachers)
 
     # ---- Saving ----
 
