@@ -1,17 +1,9 @@
 """
 EffOPD (arXiv 2605.11739): fewer training steps by extrapolating the weights along the direction of training.
 
-At steps 1, 2, 4, 8, ... of training:
-
-1. Compute `D = W - W_base`, the change of the weights since the last search. `W_base` starts as the initial weights.
-2. For `m` in 3, 5, 7, 9, 11: move to `W_base + m * D` and evaluate the gate, always on the same held-out rows. Stop at
-   the first `m` that is no better than the one before.
-3. Accept the best candidate if it is better than `W` itself, by a paired test over the rows; otherwise return to `W`,
-   bit for bit.
-4. Set `W_base` to the weights that were chosen.
-
-Optimizer and scheduler are not changed. Every process moves the part of the weights that it owns, and no weights are
-gathered.
+A search moves the weights along their change since the last one, `W_base + m * D`, and keeps what a gate confirms;
+docs/effopd.md has its steps. Optimizer and scheduler are not changed. Every process moves the part of the weights that
+it owns, and no weights are gathered.
 """
 
 from __future__ import annotations
@@ -41,7 +33,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from ..own_logits import evaluating
 from ..table.schema import rows_of_each
-from ..table.store import replacing
+from ..table.store import write_text
 from .gates import paired_p_value, resolve_gate
 
 if TYPE_CHECKING:
@@ -215,7 +207,9 @@ class EffOPDCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         summary = self.summary()
         if self.trainer.is_world_process_zero():
-            _write_json(Path(args.output_dir) / HISTORY, {"summary": summary, "searches": self.history})
+            path = Path(args.output_dir, HISTORY)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps({"summary": summary, "searches": self.history}, indent=1))
             tqdm.write(
                 f"EffOPD: {summary['steps']} steps that went as far as {summary['equivalent_steps']:g}; "
                 f"{summary['accepted']} of {summary['searches']} searches accepted, {summary['search_seconds']:.1f} s "
@@ -421,7 +415,7 @@ class EffOPDCallback(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
         # Written last, so that a checkpoint with this file is complete.
         if self.trainer.is_world_process_zero():
-            _write_json(checkpoint / DIRECTORY / "history.json", self.history)
+            write_text(path.with_name("history.json"), json.dumps(self.history, indent=1))
 
     def _load(self, checkpoint: str | None, step: int) -> None:
         path = self._file(Path(checkpoint or ""))
@@ -569,9 +563,3 @@ def _moving(model: nn.Module, parameters: str | None) -> set[str]:
         for name, _ in module.named_parameters(prefix=path, recurse=False)
         if _LAYER.search(name)
     }
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(json.dumps(content, indent=1).encode())

@@ -28,6 +28,10 @@ logger = logging.getLogger(__name__)
 # Stored with every answer: a change in what is asked must never be compared with answers to the old questions.
 PROBE_VERSION = 1
 
+# Nats by which repeats of a probe may lie apart, and how often it is asked.
+MAX_SPREAD = 0.3
+PROBE_REPEATS = 4
+
 _NUM_PROBES = 8
 _HALF_LENGTH = 12
 
@@ -132,7 +136,12 @@ def probes_of_run(
 
 
 def verify_served_teacher(
-    client: Any, card: dict[str, Any], tolerance: float = 0.6, *, max_spread: float = 0.3, repeats: int = 4
+    client: Any,
+    card: dict[str, Any],
+    tolerance: float = 0.6,
+    *,
+    max_spread: float = MAX_SPREAD,
+    repeats: int = PROBE_REPEATS,
 ) -> ProbeResult:
     """
     Ask a server the probes of the teachers that a card names, and compare the answers.
@@ -140,26 +149,9 @@ def verify_served_teacher(
     It is accepted if the mean absolute difference to the closest teacher is at most `tolerance`, the largest at most
     ten times that, and the spread of repeated answers at most `max_spread`.
 
-    The defaults are from SmolLM2-135M-Instruct; its probes in float32 differ from those of these by, in nats:
-
-    | | mean | largest |
-    |---|---|---|
-    | float16; bfloat16 | 0.01; 0.08 | 0.05; 0.5 |
-    | 8-bit weights, int8; fp8 | 0.17; 0.42 | 0.7; 1.7 |
-    | 8-bit weights and activations | 0.50 to 0.56 | 2.4 to 3.1 |
-    | 4-bit weights, rounded to nearest, groups of 128 | 1.5 to 1.9 | 6.0 to 6.5 |
-    | fine-tuned for 20 steps of Adam at 1e-4; 50 steps at 1e-5 | 1.06; 0.35 | 5.2; 1.5 |
-
-    Where the weights are right, the largest difference is less than ten times the mean: the second limit only catches
-    a few tokens gone wrong among many good ones. Repeats in bfloat16 with every sum taken in another order have a
-    spread of 0.17; a bfloat16 replica beside an fp8 one, 0.5 or more. Quantized activations amplify the order of sums,
-    to a spread of 0.7 at worst: a server of such a model that answers batches differently may need a larger limit.
-
-    So it tells a teacher from another model and from a proper fine-tune of itself, but not from a neighbouring
-    checkpoint of the same run: that moves it less than 8-bit serving does. `tolerance=0.25` sees more, for a teacher
-    served in the 16 bits of its checkpoint. 4 bits can move a small model as far as a fine-tune: load the quantized
-    teacher itself to make the probes. A server is judged by these requests only: replicas to which none of them went
-    stay unseen.
+    It tells a teacher from another model and from a proper fine-tune of itself, but not from a neighbouring checkpoint
+    of the same run. A server is judged by these requests only: replicas to which none of them went stay unseen.
+    docs/teacher-consistency.md has the measurements behind the defaults, and when to choose others.
 
     Args:
         client ([`VLLMServer`] or [`SGLangServer`]): A teacher behind HTTP.
