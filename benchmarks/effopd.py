@@ -35,10 +35,9 @@ from trl_lopd import (
     load_table,
     score_rollouts,
 )
-from trl_lopd.effopd.callback import powers_of_two
 
 QUANTITIES = {"held_out": "reverse KL, held-out top-k", "fresh": "reverse KL, fresh rollouts", "accuracy": "accuracy"}
-ARMS = {"plain": None, "powers of two": {"schedule": powers_of_two}, "default": {}}
+ARMS = {"plain": None, "powers of two": {"schedule": [2**i for i in range(20)]}, "default": {}}
 
 
 def place_of(task: str, seed: int, directory: Path) -> Path:

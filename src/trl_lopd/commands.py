@@ -378,8 +378,6 @@ def load_prompts(args: RolloutArguments) -> Dataset:
         prompt = row["prompt"]
         if is_text and isinstance(prompt, str):
             return {"prompt": [{"role": "user", "content": prompt}]}
-        if prompt == []:
-            raise ValueError(f"{args.dataset_name}, prompt {i}: the conversation is empty.")
         if not _are_messages(prompt):
             raise ValueError(
                 f"{args.dataset_name}, prompt {i}: {args.prompt_column!r} is neither a text nor a list of messages "
@@ -392,7 +390,8 @@ def load_prompts(args: RolloutArguments) -> Dataset:
                 break
             messages.append({"role": role, "content": message["content"]})
         if not messages:
-            raise ValueError(f"{args.dataset_name}, prompt {i}: the conversation begins with an answer.")
+            problem = "begins with an answer" if prompt else "is empty"
+            raise ValueError(f"{args.dataset_name}, prompt {i}: the conversation {problem}.")
         return {"prompt": messages}
 
     # The new column has other fields than the old one, so the old one is removed instead of overwritten.

@@ -26,7 +26,7 @@ from .errors import TableError
 from .own_logits import difference, own_logprobs, trial_rows
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def load_model(model: str | PreTrainedModel, init_kwargs: dict[str, Any] | None 
     if not isinstance(model, str):
         return model
     init_kwargs = {"dtype": "auto", **(init_kwargs or {})}
-    if find_adapter_config_file(model, revision=init_kwargs.get("revision")) is not None:
+    if adapter_config(model, init_kwargs.get("revision")) is not None:
         return _load_adapter(model, init_kwargs)
     try:
         return create_model_from_path(model, **init_kwargs)
@@ -81,7 +81,7 @@ class Positions(NamedTuple):
 
 def positions_of(model: str | PreTrainedModel | PreTrainedConfig, **hub_kwargs: Any) -> Positions:
     """Returns how long a row a model can read, without loading its weights."""
-    config = model if isinstance(model, PreTrainedConfig) else _config_of(model, hub_kwargs)
+    config = model if isinstance(model, PreTrainedConfig) else config_of(model, hub_kwargs)
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
@@ -100,13 +100,20 @@ def positions_of(model: str | PreTrainedModel | PreTrainedConfig, **hub_kwargs: 
     return Positions(limit, next(tables, None) is not None)
 
 
-def _config_of(model: str | PreTrainedModel, hub_kwargs: dict[str, Any]) -> PreTrainedConfig:
+def adapter_config(model: str, revision: str | None = None) -> PeftConfig | None:
+    """Reads the config of an adapter, which names its base and the base's revision; `None` for a whole model."""
+    if find_adapter_config_file(model, revision=revision) is None:
+        return None
+    from peft import PeftConfig
+
+    return PeftConfig.from_pretrained(model, revision=revision)
+
+
+def config_of(model: str | PreTrainedModel, hub_kwargs: dict[str, Any]) -> PreTrainedConfig:
+    """Returns the config of a model; for an adapter, that of its base."""
     if not isinstance(model, str):
         return model.config
-    if find_adapter_config_file(model, revision=hub_kwargs.get("revision")) is not None:
-        from peft import PeftConfig
-
-        adapter = PeftConfig.from_pretrained(model, revision=hub_kwargs.get("revision"))
+    if (adapter := adapter_config(model, hub_kwargs.get("revision"))) is not None:
         model, hub_kwargs = adapter.base_model_name_or_path, {**hub_kwargs, "revision": adapter.revision}
     return AutoConfig.from_pretrained(model, **hub_kwargs)
 
@@ -213,13 +220,8 @@ def load_tokenizer(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedTok
     if not name:
         raise ValueError("The model does not say where it was loaded from: pass its tokenizer.")
     hub_kwargs = {"revision": kwargs.get("revision"), "_raise_exceptions_for_missing_entries": False}
-    if (
-        find_adapter_config_file(name, revision=kwargs.get("revision")) is not None
-        and cached_file(name, "tokenizer_config.json", **hub_kwargs) is None
-    ):
-        from peft import PeftConfig
-
-        adapter = PeftConfig.from_pretrained(name, revision=kwargs.get("revision"))
+    adapter = adapter_config(name, kwargs.get("revision"))
+    if adapter is not None and cached_file(name, "tokenizer_config.json", **hub_kwargs) is None:
         name, kwargs = adapter.base_model_name_or_path, {**kwargs, "revision": adapter.revision}
     try:
         return AutoTokenizer.from_pretrained(name, **kwargs)
@@ -238,10 +240,7 @@ def eos_token_ids(
     If `model` is a path, its weights are not loaded.
     """
     if isinstance(model, str):
-        if find_adapter_config_file(model, revision=revision) is not None:
-            from peft import PeftConfig
-
-            adapter = PeftConfig.from_pretrained(model, revision=revision)
+        if (adapter := adapter_config(model, revision)) is not None:
             model, revision = adapter.base_model_name_or_path, adapter.revision
         try:
             generation_config = GenerationConfig.from_pretrained(model, revision=revision)

@@ -62,6 +62,19 @@ class OwnLogprobs(NamedTuple):
     rounding: float
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model in evaluation mode inside a `with` block, and afterwards each of its modules in its own mode."""
+    # Frozen parts of a model in training may be in evaluation mode.
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 @torch.no_grad()
 def own_logprobs(model: nn.Module, row: TrialRow, device: torch.device) -> OwnLogprobs:
     """Computes `log_softmax(model(row).logits)` in float32, with the wrappers and adapters of the model."""

@@ -82,17 +82,17 @@ def on_main_process(state: PartialState, compute: Callable[[], Any]) -> Any:
         compute (`Callable`): Called on the main process only; returns something that can be pickled.
 
     Raises:
-        `Exception`: The error that `compute` raised. On the other processes, a class that cannot be imported is
-            replaced by its first base class that can.
+        `Exception`: The error that `compute` raised. On the other processes, one that cannot be pickled is a
+            `RuntimeError` with its class and message.
     """
     if state.num_processes == 1:
         return compute()
-    error, outcome = None, [None, None]  # the returned value and the packed error
+    error, outcome = None, [None, None]  # the returned value and the error
     if state.is_main_process:
         try:
             outcome[0] = compute()
         except Exception as raised:  # raising it before the broadcast would leave the other processes waiting
-            error, outcome[1] = raised, _packed(raised)
+            error, outcome[1] = raised, _picklable(raised)
     if (group := _patient_group(state)) is not None:
         torch.distributed.broadcast_object_list(outcome, src=0, group=group)
     else:
@@ -100,10 +100,9 @@ def on_main_process(state: PartialState, compute: Callable[[], Any]) -> Any:
     if error is not None:
         raise error
     if outcome[1] is not None:
-        repeated = _unpacked(outcome[1])
-        setattr(repeated, _REPEATED, True)
+        setattr(outcome[1], _REPEATED, True)
         _end_quietly()
-        raise repeated
+        raise outcome[1]
     return outcome[0]
 
 
@@ -112,36 +111,14 @@ def is_repeated(error: BaseException) -> bool:
     return getattr(error, _REPEATED, False)
 
 
-def _packed(error: Exception) -> bytes:
-    """Pickles an error for other processes: the error itself if possible, otherwise its class and arguments."""
-    kind = next(kind for kind in type(error).__mro__ if _is_importable(kind))
-    for content in (error, (kind, error.args), (kind, (str(error),))):
-        # Pickling fails if the constructor takes other arguments, or if they cannot be pickled.
-        with contextlib.suppress(Exception):
-            packed = pickle.dumps(content)
-            copy = _unpacked(packed)
-            if type(copy) is kind and str(copy) == str(error):
-                return packed
-    return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
-
-
-def _unpacked(packed: bytes) -> Exception:
-    content = pickle.loads(packed)
-    if isinstance(content, Exception):
-        return content
-    kind, args = content
-    # Skip `__init__`, which may take other arguments.
-    error = kind.__new__(kind, *args)
-    error.args = args
-    return error
-
-
-def _is_importable(kind: type) -> bool:
-    try:
-        pickle.dumps(kind)
-    except Exception:
-        return False
-    return True
+def _picklable(error: Exception) -> Exception:
+    """Returns an error that can be sent to other processes: itself, or a `RuntimeError` with its class and message."""
+    # Pickling fails if the class is local, or if its constructor takes other arguments.
+    with contextlib.suppress(Exception):
+        copy = pickle.loads(pickle.dumps(error))
+        if type(copy) is type(error) and str(copy) == str(error):
+            return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 @functools.cache

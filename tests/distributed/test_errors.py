@@ -10,7 +10,7 @@ from errors_script import CASES
 
 SCRIPT = Path(__file__).parent / "errors_script.py"
 
-# The most special class that all processes can name, whether it is this library's, and how its message begins.
+# The class, whether it is this library's, and how its message begins.
 EXPECTED = {
     "missing_weights": ("FileNotFoundError", False, ""),
     "no_server": ("ServerError", True, "The self-test of http://127.0.0.1:9 fails."),
@@ -45,9 +45,9 @@ def test_every_process_raises_what_the_main_process_raises(caught, case):
     assert (kind, ours) == (name, str(is_ours)) and text[1:].startswith(message)
 
 
-def test_a_class_that_only_the_main_process_knows_is_its_nearest_base_on_the_others(caught):
-    on_main, on_other = (caught["of_a_library", rank] for rank in range(2))
-    assert (on_main[0], on_other[0]) == ("Unheard", "KeyError") and on_main[1:] == on_other[1:]
+def test_an_error_that_cannot_be_pickled_is_a_runtime_error_with_its_class_and_message_on_the_others(caught):
+    assert caught["of_a_library", 0] == ["Unheard", "False", repr("'what'")]
+    assert caught["of_a_library", 1] == ["RuntimeError", "False", repr("Unheard: 'what'")]
 
 
 @pytest.mark.parametrize("case", ["no_server", "hub", "undecodable"])

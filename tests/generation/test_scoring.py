@@ -106,11 +106,15 @@ def bad(change):
 @pytest.mark.parametrize(
     ("rollouts", "model", "message"),
     [
-        (lambda d: d.pop("completion_ids") and d, make_model, "'completion_ids'.*collect_rollouts"),
+        (lambda d: d.pop("completion_ids") and d, make_model, "Missing column `completion_ids`.*collect_rollouts"),
         (lambda d: d | {"teacher_logprobs": [[0.0]] * 4}, make_model, "'teacher_logprobs' already.*remove_columns"),
         (lambda d: {k: [] for k in d}, make_model, "no rollouts"),
-        (lambda d: d | {"completion_ids": [[5], [5], [], [5]]}, make_model, "Row 2, column 'completion_ids' is empty"),
-        (lambda d: d | {"prompt_ids": [[5], [], [5], [5]]}, make_model, "Row 1, column 'prompt_ids' is empty"),
+        (
+            lambda d: d | {"completion_ids": [[5], [5], [], [5]]},
+            make_model,
+            "Row 2, column `completion_ids`: 0 tokens",
+        ),
+        (lambda d: d | {"prompt_ids": [[5], [], [5], [5]]}, make_model, "Row 1, column `prompt_ids`: 0 tokens"),
         (
             lambda d: d | {"completion_ids": [[5], [VOCAB], [5], [5]]},
             make_model,

@@ -194,7 +194,7 @@ def test_a_mistyped_path_is_named_with_its_teacher(teachers, rollouts, missing):
 def dies_after(parts):
     from trl_lopd.generation.several import run_parts
 
-    def run(run, rows, compute):
+    def run(run, rows, compute, key):
         done = []
 
         def one(*args):
@@ -203,7 +203,7 @@ def dies_after(parts):
             done.append(args)
             return compute(*args)
 
-        return run_parts(run, rows, one)
+        return run_parts(run, rows, one, key)
 
     return run
 
@@ -230,7 +230,7 @@ def test_tables_of_several_teachers_that_are_joined(teachers, rollouts):
 
 @pytest.mark.parametrize(
     "call, after",
-    [("scoring.write_record", 0), ("scoring.write_record", 1), ("scoring.write_record", 2)]
+    [("several.write_record", 0), ("several.write_record", 1), ("several.write_record", 2)]
     + [("scoring.remove_parts", 0), ("several.shutil.rmtree", 0), ("several.shutil.rmtree", 1)],
 )
 def test_a_run_that_ends_while_it_puts_the_parts_together_or_away(

@@ -262,12 +262,6 @@ def test_everything_is_said(model):
     assert set(servers.GENERATION_CONFIG) - {"eos_token_id"} < set(server.requests[0])
 
 
-def test_prompts_that_cannot_be_answered(vllm):
-    for engine in (VLLMServer("http://127.0.0.1:1"), VLLMEngine("served")):
-        with pytest.raises(ValueError, match="Prompt 1 is empty"):
-            engine.sample([[3], []], PLAIN)
-
-
 def test_a_prompt_without_room_for_its_answer(model):
     with stub_server("vllm", model) as server:
         for length, message in [

@@ -123,10 +123,6 @@ def test_evidence_of_an_id():
         assert evidence_of(marked) == evidence and content_id(marked) == content_id(verified) and is_id(marked)
     assert with_evidence(verified, "probed") == f"{verified}#probed"
     assert with_evidence(f"{verified}#probed", "verified") == verified
-    with pytest.raises(ValueError, match="#guessed"):
-        evidence_of(f"{verified}#guessed")
-    with pytest.raises(ValueError, match="guessed"):
-        with_evidence(verified, "guessed")
 
 
 @pytest.mark.parametrize("text", ["", "qwen", "qwen@", "qwen@1", "qwen@0123456789abcdef", "a b@1-{w}-{t}-{t}"])
@@ -146,19 +142,13 @@ def test_ids_without_content_name_no_teacher():
 
 def test_diff_in_words():
     a = make_fingerprint(model_id="org/a", revision="abc")
-    assert a.diff(a) == a.diff(a.id) == a.diff(with_evidence(a.id, "declared")) == []
-    b = make_fingerprint("1", "2", "3", adapter=64 * "4")
-    words = ["the weights differ", "the adapter differs", "the tokenizer differs", "the chat template differs"]
-    assert a.diff(b) == words
-    assert a.diff(b.id) == diff_ids(b.id, a.id) == [words[0], *words[2:]]
-    assert a.diff(make_fingerprint(adapter="4")) == ["the adapter differs"]
-    assert a.diff(make_fingerprint(tokenizer="2")) == a.diff(make_fingerprint(tokenizer="2").id) == [words[2]]
-    assert a.diff(make_fingerprint(model_id="org/a", revision="def")) == ["only the revision (abc -> def)"]
-    assert a.diff(make_fingerprint(model_id="b", revision="abc")) == ["only the model id (org/a -> b)"]
-    both = make_fingerprint(model_id="b", revision="def")
-    assert a.diff(both) == ["only the revision (abc -> def) and the model id (org/a -> b)"]
-    assert a.diff(make_fingerprint(schema=2)) == a.diff(make_fingerprint(schema=2).id)
-    assert a.diff(make_fingerprint(schema=2)) == ["written under another fingerprint schema"]
+    assert diff_ids(a.id, a.id) == diff_ids(a.id, with_evidence(a.id, "declared")) == []
+    words = ["the weights differ", "the tokenizer differs", "the chat template differs"]
+    b = make_fingerprint("1", "2", "3")
+    assert diff_ids(a.id, b.id) == diff_ids(b.id, a.id) == words
+    assert diff_ids(a.id, make_fingerprint(adapter="4").id) == words[:1]
+    assert diff_ids(a.id, make_fingerprint(tokenizer="2").id) == words[1:2]
+    assert diff_ids(a.id, make_fingerprint(schema=2).id) == ["written under another fingerprint schema"]
 
 
 def test_dict_round_trip():
@@ -687,7 +677,7 @@ def test_loaded_adapter_equals_its_saved_directory(tmp_path, teacher, options):
     base = fingerprint_teacher(teacher)
     assert saved == loaded == fingerprint_teacher(again)
     assert saved.weights == base.weights and saved.adapter is not None and saved.parameters == base.parameters
-    assert saved.diff(base) == ["the adapter differs"] and diff_ids(saved.id, base.id) == ["the weights differ"]
+    assert diff_ids(saved.id, base.id) == ["the weights differ"]
     assert saved.model_id == "teacher+adapter" and loaded.model_id == "teacher+default"
     # The model is left as it was.
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -738,7 +728,7 @@ def test_base_of_an_adapter_by_relative_path_and_its_own_tokenizer(tmp_path, tea
     (directory / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "teacher"}))
     assert fingerprint_teacher(directory) == before
     make_tokenizer(chat_template="{{ a }}").save_pretrained(directory)
-    assert fingerprint_teacher(directory).diff(before) == ["the chat template differs"]
+    assert diff_ids(fingerprint_teacher(directory).id, before.id) == ["the chat template differs"]
 
 
 def test_adapter_over_a_hub_model(tmp_path, teacher, monkeypatch):
@@ -794,7 +784,7 @@ def test_the_active_adapter_counts(teacher):
     assert fingerprint_teacher(model) == first
     model.set_adapter("other")
     second = fingerprint_teacher(model)
-    assert second.diff(first)[0] == "the adapter differs" and second.name == "teacher+other"
+    assert second.weights == first.weights and second.adapter != first.adapter and second.name == "teacher+other"
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match="2 active adapters .default, other.*set_adapter"):
         fingerprint_teacher(model)

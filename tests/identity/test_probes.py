@@ -177,7 +177,7 @@ def test_whatever_a_probe_raises(teacher, tokenizer, caplog):
     from trl_lopd import generate_sft_data, score_rollouts
 
     def fail_if_probed(module, args, kwargs):
-        if args[0].shape[:2] == (8, 24):
+        if args[0].shape[:2] == (1, 24):
             raise RuntimeError("out of memory")
 
     hook = teacher.model.layers[0].register_forward_pre_hook(fail_if_probed, with_kwargs=True)

@@ -86,7 +86,10 @@ def test_flags_come_before_the_file_and_dictionaries_are_yaml(tmp_path):
         (["score", "--teacher_card", "x", "--teacher", "y"], "is for a teacher on a server"),
         (["score", "--teacher", "y"], "prompts.jsonl is no table"),
         (["score", "--teacher", "y", "--dataset_name", "./nothere"], "./nothere is not there"),
-        (["rollout", "--model_name_or_path", "http://127.0.0.1:9"], "/v1/models does not say what is served there"),
+        (
+            ["rollout", "--model_name_or_path", "http://127.0.0.1:9"],
+            "http://127.0.0.1:9: no answer .*Is the server up",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(tmp_path, chat_models, capsys, flags, words):

@@ -141,13 +141,13 @@ def with_value(column, value, row=1):
 
 
 @pytest.mark.parametrize("column", ["prompt_ids", "completion_ids"])
-@pytest.mark.parametrize("value, words", [(None, "is null"), ([3, None], "has a null"), ([], "is empty")])
+@pytest.mark.parametrize("value, words", [(None, "a null"), ([3, None], "a null"), ([], "0 tokens")])
 def test_rollouts_with_nulls_name_the_row(tmp_path, teacher_dir, capsys, column, value, words):
     rollouts = with_value(column, value)
-    with pytest.raises(TableError, match=f"Row 1, column '{column}' {words}"):
+    words = f"Row 1, column `{column}`: {words}"
+    with pytest.raises(TableError, match=words):
         score_rollouts(rollouts, teacher_dir)
     rollouts.to_parquet(tmp_path / "rollouts.parquet")
-    words = f"Row 1, column '{column}' {words}"
     flags = ["--teacher", teacher_dir, "--output_dir", tmp_path / "out"]
     refused(capsys, words, "score", "--dataset_name", tmp_path / "rollouts.parquet", *flags)
 
@@ -155,7 +155,7 @@ def test_rollouts_with_nulls_name_the_row(tmp_path, teacher_dir, capsys, column,
 @pytest.mark.parametrize("column", ["prompt_ids", "completion_ids"])
 def test_rollouts_of_another_type(teacher_dir, column):
     rollouts = make_rollouts(3).remove_columns(column).add_column(column, ["w5 w6"] * 3)
-    with pytest.raises(TableError, match=f"Column '{column}' .*string.*lists of token ids"):
+    with pytest.raises(TableError, match=f"Column `{column}`: type .*string, where list of integers is needed"):
         score_rollouts(rollouts, teacher_dir)
 
 
@@ -165,7 +165,7 @@ def test_columns_of_another_length_are_found_before_scoring(monkeypatch, teacher
     rollouts = make_rollouts(3)
     values = [[column == "completion_mask" or -1.0] * len(ids) for ids in rollouts["completion_ids"]]
     values[2].append(values[2][0])
-    with pytest.raises(TableError, match=f"Row 2, column '{column}' has {len(values[2])} entries for"):
+    with pytest.raises(TableError, match=f"Row 2, column `{column}`: {len(values[2])} entries for"):
         score_rollouts(rollouts.add_column(column, values), teacher_dir)
 
 

@@ -279,7 +279,8 @@ def test_null(name, value, features):
     for part in (table, table.select(range(1, 6)), table.data.table.slice(1)):
         message = refusal(part) if isinstance(part, Dataset) else refusal_of_rows(part)
         row = 2 if part is table else 1
-        assert message == f"Row {row}, column `{name}`: a null where a value is needed. {RESCORE}"
+        remedy = "Drop the row." if name in ("prompt_ids", "completion_ids") else RESCORE
+        assert message == f"Row {row}, column `{name}`: a null where a value is needed. {remedy}"
 
 
 def test_empty_prompt():

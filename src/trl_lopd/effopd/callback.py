@@ -1,17 +1,9 @@
 """
 EffOPD (arXiv 2605.11739): fewer training steps by extrapolating the weights along the direction of training.
 
-At steps 1, 2, 4, 8, ... of training:
-
-1. Compute `D = W - W_base`, the change of the weights since the last search. `W_base` starts as the initial weights.
-2. For `m` in 3, 5, 7, 9, 11: move to `W_base + m * D` and evaluate the gate, always on the same held-out rows. Stop at
-   the first `m` that is no better than the one before.
-3. Accept the best candidate if it is better than `W` itself, by a paired test over the rows; otherwise return to `W`,
-   bit for bit.
-4. Set `W_base` to the weights that were chosen.
-
-Optimizer and scheduler are not changed. Every process moves the part of the weights that it owns, and no weights are
-gathered.
+A search moves the weights along their change since the last one, `W_base + m * D`, and keeps what a gate confirms;
+docs/effopd.md has its steps. Optimizer and scheduler are not changed. Every process moves the part of the weights that
+it owns, and no weights are gathered.
 """
 
 from __future__ import annotations
@@ -39,8 +31,9 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from ..own_logits import evaluating
 from ..table.schema import rows_of_each
-from ..table.store import replacing
+from ..table.store import write_text
 from .gates import paired_p_value, resolve_gate
 
 if TYPE_CHECKING:
@@ -63,11 +56,6 @@ _DIRECTION_SAMPLES = 2**20
 _SHORT = 8
 # Number of failed searches after which a warning is logged.
 _PATIENCE = 3
-
-
-def powers_of_two(i: int) -> int:
-    """Returns step `i` of the published schedule: 1, 2, 4, 8, 16, 32, ...."""
-    return 2**i
 
 
 class EffOPDCallback(TrainerCallback):
@@ -96,10 +84,10 @@ class EffOPDCallback(TrainerCallback):
             Held-out rows for a gate that reads rows. Defaults to the trainer's `eval_dataset`.
         gate_rows (`int`, *optional*, defaults to `256`):
             Number of rows, from the first one on, that the default gate reads.
-        schedule (`Sequence[int]` or `Callable`, *optional*):
-            Optimizer steps at which to search: a list, or an increasing function of 0, 1, 2, .... `powers_of_two` is
-            the published schedule. The default depends on the searches: steps 1, 2, 4, 8, then eight steps after a
-            search that succeeded, or twice as many steps as the last time after one that failed.
+        schedule (`Sequence[int]`, *optional*):
+            Optimizer steps at which to search. Powers of two, `[2**i for i in range(20)]`, are the published schedule.
+            The default depends on the searches: steps 1, 2, 4, 8, then eight steps after a search that succeeded, or
+            twice as many steps as the last time after one that failed.
         scales (`Sequence[float]`, *optional*, defaults to `(3, 5, 7, 9, 11)`):
             Ascending multiples `m` of the direction, all above 1.
         search (`str`, *optional*, defaults to `"first_fail"`):
@@ -139,7 +127,7 @@ class EffOPDCallback(TrainerCallback):
         *,
         gate_dataset: Dataset | None = None,
         gate_rows: int = 256,
-        schedule: Sequence[int] | Callable[[int], int] | None = None,
+        schedule: Sequence[int] | None = None,
         scales: Sequence[float] = (3, 5, 7, 9, 11),
         search: str = "first_fail",
         parameters: str | None = None,
@@ -159,10 +147,8 @@ class EffOPDCallback(TrainerCallback):
                 f"{min_improvement}, {significance} and {gate_rows}."
             )
         is_list = isinstance(schedule, Sequence) and not isinstance(schedule, str)
-        if not (schedule is None or callable(schedule) or (is_list and schedule and min(schedule) >= 1)):
-            raise ValueError(
-                f"`schedule` is a list of steps, each 1 or more, or a function to them; got {schedule!r}."
-            )
+        if not (schedule is None or (is_list and schedule and min(schedule) >= 1)):
+            raise ValueError(f"`schedule` is a list of steps, each 1 or more; got {schedule!r}.")
         if parameters not in (None, "all"):
             try:
                 re.compile(parameters)
@@ -207,11 +193,12 @@ class EffOPDCallback(TrainerCallback):
             self._base = self._copy()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self._is_due(state.global_step):
+        step = state.global_step
+        if step == self._next_search() if self.schedule is None else step in self.schedule:
             # The search evaluates and logs, which resets these flags of the control. They are restored, so that this
             # step still evaluates and logs if it is due.
             flags = copy.copy(control)
-            self._search(state.global_step)
+            self._search(step)
             vars(control).update(vars(flags))
 
     def on_save(self, args, state, control, **kwargs):
@@ -220,7 +207,9 @@ class EffOPDCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         summary = self.summary()
         if self.trainer.is_world_process_zero():
-            _write_json(Path(args.output_dir) / HISTORY, {"summary": summary, "searches": self.history})
+            path = Path(args.output_dir, HISTORY)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps({"summary": summary, "searches": self.history}, indent=1))
             tqdm.write(
                 f"EffOPD: {summary['steps']} steps that went as far as {summary['equivalent_steps']:g}; "
                 f"{summary['accepted']} of {summary['searches']} searches accepted, {summary['search_seconds']:.1f} s "
@@ -252,19 +241,6 @@ class EffOPDCallback(TrainerCallback):
         return {"effopd": {name: self.summary()[name] for name in names}} if self.history else {}
 
     # ---- Search ----
-
-    def _is_due(self, step: int) -> bool:
-        if self.schedule is None:
-            return step == self._next_search()
-        if not callable(self.schedule):
-            return step in self.schedule
-        i, due = 0, self.schedule(0)
-        while due < step:
-            i, before = i + 1, due
-            due = self.schedule(i)
-            if due <= before:  # the schedule has no more steps
-                return False
-        return due == step
 
     def _next_search(self) -> int:
         """Returns the step of the next search in the default schedule.
@@ -348,17 +324,11 @@ class EffOPDCallback(TrainerCallback):
     def _ask(self) -> np.ndarray:
         """Evaluates the gate for the current weights: `(rows,)`, lower is better, the same on every process."""
         model = self.trainer.model
-        training = [module for module in model.modules() if module.training]
         devices = [self.trainer.args.device] if self.trainer.args.device.type == "cuda" else []
-        model.eval()
-        try:
-            with torch.random.fork_rng(devices), torch.no_grad():
-                values = self.gate(model)
-                values = values.double().cpu() if isinstance(values, torch.Tensor) else values
-                values = np.atleast_1d(np.asarray(values, dtype=np.float64))
-        finally:
-            for module in training:
-                module.training = True
+        with evaluating(model), torch.random.fork_rng(devices), torch.no_grad():
+            values = self.gate(model)
+            values = values.double().cpu() if isinstance(values, torch.Tensor) else values
+            values = np.atleast_1d(np.asarray(values, dtype=np.float64))
         if self.trainer.accelerator.num_processes > 1:
             values = broadcast_object_list([values])[0]
         if values.ndim != 1 or len(values) == 0:
@@ -445,7 +415,7 @@ class EffOPDCallback(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
         # Written last, so that a checkpoint with this file is complete.
         if self.trainer.is_world_process_zero():
-            _write_json(checkpoint / DIRECTORY / "history.json", self.history)
+            write_text(path.with_name("history.json"), json.dumps(self.history, indent=1))
 
     def _load(self, checkpoint: str | None, step: int) -> None:
         path = self._file(Path(checkpoint or ""))
@@ -593,9 +563,3 @@ def _moving(model: nn.Module, parameters: str | None) -> set[str]:
         for name, _ in module.named_parameters(prefix=path, recurse=False)
         if _LAYER.search(name)
     }
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(json.dumps(content, indent=1).encode())

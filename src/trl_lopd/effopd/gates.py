@@ -153,24 +153,20 @@ def resolve_gate(
     if gate is not None:
         return MetricGate(trainer, gate, rows, greater_is_better)
     rows = trainer.eval_dataset if rows is None else rows
-    if not hasattr(trainer, "reverse_kl_of_rows"):
+    is_table = isinstance(rows, Dataset)
+    if (
+        not hasattr(trainer, "reverse_kl_of_rows")
+        or not is_table
+        or "teacher_topk_ids" not in rows.column_names
+        or len(rows) < 2
+    ):
+        given = f"{len(rows)} rows with the columns {rows.column_names}" if is_table else f"a `{type(rows).__name__}`"
         raise ValueError(
-            f'{type(trainer).__name__} has no default gate. Give one: a key of `evaluate()` such as "eval_loss", a '
-            "`RewardGate`, or a function of the model."
+            "The default gate compares two or more held-out rows of a `Dataset` that have the teacher's top-k "
+            "(`score_rollouts(..., top_k=8)`), in an `OfflineOPDTrainer`: give them as its `eval_dataset` or as the "
+            f"callback's `gate_dataset`; got {'no rows' if rows is None else given} and a `{type(trainer).__name__}`. "
+            'Or give a gate: a key of `evaluate()` such as "eval_loss", a `RewardGate`, or a function of the model.'
         )
-    if rows is not None and not isinstance(rows, Dataset):
-        raise ValueError(
-            f"The default gate reads the first rows of a `Dataset`, not of a `{type(rows).__name__}`: give the "
-            "callback one as `gate_dataset`."
-        )
-    if rows is None or "teacher_topk_ids" not in rows.column_names:
-        raise ValueError(
-            "The default gate reads held-out rows with the teacher's top-k: give the trainer such an `eval_dataset`, "
-            "or the callback a `gate_dataset` (`score_rollouts(..., top_k=8)`). Without top-k, grade answers with a "
-            "`RewardGate`."
-        )
-    if len(rows) < 2:
-        raise ValueError("The default gate compares rows: give it two or more.")
     return ReverseKLGate(trainer, rows.select(range(min(num_rows, len(rows)))))
 
 

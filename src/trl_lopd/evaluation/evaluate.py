@@ -26,7 +26,7 @@ from ..models import hub_kwargs, load_tokenizer, pinned_kwargs
 from ..names import as_name
 from ..processes import on_main_process, processes
 from ..table.schema import describe, lengths, refuse_no_dataset
-from ..table.store import replacing
+from ..table.store import write_text
 from .metrics import check_math_answers, estimate_reverse_kl, grade_exact, grade_math, summarize_samples
 
 if TYPE_CHECKING:
@@ -261,8 +261,8 @@ def evaluate_model(
             "versions": {"trl-lopd": __version__, **{package: version(package) for package in packages}},
         }
         if output_dir is not None:
-            _write(Path(output_dir) / "outcomes.jsonl", "".join(json.dumps(row) + "\n" for row in outcomes))
-            _write(Path(output_dir) / "metrics.json", json.dumps(result, indent=2) + "\n")
+            write_text(Path(output_dir) / "outcomes.jsonl", "".join(json.dumps(row) + "\n" for row in outcomes))
+            write_text(Path(output_dir) / "metrics.json", json.dumps(result, indent=2) + "\n")
         return result
 
     return on_main_process(state, conclude)
@@ -315,11 +315,6 @@ def _grade(
     cut = [reason == "length" for reason in samples["finish_reason"]]
     tokens = lengths(samples)[1].tolist()
     return outcomes, summarize_samples(metric, by_problem(graded), by_problem(cut), by_problem(tokens))
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as file:
-        file.write(text.encode())
 
 
 def show(result: dict[str, Any]) -> None:

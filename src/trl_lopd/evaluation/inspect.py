@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,11 +212,7 @@ def _verdict(result: dict[str, Any], splits: dict[str, Dataset], mode: str, revi
         "mode": mode,
         # What is wrong with the model's card is in the verdicts.
         "accepted": all(v.accepted(mode) for v in verdicts.values()) and not result["table"]["problems"],
-        "splits": {
-            split: {"consistent": v.consistent, "evidence": v.evidence, "accepted": v.accepted(mode)}
-            | {"reason": v.reason, "warnings": list(v.warnings), "rows": v.rows, "off_policy": v.off_policy}
-            for split, v in verdicts.items()
-        },
+        "splits": {split: asdict(v) | {"accepted": v.accepted(mode)} for split, v in verdicts.items()},
     }
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import httpx
-
 from ..errors import ServerError
-from .servers import SGLangServer, VLLMServer, authorization
+from .servers import SGLangServer, VLLMServer
 
 
 def is_address(model: Any) -> bool:
@@ -27,7 +25,7 @@ def server_at(address: str, **kwargs: Any) -> VLLMServer | SGLangServer:
         ServerError: If no server answers.
         ValueError: If `address` is not an address, or an option is unknown.
     """
-    owner = _served(VLLMServer(address))[0].get("owned_by")
+    owner = _served(address)[0].get("owned_by")
     return create_client(SGLangServer if owner == "sglang" else VLLMServer, address, kwargs)
 
 
@@ -38,7 +36,7 @@ def served_model(address: str) -> str:
     Raises:
         ServerError: If no server answers, or it serves several models.
     """
-    served = _served(VLLMServer(address))
+    served = _served(address)
     if len(served) != 1:
         names = [entry.get("id") for entry in served]
         raise ServerError(
@@ -61,18 +59,9 @@ def create_client(kind: type, address: str, kwargs: dict[str, Any] | None) -> VL
         raise ValueError(f"`server_kwargs`: {error}") from error
 
 
-def _served(client: VLLMServer) -> list[dict[str, Any]]:
-    """Asks a server for the models that it serves."""
-    url = f"{client.base_url}/v1/models"
-    try:
-        with httpx.Client(transport=httpx.HTTPTransport(retries=3), headers=authorization(), timeout=30) as http:
-            response = http.get(url).raise_for_status()
-        served = response.json()["data"]
-        if not served or not all(isinstance(entry, dict) and entry.get("id") for entry in served):
-            raise ValueError("it serves nothing")
-    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-        raise ServerError(
-            f"{url} does not say what is served there ({type(error).__name__}: {error}). Is the server up, and "
-            "reachable from here?"
-        ) from None
+def _served(address: str) -> list[dict[str, Any]]:
+    # With a model, the client does not look for the only one that is served.
+    served = VLLMServer(address, model="any", timeout=30, max_retries=0).served()
+    if not served:
+        raise ServerError(f"{address} serves no model.")
     return served

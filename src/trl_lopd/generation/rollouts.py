@@ -14,7 +14,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from trl.data_utils import is_conversational
 
-from ..identity.cards import attach_record, count_teachers, entry, read_dataset_card, read_model_card, write_record
+from ..identity.cards import count_teachers, entry, read_dataset_card, read_model_card
 from ..identity.fingerprint import fingerprint_teacher, with_evidence
 from ..identity.probes import probes_of_run
 from ..models import (
@@ -31,7 +31,7 @@ from ..models import (
     warn_of_altering_kwargs,
 )
 from ..names import as_name
-from ..processes import on_main_process, own_device, processes, wait_for_everyone
+from ..processes import on_main_process, own_device, processes
 from ..table.schema import TOKEN_COLUMNS, describe, lengths, refuse_no_dataset, teacher_counts
 from .addresses import is_address, served_model
 from .options import ENGINES, ROLLOUT_DEFAULTS, SFT_DATA_DEFAULTS, RolloutOptions, Sampling, takes
@@ -39,7 +39,7 @@ from .prompts import Prompt, as_dataset, continues_answers, encode_prompts, warn
 from .runs import ShardedRun, take
 from .samplers import ContinuousBatchingSampler, Sample, Sampler, TransformersSampler
 from .servers import VLLMServer
-from .several import naming, of_each, refuse_list, remove_parts, row_numbers, run_parts, split_rows
+from .several import naming, of_each, recorded, refuse_list, remove_parts, row_numbers, run_parts, split_rows
 from .teachers import LocalTeacher
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def collect_rollouts(
     card = read_model_card(name, options.init_kwargs.get("revision")) if name else {}
     sft_teachers = [teacher["id"] for teacher in card.get("sft_teachers") or []]
     answers, about, _ = _run(prompts, columns, output_dir)
-    return _recorded(answers, {"students": [about | {"sft_teachers": sft_teachers}]}, output_dir)
+    return recorded(answers, {"students": [about | {"sft_teachers": sft_teachers}]}, output_dir)
 
 
 @takes(RolloutOptions, **SFT_DATA_DEFAULTS)
@@ -181,7 +181,7 @@ def generate_sft_data(
     if isinstance(teacher, dict):
         return _collect_parts(prompts, answerers, output_dir)
     answers, about, _ = _run(*answerers[None], output_dir)
-    return _recorded(answers, {"sft_teachers": count_teachers(teacher_counts(answers), [about])}, output_dir)
+    return recorded(answers, {"sft_teachers": count_teachers(teacher_counts(answers), [about])}, output_dir)
 
 
 def answerers_of(
@@ -380,6 +380,7 @@ def _run(
         answers = run.dataset()
         counts = run.counts()
         check_positions(np.add(*lengths(answers)), model.positions, "the model")
+    model.unload()
     _report_cut(counts, len(answers), options)
     sampled = {**model.settings(), "truncated_answers": counts["truncated"]}
     evidence = {"evidence": "declared"} if model.is_declared else {}
@@ -390,30 +391,21 @@ def _collect_parts(
     prompts: Dataset, parts: dict[str, tuple[Dataset, AnswerColumns]], output_dir: str | Path | None
 ) -> Dataset:
     """Samples the answers of each of several teachers to its prompts, and puts them together."""
-    models, state = {name: columns.model for name, (_, columns) in parts.items()}, processes()
+    models = {name: columns.model for name, (_, columns) in parts.items()}
     options = next(iter(models.values())).options
     pins = {
         "run": "answers of several teachers",
-        "prompts": on_main_process(state, lambda: describe(prompts)) if output_dir is not None else None,
+        "prompts": on_main_process(processes(), lambda: describe(prompts)) if output_dir is not None else None,
         "teachers": {name: model.pins() for name, model in models.items()},
     }
 
-    def answer(name: str, rows: Dataset, directory: Path | None) -> tuple[Dataset, dict[str, Any], dict[str, int]]:
-        answers, about, counts = _run(rows, parts[name][1], directory, run)
-        models[name].unload()
-        if directory is not None and state.is_main_process:
-            write_record(directory, {"sft_teachers": [about]})
-        return answers, about, counts
-
     sizes = np.full(len(prompts), options.num_generations)
     with ShardedRun("Sampling", "answer", sizes, options.rows_per_shard, output_dir, pins) as run:
-        entries = [
-            *(entry(model.fingerprint) for model in models.values()),
-            *run_parts(run, {name: rows for name, (rows, _) in parts.items()}, answer),
-        ]
+        entries = [entry(model.fingerprint) for model in models.values()]
+        entries += run_parts(run, parts, _run, "sft_teachers")
         answers = run.dataset()
         record = {"sft_teachers": count_teachers(teacher_counts(answers), entries)}
-        answers = _recorded(answers, record, output_dir)
+        answers = recorded(answers, record, output_dir)
         remove_parts(run)
         return answers
 
@@ -424,22 +416,6 @@ def _need_input_ids(prompts: Dataset, model: _Model) -> bool:
     return model.role == "teacher" and (
         options.truncated == "keep" or bool(options.chat_template_kwargs) or continues_answers(prompts)
     )
-
-
-def _recorded(answers: Dataset, entries: dict[str, Any], output_dir: str | Path | None) -> Dataset:
-    """Adds a record of who sampled the answers, and of the whole."""
-    record = {
-        **entries,
-        "rows": len(answers),
-        "completion_tokens": int(lengths(answers)[1].sum()),
-        "skipped_rows": 0,
-    }
-    state = processes()
-    attach_record(answers, record)
-    if output_dir is not None and state.is_main_process:
-        write_record(output_dir, record)
-    wait_for_everyone(state)
-    return answers
 
 
 def _prepare_prompts(prompts: Dataset | Sequence[Prompt], model: _Model) -> Dataset:

@@ -20,7 +20,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from ..own_logits import TrialRow, difference, not_causal, own_logprobs, reads_ahead, trial_rows
+from ..own_logits import TrialRow, difference, evaluating, not_causal, own_logprobs, reads_ahead, trial_rows
 from .options import Sampling
 
 if TYPE_CHECKING:
@@ -285,13 +285,11 @@ def _generation_config(sampling: Sampling, tokenizer: PreTrainedTokenizerBase) -
 def _set_up(model: PreTrainedModel) -> Iterator[None]:
     """Sets the model to evaluation mode with an empty generation config inside a `with` block. Restores the mode, the
     config and the random state afterwards."""
-    was_training, generation_config = model.training, model.generation_config
-    model.eval()
+    generation_config = model.generation_config
     # `generate` would fill values that are not set in our config from the model's config.
     model.generation_config = GenerationConfig()
     try:
-        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        with evaluating(model), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             yield
     finally:
         model.generation_config = generation_config
-        model.train(was_training)

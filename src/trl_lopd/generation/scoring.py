@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset, concatenate_datasets
 
 from ..errors import TableError
-from ..identity.cards import attach_record, count_teachers, entry, read_dataset_card, record_of, write_record
+from ..identity.cards import count_teachers, entry, read_dataset_card, record_of
 from ..identity.fingerprint import (
     evidence_of,
     fingerprint_loaded,
@@ -41,7 +40,7 @@ from ..models import (
     warn_of_altering_kwargs,
 )
 from ..names import as_name
-from ..processes import on_main_process, own_device, processes, wait_for_everyone
+from ..processes import on_main_process, own_device, processes
 from ..table.schema import (
     RESIDUAL,
     TOPK_COLUMNS,
@@ -49,12 +48,12 @@ from ..table.schema import (
     column_counts,
     describe,
     digest_columns,
-    holds_ids,
     lengths,
     refuse_no_dataset,
     rows_digest,
     table_features,
     teacher_counts,
+    validate_rollouts,
     validate_table,
     vocab_limits,
 )
@@ -62,7 +61,7 @@ from ..table.store import read_pins
 from .addresses import is_address, server_at
 from .options import ScoringOptions, takes
 from .runs import ShardedRun, take
-from .several import naming, of_each, refuse_list, remove_parts, row_numbers, run_parts, split_rows
+from .several import naming, of_each, recorded, refuse_list, remove_parts, row_numbers, run_parts, split_rows
 from .teachers import DEFAULT_BUDGET, LocalTeacher, RowError, Scores, Teacher
 
 if TYPE_CHECKING:
@@ -243,6 +242,7 @@ def _run(
             card = read_dataset_card(output_dir) if output_dir is not None else {}
             if probes := probes_of_run(card, record["id"], lambda: scorer.local_teacher.model, scorer.tokenizer):
                 record["probes"] = probes
+        scorer.unload()
         return run.dataset(), record, run.counts()
 
 
@@ -256,18 +256,9 @@ def _score_parts(dataset: Dataset, parts: dict[str, tuple[Dataset, Scorer]], out
         teachers = {name: scorer.teacher_id for name, scorer in scorers.items()}
         pins = _pins(dataset, first) | {"teacher": teachers}
 
-    def score(name: str, rows: Dataset, directory: Path | None) -> tuple[Dataset, dict[str, Any], dict[str, int]]:
-        table, record, counts = _run(rows, scorers[name], directory, run)
-        scorers[name].unload()
-        if directory is not None and run.state.is_main_process:
-            write_record(directory, {"teachers": [record]})
-        return table, record, counts
-
     with ShardedRun("Scoring", "token", tokens, first.options.rows_per_shard, output_dir, pins) as run:
-        entries = [
-            *(scorer.record for scorer in scorers.values()),
-            *run_parts(run, {name: rows for name, (rows, _) in parts.items()}, score),
-        ]
+        entries = [scorer.record for scorer in scorers.values()]
+        entries += run_parts(run, parts, _run, "teachers")
         table = _recorded(dataset, run.dataset(), entries, output_dir)
         remove_parts(run)
         return table
@@ -399,20 +390,9 @@ def _recorded(
             "trainer accepts them only with `teacher_logprob_floor`."
         )
     students = _students_of(dataset)
-    record = {
-        **({"students": students} if students else {}),
-        "teachers": count_teachers(teacher_counts(table), teachers),
-        "rows": len(table),
-        "completion_tokens": int(lengths(table)[1].sum()),
-        "skipped_rows": 0,
-        "columns": columns,
-        "digests": [{"rows": len(table), "digest": digest}],
-    }
-    attach_record(table, record)
-    if output_dir is not None and state.is_main_process:
-        write_record(output_dir, record)
-    wait_for_everyone(state)
-    return table
+    entries = {"students": students} if students else {}
+    entries["teachers"] = count_teachers(teacher_counts(table), teachers)
+    return recorded(table, entries, output_dir, columns=columns, digests=[{"rows": len(table), "digest": digest}])
 
 
 def _students_of(dataset: Dataset) -> list[dict[str, Any]]:
@@ -589,9 +569,6 @@ def check_rollouts(dataset: Dataset, added: list[str]) -> None:
         TableError: If they cannot be scored; the message names the row and column.
     """
     refuse_no_dataset(dataset, "dataset")
-    missing = [name for name in ("prompt_ids", "completion_ids") if name not in dataset.column_names]
-    if missing:
-        raise TableError(f"The rollouts have no column {missing[0]!r}. `collect_rollouts` makes it from prompts.")
     if "ref_logprobs" in added and "ref_logprobs" in dataset.column_names:
         raise TableError(
             "The rollouts have `ref_logprobs` already, as `collect_rollouts` gives them. Leave `ref_model` out, or "
@@ -604,46 +581,7 @@ def check_rollouts(dataset: Dataset, added: list[str]) -> None:
         )
     if len(dataset) == 0:
         raise TableError("There are no rollouts to score.")
-    for name in ("prompt_ids", "completion_ids"):
-        if not holds_ids(dataset, name):
-            raise TableError(
-                f"Column {name!r} holds {dataset.data.schema.field(name).type}, where lists of token ids are needed. "
-                "`collect_rollouts` makes them from prompts."
-            )
-        first = 0
-        for batch in dataset.select_columns([name]).with_format("arrow").iter(1000):
-            column = batch[name].combine_chunks()
-            sizes = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
-            if (sizes == 0).any():
-                row = int((sizes == 0).argmax())
-                problem = "empty" if column[row].is_valid else "null"
-                raise TableError(f"Row {first + row}, column {name!r} is {problem}. Drop the row.")
-            if (ids := column.flatten()).null_count:
-                at = ids.is_null().to_numpy(zero_copy_only=False).argmax()
-                row = int(np.searchsorted(sizes.cumsum(), at, side="right"))
-                raise TableError(f"Row {first + row}, column {name!r} has a null among its token ids. Drop the row.")
-            first += len(sizes)
-    _check_entries(dataset)
-
-
-def _check_entries(dataset: Dataset) -> None:
-    """Raises `TableError`, before the scoring, if a per-token column does not have one entry per completion token."""
-    names, first = [name for name in ("completion_mask", "ref_logprobs") if name in dataset.column_names], 0
-    for batch in dataset.select_columns(["completion_ids", *names]).with_format("arrow").iter(1000):
-        sizes = {}
-        for name in ("completion_ids", *names):
-            column = batch[name].combine_chunks()
-            if not hasattr(column.type, "value_type"):
-                raise TableError(f"Column {name!r} holds {column.type}, where lists are needed. Remove the column.")
-            sizes[name] = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
-        for name in names:
-            if (wrong := sizes[name] != sizes["completion_ids"]).any():
-                row = int(wrong.argmax())
-                raise TableError(
-                    f"Row {first + row}, column {name!r} has {sizes[name][row]} entries for the "
-                    f"{sizes['completion_ids'][row]} tokens in 'completion_ids'. Remove the column, or correct it."
-                )
-        first += len(batch)
+    validate_rollouts(dataset)
 
 
 def _lists(offsets: np.ndarray, values: pa.Array) -> pa.ListArray:

@@ -23,7 +23,7 @@ import numpy as np
 from anyio.from_thread import start_blocking_portal
 
 from ..errors import ServerError
-from ..identity.probes import probe_sequences, probed_entries, verify_served_teacher
+from ..identity.probes import MAX_SPREAD, PROBE_REPEATS, probe_sequences, probed_entries, verify_served_teacher
 from ..table.schema import TOLERANCE
 from .samplers import Sample, Sampling
 from .teachers import Scores
@@ -180,8 +180,6 @@ class _Server:
         sequence: list[int] | None = None,
         *,
         tolerance: float = 0.6,
-        max_spread: float = 0.3,
-        repeats: int = 4,
     ) -> str | None:
         """
         Whether this server may score a run; asked before the first row.
@@ -195,7 +193,7 @@ class _Server:
             card (`dict`, *optional*): A card's record. Without probes of a teacher in it, the last test is left out.
             sequence (`list[int]`, *optional*): Token ids to test with, 4 or more. Made from the tokenizer or the
                 card's probes if not given.
-            tolerance, max_spread, repeats: As in [`verify_served_teacher`].
+            tolerance (`float`, *optional*, defaults to `0.6`): As in [`verify_served_teacher`].
 
         Returns:
             `str` or `None`: The id to write into the table, with the suffix `#probed`. `None` if no probes were
@@ -215,29 +213,26 @@ class _Server:
             halves = probe_sequences(self.processing_class) if self.processing_class is not None else probes[0]
             # The second half of a probe repeats its first.
             sequence = [id for probe in halves for id in probe[: len(probe) // 2]]
-        if len(sequence) < 4 or repeats < 2:
-            raise ValueError(
-                f"The test takes a `sequence` of 4 or more tokens and 2 or more `repeats`; got {len(sequence)} and "
-                f"{repeats}."
-            )
+        if len(sequence) < 4:
+            raise ValueError(f"The test takes a `sequence` of 4 or more tokens; got {len(sequence)}.")
         try:
             if self.processing_class is not None:
                 self._check_texts(sequence)
             # A server that starts in the middle of a sequence must say of it what it says from the beginning.
-            lengths = [len(sequence) - 1] * repeats + [len(sequence) // 2]
+            lengths = [len(sequence) - 1] * PROBE_REPEATS + [len(sequence) // 2]
             answers = [scores.logprobs for scores in self.score([np.array(sequence)] * len(lengths), lengths, 1)]
             tails = [logprobs[-lengths[-1] :] for logprobs in answers]
             spread = max(_spread(answers[:-1]), _spread(tails))
-            if spread > max_spread:
+            if spread > MAX_SPREAD:
                 raise ServerError(
                     f"It disagrees with itself: answers to one sequence lie {spread:.3f} nats a token apart (limit "
-                    f"{max_spread:g}). Its replicas are different models or run in different precisions, or an "
+                    f"{MAX_SPREAD:g}). Its replicas are different models or run in different precisions, or an "
                     "answer depends on what else is in the batch. Serve one model in one precision, in a "
                     "batch-invariant mode if the server has one, or score with the teacher loaded locally."
                 )
             if not probes:
                 return None
-            result = verify_served_teacher(self, card, tolerance, max_spread=max_spread, repeats=repeats)
+            result = verify_served_teacher(self, card, tolerance)
         except ServerError as error:
             raise ServerError(f"The self-test of {self.base_url} fails. {error}") from error
         if not result.accepted:
@@ -392,13 +387,21 @@ class VLLMServer(_Server):
     async def _prepare(self, client: httpx.AsyncClient) -> None:
         if self.model is not None:
             return
-        names = await self._ask(
-            client, None, lambda body: [str(model["id"]) for model in body["data"]], path="/v1/models"
-        )
+        names = [model["id"] for model in await self._served(client)]
         if len(names) != 1:
             # Adapters are served beside their base: to take the first could be to take another teacher.
             raise ServerError(f"{self.base_url} serves {names}. Say which is meant: `model=...`.")
         self.model = names[0]
+
+    async def _served(self, client: httpx.AsyncClient) -> list[dict[str, Any]]:
+        def parse(body: dict) -> list[dict[str, Any]]:
+            return [{**model, "id": str(model["id"])} for model in body["data"]]
+
+        return await self._ask(client, None, parse, path="/v1/models")
+
+    def served(self) -> list[dict[str, Any]]:
+        """Asks a server, of vLLM or SGLang, what it serves: an entry a model, with its name as `id`."""
+        return self._run(self._served)
 
     def sample(
         self,
@@ -418,11 +421,7 @@ class VLLMServer(_Server):
                 cut before `max_completion_length` or ended by a token that ends none. Or if the log-probabilities are
                 not those at temperature 1. Its `row` is the prompt's position in the call; messages say the answer's
                 number, `first + row`.
-            `ValueError`: if a prompt is empty.
         """
-        for row, prompt in enumerate(prompts):
-            if len(prompt) == 0:
-                raise ValueError(f"Prompt {row} is empty: the first answer token would have no context.")
 
         async def ask(client: httpx.AsyncClient, row: int, sampling: Sampling) -> Sample:
             prompt = np.asarray(prompts[row]).tolist()

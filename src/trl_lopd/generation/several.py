@@ -20,9 +20,9 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from ..errors import TableError
-from ..identity.cards import read_dataset_card
-from ..processes import on_main_process, wait_for_everyone
-from ..table.schema import TEACHER_ID, holds_names
+from ..identity.cards import attach_record, read_dataset_card, write_record
+from ..processes import on_main_process, processes, wait_for_everyone
+from ..table.schema import TEACHER_ID, holds_names, lengths
 from ..table.store import HIDDEN
 from .runs import ShardedRun, take
 
@@ -126,17 +126,19 @@ def row_numbers(dataset: Dataset) -> np.ndarray:
 
 def run_parts(
     run: ShardedRun,
-    parts: dict[str, Dataset],
-    compute: Callable[[str, Dataset, Path | None], tuple[Dataset, dict[str, Any], dict[str, int]]],
+    parts: dict[str, tuple[Dataset, Any]],
+    compute: Callable[[Dataset, Any, Path | None, ShardedRun], tuple[Dataset, dict[str, Any], dict[str, int]]],
+    key: str,
 ) -> list[dict[str, Any]]:
     """
     Computes what is missing of the parts, and of the whole.
 
     Args:
         run ([`ShardedRun`]): The run of the whole, entered.
-        parts (`dict[str, Dataset]`): The input rows of each teacher.
-        compute (`Callable`): Makes of a teacher's name, its rows and a directory its output rows, its entry for the
-            card, and the counts of its run.
+        parts (`dict[str, tuple[Dataset, Any]]`): The input rows of each teacher, and what computes their output.
+        compute (`Callable`): Makes of both, a directory and the run of the whole the output rows, the teacher's entry
+            for the card, and the counts of its run.
+        key (`str`): Key of the entries in a card.
 
     Returns:
         `list[dict]`: The entries; those in the card of a table that is finished already.
@@ -151,10 +153,12 @@ def run_parts(
     if run.bar.n:
         run.bar.reset()
     tables, entries, counts = [], [], Counter()
-    for name, rows in parts.items():
+    for name, (rows, worker) in parts.items():
         path = directory and directory / f"teacher-{quote(name, safe='')}"
         with naming(name, path, run.output_dir):
-            table, entry, of_part = compute(name, rows, path)
+            table, entry, of_part = compute(rows, worker, path, run)
+        if path is not None and run.state.is_main_process:
+            write_record(path, {key: [entry]})
         tables.append(table)
         entries.append(entry)
         counts.update(of_part)
@@ -169,6 +173,19 @@ def run_parts(
         # The counts of all parts are known of the whole only: the first shard has them.
         run.write(shard, in_order.remove_columns(_ROW), **{key: n * (shard == 0) for key, n in counts.items()})
     return entries
+
+
+def recorded(table: Dataset, entries: dict[str, Any], output_dir: str | Path | None, **more: Any) -> Dataset:
+    """Adds a record of the whole, and of who made it, to rows and to the card of their directory. All processes must
+    call this."""
+    tokens = int(lengths(table)[1].sum())
+    record = {**entries, "rows": len(table), "completion_tokens": tokens, "skipped_rows": 0, **more}
+    attach_record(table, record)
+    state = processes()
+    if output_dir is not None and state.is_main_process:
+        write_record(output_dir, record)
+    wait_for_everyone(state)
+    return table
 
 
 def remove_parts(run: ShardedRun) -> None:

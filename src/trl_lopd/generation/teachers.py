@@ -17,7 +17,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from ..errors import OfflineOPDError
 from ..logits import LogitTransform, backbone, score_logits, score_tokens
 from ..models import stretches_from
-from ..own_logits import difference, not_causal, own_logprobs, reads_ahead, trial_rows
+from ..own_logits import difference, evaluating, not_causal, own_logprobs, reads_ahead, trial_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -121,10 +121,7 @@ class LocalTeacher:
                     row,
                 )
         results: list[Scores | None] = [None] * len(sequences)
-        # Restore the mode of each module, because frozen parts of a model in training may be in evaluation mode.
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             self.find_budget()
             self._reading = self._reading or _find_reading(self.model)
             batches = self._plan(np.arange(len(sequences)), sequences, completion_lengths)
@@ -152,9 +149,6 @@ class LocalTeacher:
                     logger.warning(f"Out of memory: from here on {self.max_batch_tokens} tokens are scored at a time.")
                     remaining = np.array([row for row, result in enumerate(results) if result is None])
                     batches = self._plan(remaining, sequences, completion_lengths)
-        finally:
-            for module in training:
-                module.training = True
         return results
 
     def _plan(self, rows: np.ndarray, sequences: list[np.ndarray], counts: list[int]) -> list[tuple[np.ndarray, bool]]:
@@ -432,7 +426,7 @@ def _inputs(model: PreTrainedModel, sequences: list[np.ndarray]) -> tuple[dict[s
     device = model.get_input_embeddings().weight.device
     lengths = np.array([len(sequence) for sequence in sequences])
     if not _packs(model):
-        input_ids, attention_mask = _padded(sequences)
+        input_ids, attention_mask = padded(sequences)
         ends = np.arange(len(lengths)) * lengths.max() + lengths
         return {"input_ids": _to(device, input_ids), "attention_mask": _to(device, attention_mask)}, ends
     ends = np.cumsum(lengths)
@@ -467,7 +461,7 @@ def _read_prompts(model: PreTrainedModel, prompts: list[np.ndarray]) -> _Prefix:
     """Reads prompts in one forward pass, and keeps their keys and values."""
     model = _unwrapped(model)
     device = model.get_input_embeddings().weight.device
-    input_ids, attention_mask = _padded(prompts, left=True)
+    input_ids, attention_mask = padded(prompts, left=True)
     output = backbone(model)(
         input_ids=_to(device, input_ids),
         attention_mask=_to(device, attention_mask),
@@ -493,7 +487,7 @@ def _score_completions(
     device = model.get_input_embeddings().weight.device
     hidden = prefix.last_hidden[_to(prefix.last_hidden.device, prompt_of)].unsqueeze(1)
     # The last token of a completion is not an input, and the first one is predicted by the prompt.
-    input_ids, attention_mask = _padded([completion[:-1] for completion in completions])
+    input_ids, attention_mask = padded([completion[:-1] for completion in completions])
     width = input_ids.shape[1]
     if width:
         cache = copy.copy(prefix.cache)
@@ -542,7 +536,7 @@ def _split(scores: tuple[torch.Tensor, torch.Tensor, torch.Tensor], completions:
     return [Scores(*row) for row in zip(*splits, strict=True)]
 
 
-def _padded(sequences: list[np.ndarray], left: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def padded(sequences: list[np.ndarray], left: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Pads token ids with 0, on the right or with `left` on the left. Returns them and the attention mask, both
     `(rows, longest)` int64."""
     lengths = np.array([len(sequence) for sequence in sequences])

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from transformers.utils import find_adapter_config_file
 
+from ..models import adapter_config
 from .samplers import Sample, Sampling
 from .servers import Failure, checked_sample, sampling_parameters
 
@@ -27,7 +27,7 @@ class VLLMEngine:
     """
 
     def __init__(self, model: str, **llm_kwargs: Any):
-        if find_adapter_config_file(model, revision=llm_kwargs.get("revision")) is not None:
+        if adapter_config(model, llm_kwargs.get("revision")) is not None:
             raise ValueError(
                 f"{model} is an adapter, and vLLM loads whole models. Merge it into its base first: "
                 f"`AutoPeftModelForCausalLM.from_pretrained({model!r}).merge_and_unload().save_pretrained(...)`, and "
@@ -66,11 +66,8 @@ class VLLMEngine:
             RuntimeError: If an answer is wrong: it lacks a log-probability, was aborted, was truncated before
                 `max_completion_length` because the context is full, or ends with a token that is not an
                 end-of-sequence token.
-            ValueError: If a prompt is empty, or longer than the context (raised by vLLM).
+            ValueError: If a prompt is empty or longer than the context (raised by vLLM).
         """
-        for row, prompt in enumerate(prompts):
-            if len(prompt) == 0:
-                raise ValueError(f"Prompt {row} is empty: the first answer token would have no context.")
         if not prompts:
             return []
         # With `logprobs=0`, vLLM returns the log-probability of the sampled token only.

@@ -1,57 +1,6 @@
 """Where identity is written down: one key, `trl_lopd`, in the front matter of model cards and dataset cards.
 
-In the card of a model:
-
-```yaml
-trl_lopd:
-  model:                # the checkpoint that this card was written for
-    id: student@1-...
-    evidence: verified
-  sft_rows: 3000
-  sft_teachers:         # wrote its SFT data
-  - id: teacher@1-...
-    evidence: verified  # verified: computed from content; probed: behaves the same; declared: stated by a person
-    rows: 3000
-    share: 1.0          # of the SFT rows, those without a named teacher counted too
-    teacher_ids: {math: 3000}  # rows of each value of `teacher_id`, the domain; null if only the domain is known
-    weights: ...        # and the rest of the teacher's record, see `TeacherFingerprint`, where it is known
-  opd_rounds:           # what trained it after that, oldest first
-  - student: student-sft@1-...
-    teachers: [...]     # scored the rollouts, with the rows of each `teacher_id`
-    sampled_by: [...]   # sampled them
-    rows: 3000
-    objective: topk
-    teacher_consistency: verified
-```
-
-In the card of a table of rollouts:
-
-```yaml
-trl_lopd:
-  students:             # sampled the rows
-  - id: student@1-...
-    evidence: verified
-    rows: 3000
-    sampling: {temperature: 0.8, top_p: 1.0, ...}
-    sft_teachers: [teacher@1-...]
-  teachers:             # scored the rows
-  - id: teacher@1-...
-    evidence: verified
-    rows: 3000
-    teacher_ids: {math: 3000}  # rows of each domain that it scored, of tables with the column `teacher_id`
-    scoring: {top_k: 8, ...}
-    probes: {...}       # how it answered, see `probes`
-  rows: 3000
-  completion_tokens: 104532
-  skipped_rows: 0
-  columns: [...]        # what the digests cover
-  digests:              # of the rows as they were scored, see `rows_digest`
-  - {rows: 3000, digest: ...}
-  residual:             # of a table of `residualize_table`: what was subtracted from the scores, one entry a fit
-  - {folds: 5, ..., explained_variance: 0.4}
-```
-
-The card of SFT data that a teacher wrote has `sft_teachers` in the place of `students` and `teachers`.
+docs/teacher-consistency.md shows the records of a model, of a table and of SFT data.
 
 A `datasets.Dataset` in memory carries the same record in `info.description`, which `map`, `filter`, `shuffle`,
 `concatenate_datasets` and `save_to_disk` keep; parquet files and `push_to_hub` do not, hence `stamp_dataset_card`.
@@ -516,14 +465,13 @@ def _read(repo: str | Path, revision: str | None, repo_type: str) -> dict[str, A
 
 
 def _write(repo: str | Path, changes: dict[str, Any], repo_type: str, token: str | None) -> None:
-    from ..table.store import replacing
+    from ..table.store import write_text
 
     name, directory = constants.REPOCARD_NAME, Path(repo)
     if directory.is_dir():
         path = directory / name
         text = _text_of(path) if path.is_file() else None
-        with replacing(path) as file:
-            file.write(_stamped(text, changes, path).encode())
+        write_text(path, _stamped(text, changes, path))
         return
     if directory.is_absolute() or str(repo).startswith("."):
         raise FileNotFoundError(f"{repo} is not a directory.")

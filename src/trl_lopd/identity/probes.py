@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from accelerate.utils import is_peft_model
 
-from ..logits import LogitTransform, score_tokens
+from ..own_logits import TrialRow, evaluating, own_logprobs
 from .fingerprint import content_id, with_evidence
 
 if TYPE_CHECKING:
@@ -28,6 +27,10 @@ logger = logging.getLogger(__name__)
 
 # Stored with every answer: a change in what is asked must never be compared with answers to the old questions.
 PROBE_VERSION = 1
+
+# Nats by which repeats of a probe may lie apart, and how often it is asked.
+MAX_SPREAD = 0.3
+PROBE_REPEATS = 4
 
 _NUM_PROBES = 8
 _HALF_LENGTH = 12
@@ -79,7 +82,6 @@ def probe_sequences(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     return [[draw(probe, position) for position in range(_HALF_LENGTH)] * 2 for probe in range(_NUM_PROBES)]
 
 
-@torch.inference_mode()
 def probe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """
     What a card stores of a teacher's behaviour: `{"version": 1, "sequences": [[ids]], "logprobs": [[nats]]}`.
@@ -102,36 +104,17 @@ def probe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> d
             f"The tokenizer has a token id {largest}, but the model's vocabulary has {vocab} tokens. They do not "
             "belong together."
         )
-    was_training = model.training
-    model.eval()
-    try:
-        # Adapters live in the layers of the model that PEFT wraps.
-        inner = model.get_base_model() if is_peft_model(model) else model
-        head = inner.get_output_embeddings()
-        input_ids = torch.tensor(sequences, device=inner.get_input_embeddings().weight.device)
-        hidden = inner.base_model(
-            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False
-        ).last_hidden_state[:, :-1]
-        logprobs, _, _ = score_tokens(
-            hidden.flatten(0, 1).to(head.weight.device),
-            head.weight,
-            head.bias,
-            input_ids[:, 1:].flatten().to(head.weight.device),
-            0,
-            LogitTransform.of(inner.config),
-        )
-    finally:
-        model.train(was_training)
-    if not logprobs.isfinite().all():
+    # Adapters live in the layers of the model that PEFT wraps.
+    inner = model.get_base_model() if is_peft_model(model) else model
+    device = inner.get_input_embeddings().weight.device
+    with evaluating(model):
+        rows = [TrialRow(np.array(sequence), len(sequence) - 1) for sequence in sequences]
+        logprobs = np.array([own_logprobs(model, row, device).logprobs for row in rows], np.float64)
+    if not np.isfinite(logprobs).all():
         raise ValueError(
             "The model answers its probes with NaN or infinity. Load it in another dtype, float32 or bfloat16."
         )
-    rows = logprobs.view(len(sequences), -1).tolist()
-    return {
-        "version": PROBE_VERSION,
-        "sequences": sequences,
-        "logprobs": [[round(value, 4) for value in row] for row in rows],
-    }
+    return {"version": PROBE_VERSION, "sequences": sequences, "logprobs": logprobs.round(4).tolist()}
 
 
 def probes_of_run(
@@ -153,7 +136,12 @@ def probes_of_run(
 
 
 def verify_served_teacher(
-    client: Any, card: dict[str, Any], tolerance: float = 0.6, *, max_spread: float = 0.3, repeats: int = 4
+    client: Any,
+    card: dict[str, Any],
+    tolerance: float = 0.6,
+    *,
+    max_spread: float = MAX_SPREAD,
+    repeats: int = PROBE_REPEATS,
 ) -> ProbeResult:
     """
     Ask a server the probes of the teachers that a card names, and compare the answers.
@@ -161,26 +149,9 @@ def verify_served_teacher(
     It is accepted if the mean absolute difference to the closest teacher is at most `tolerance`, the largest at most
     ten times that, and the spread of repeated answers at most `max_spread`.
 
-    The defaults are from SmolLM2-135M-Instruct; its probes in float32 differ from those of these by, in nats:
-
-    | | mean | largest |
-    |---|---|---|
-    | float16; bfloat16 | 0.01; 0.08 | 0.05; 0.5 |
-    | 8-bit weights, int8; fp8 | 0.17; 0.42 | 0.7; 1.7 |
-    | 8-bit weights and activations | 0.50 to 0.56 | 2.4 to 3.1 |
-    | 4-bit weights, rounded to nearest, groups of 128 | 1.5 to 1.9 | 6.0 to 6.5 |
-    | fine-tuned for 20 steps of Adam at 1e-4; 50 steps at 1e-5 | 1.06; 0.35 | 5.2; 1.5 |
-
-    Where the weights are right, the largest difference is less than ten times the mean: the second limit only catches
-    a few tokens gone wrong among many good ones. Repeats in bfloat16 with every sum taken in another order have a
-    spread of 0.17; a bfloat16 replica beside an fp8 one, 0.5 or more. Quantized activations amplify the order of sums,
-    to a spread of 0.7 at worst: a server of such a model that answers batches differently may need a larger limit.
-
-    So it tells a teacher from another model and from a proper fine-tune of itself, but not from a neighbouring
-    checkpoint of the same run: that moves it less than 8-bit serving does. `tolerance=0.25` sees more, for a teacher
-    served in the 16 bits of its checkpoint. 4 bits can move a small model as far as a fine-tune: load the quantized
-    teacher itself to make the probes. A server is judged by these requests only: replicas to which none of them went
-    stay unseen.
+    It tells a teacher from another model and from a proper fine-tune of itself, but not from a neighbouring checkpoint
+    of the same run. A server is judged by these requests only: replicas to which none of them went stay unseen.
+    docs/teacher-consistency.md has the measurements behind the defaults, and when to choose others.
 
     Args:
         client ([`VLLMServer`] or [`SGLangServer`]): A teacher behind HTTP.

@@ -1,23 +1,8 @@
 """The scored table: one row a rollout, one place that knows its columns, its types and what makes a row valid.
 
-| column | type | meaning |
-|---|---|---|
-| `prompt_ids` | `list<int32>` | prompt tokens, at least one |
-| `completion_ids` | `list<int32>` | the tokens that the student sampled, at least one |
-| `teacher_logprobs` | `list<float32>` | log π_T of each completion token, nats, temperature 1 |
-| `teacher_fingerprint` | `string` | which teacher scored the row |
-| `ref_logprobs` (optional) | `list<float32>` | log π_ref of each completion token, nats, temperature 1 |
-| `completion_mask` (optional) | `list<bool>` | completion tokens to train on |
-| `teacher_topk_ids` (optional) | `list<int32[k]>` | the teacher's k most likely tokens at each completion token |
-| `teacher_topk_logprobs` (optional) | `list<float16[k]>` | their log π_T, nats, temperature 1 |
-| `student_fingerprint` (optional) | `string` | which checkpoint sampled the row; null if unknown |
-| `teacher_id` (optional) | `string` | domain of the row, where several teachers score one table; null if unknown |
-| `residual_logprobs` | `list<float32>` | instead of `teacher_logprobs` in a table of `residualize_table` |
-
-The two top-k columns come together, with one k for the whole table, which their type names: inner lists of one size
-need no offsets. So a completion token takes 8 bytes for its id and its score and 6 more for each of the k. Any other
-column is kept and ignored. Other types of the same kind (`int64`, `float64`, `large_list`, inner lists of any size)
-are accepted.
+docs/table.md lists the columns. The two top-k columns come together, with one k for the whole table, which their type
+names: inner lists of one size need no offsets. Other columns are kept and ignored; other types of the same kind
+(`int64`, `float64`, `large_list`, inner lists of any size) are accepted.
 """
 
 from __future__ import annotations
@@ -104,15 +89,9 @@ class TableSummary:
 
     def __add__(self, other: TableSummary) -> TableSummary:
         """Summary of two parts of one table together."""
-        return TableSummary(
-            rows=self.rows + other.rows,
-            completion_tokens=self.completion_tokens + other.completion_tokens,
-            trainable_tokens=self.trainable_tokens + other.trainable_tokens,
-            top_k=self.top_k or other.top_k,
-            floored=self.floored + other.floored,
-            teacher_fingerprints=dict(Counter(self.teacher_fingerprints) + Counter(other.teacher_fingerprints)),
-            foreign_topk=self.foreign_topk + other.foreign_topk,
-        )
+        sums = {name: n + getattr(other, name) for name, n in vars(self).items() if isinstance(n, int)}
+        teachers = dict(Counter(self.teacher_fingerprints) + Counter(other.teacher_fingerprints))
+        return TableSummary(**sums | {"top_k": self.top_k or other.top_k, "teacher_fingerprints": teachers})
 
 
 def table_features(top_k: int = 0, ref_logprobs: bool = False, completion_mask: bool = False) -> Features:
@@ -497,15 +476,8 @@ def validate_rows(
     if teacher_logprob_floor is not None and not -np.inf < teacher_logprob_floor < 0:
         raise ValueError(f"teacher_logprob_floor must be a finite negative number, got {teacher_logprob_floor}.")
     _check_schema(pa_table.schema, pa_table.num_rows)
-    columns = {name: _Column(name, pa_table[name], first_row) for name in _TYPES if name in pa_table.column_names}
+    columns = _columns(pa_table, first_row)
     completion = columns["completion_ids"]
-
-    remedy = "Begin the prompt with a token, such as the beginning-of-sequence one, or drop the row."
-    columns["prompt_ids"].check_not_empty("so the first completion token has no context", remedy)
-    completion.check_not_empty("so there is nothing to learn from", "Drop the row.")
-    for name in TOKEN_COLUMNS:
-        if name in columns:
-            columns[name].check_lengths(completion)
     for name in TOPK_COLUMNS:
         if name in columns:
             top_k = columns[name].check_top_k(top_k)
@@ -535,6 +507,37 @@ def validate_rows(
         teacher_fingerprints=columns["teacher_fingerprint"].check_fingerprints(),
         foreign_topk=foreign_topk,
     )
+
+
+def validate_rollouts(dataset: Dataset) -> None:
+    """
+    Checks rows before they are scored: token ids in each, and one entry a completion token in other columns.
+
+    Raises:
+        TableError: If a column of token ids is missing or has another type; for the first row where a list is empty,
+            has a null or another length.
+    """
+    ids = ("prompt_ids", "completion_ids")
+    names = [name for name in (*ids, "completion_mask", "ref_logprobs") if name in dataset.column_names]
+    if missing := [name for name in ids if name not in names]:
+        raise TableError(f"Missing column {_quoted(missing)}. `collect_rollouts` makes it from prompts.")
+    rollouts, first_row = dataset.select_columns(names), 0
+    _check_types(rollouts.data.schema)
+    for batch in rollouts.with_format("arrow").iter(1000):
+        _columns(batch, first_row)
+        first_row += len(batch)
+
+
+def _columns(pa_table: pa.Table, first_row: int) -> dict[str, _Column]:
+    """Reads columns of the right types, of which no list is empty, and each has one entry a completion token."""
+    columns = {name: _Column(name, pa_table[name], first_row) for name in _TYPES if name in pa_table.column_names}
+    remedy = "Begin the prompt with a token, such as the beginning-of-sequence one, or drop the row."
+    columns["prompt_ids"].check_not_empty("so the first completion token has no context", remedy)
+    columns["completion_ids"].check_not_empty("so there is nothing to learn from", "Drop the row.")
+    for name in TOKEN_COLUMNS:
+        if name in columns:
+            columns[name].check_lengths(columns["completion_ids"])
+    return columns
 
 
 class _Column:
@@ -581,7 +584,8 @@ class _Column:
         row = int(np.argmax(_numpy(levels[-1].is_null())))
         for level in reversed(levels[:-1]):
             row = int(np.searchsorted(np.cumsum(_numpy(pc.list_value_length(level))), row, side="right"))
-        raise self.error(row, "a null where a value is needed", _RESCORE)
+        remedy = "Drop the row." if self.name in ("prompt_ids", "completion_ids") else _RESCORE
+        raise self.error(row, "a null where a value is needed", remedy)
 
     def check_not_empty(self, why: str, remedy: str) -> None:
         if (row := _first(self.lengths == 0)) is not None:
@@ -664,6 +668,13 @@ def _check_schema(schema: pa.Schema, rows: int) -> None:
         absent = [name for name in TOPK_COLUMNS if name not in present]
         remedy = f"Score with `score_rollouts` and a top-k, which writes both, or remove {_quoted(present)}."
         raise TableError(f"Missing column {_quoted(absent)}, which {_quoted(present)} needs. {remedy}")
+    _check_types(schema)
+    if not rows:
+        raise TableError("The table has no rows. Check the filter or split that made it, or run `score_rollouts`.")
+
+
+def _check_types(schema: pa.Schema) -> None:
+    """Raises a `TableError` for a column of another type."""
     for name in [name for name in _TYPES if name in schema.names]:
         depth, is_leaf, leaf_name = _TYPES[name]
         leaf = schema.field(name).type
@@ -674,8 +685,6 @@ def _check_schema(schema: pa.Schema, rows: int) -> None:
             problem = f"type {schema.field(name).type}, where {'list of ' * depth}{leaf_name} is needed"
             remedy = "Cast it to its type in `table_features`, or make the table with `score_rollouts`."
             raise TableError(f"Column `{name}`: {problem}. {remedy}")
-    if not rows:
-        raise TableError("The table has no rows. Check the filter or split that made it, or run `score_rollouts`.")
 
 
 def _check_top_k_values(columns: dict[str, _Column]) -> None:

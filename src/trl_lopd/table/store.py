@@ -86,7 +86,6 @@ class ShardStore:
     Raises:
         ShardError: On entering: another run writes to the directory; it holds another run's shards (other pins, rows
             or rows per shard), or files of another program; the disk is full.
-        ValueError: If a number is out of range.
         TypeError: If `pins` is not JSON.
     """
 
@@ -100,10 +99,6 @@ class ShardStore:
         process_index: int = 0,
         num_processes: int = 1,
     ):
-        if rows < 1 or rows_per_shard < 1:
-            raise ValueError(f"`rows` and `rows_per_shard` are at least 1; got {rows} and {rows_per_shard}.")
-        if not 0 <= process_index < num_processes:
-            raise ValueError(f"There is no process {process_index} of {num_processes}; the first one is 0.")
         self.directory = Path(directory)
         self.rows, self.rows_per_shard = rows, rows_per_shard
         self.process_index, self.num_processes = process_index, num_processes
@@ -139,14 +134,12 @@ class ShardStore:
         self._lock.release()
 
     def span(self, shard: int) -> range:
-        """Input rows of a shard. Raises `IndexError` if there is no such shard."""
-        if not 0 <= shard < self.num_shards:
-            raise IndexError(f"There is no shard {shard}: {self.rows} rows make {self.num_shards} shards.")
+        """Input rows of a shard."""
         return range(shard * self.rows_per_shard, min((shard + 1) * self.rows_per_shard, self.rows))
 
     def write(self, shard: int, table: pa.Table, **counts: int) -> None:
         """
-        Writes a shard and takes it off `pending`; when this returns, the shard survives anything.
+        Writes a shard of the entered store and takes it off `pending`; when this returns, the shard survives anything.
 
         The same table gives the same bytes, however it is chunked. Features in the schema's metadata are kept.
 
@@ -158,16 +151,7 @@ class ShardStore:
 
         Raises:
             ShardError: If the disk is full, or the columns are not those of the shards before.
-            ValueError: If `shard` is not pending.
-            RuntimeError: If the store has not been entered.
         """
-        if not self._lock.is_locked:
-            raise RuntimeError("Shards are written inside `with store:`, which keeps other runs out.")
-        if shard not in self.pending:
-            raise ValueError(
-                f"Shard {shard} is not pending in process {self.process_index} of {self.num_processes}: it is done, "
-                "another process's, or does not exist."
-            )
         self._check_schema(shard, table.schema)
         with self._explain_full_disk(), replacing(self._path(shard), self._hidden) as file:
             write_parquet(table, file, {name: int(count) for name, count in counts.items()})
@@ -222,7 +206,7 @@ class ShardStore:
             for path in self._hidden.glob("*.tmp"):
                 path.unlink()
             if not self._manifest_path.exists():
-                self._write_json(self._manifest_path, self._manifest)
+                self._write_manifest()
         self._check_manifest()
         share = range(self.process_index, self.num_shards, self.num_processes)
         self.pending = [shard for shard in share if not self._is_done(shard)]
@@ -255,7 +239,7 @@ class ShardStore:
             )
         if self.process_index == 0 and not any(self.directory.glob("data-*.parquet")):
             # A run that came to nothing does not bind the next.
-            self._write_json(self._manifest_path, self._manifest)
+            self._write_manifest()
             return
         runs = [(record.get("pins") or {}).get("run") for record in (manifest, self._manifest)]
         if runs[0] != runs[1]:
@@ -331,9 +315,8 @@ class ShardStore:
     def _paths(self) -> Iterator[Path]:
         return map(self._path, range(self.num_shards))
 
-    def _write_json(self, path: Path, content: dict[str, Any]) -> None:
-        with replacing(path, self._hidden) as file:
-            file.write(json.dumps(content, indent=1).encode())
+    def _write_manifest(self) -> None:
+        write_text(self._manifest_path, json.dumps(self._manifest, indent=1))
 
     @contextmanager
     def _explain_full_disk(self) -> Iterator[None]:
@@ -400,6 +383,12 @@ def replacing(path: Path, temporary_directory: Path | None = None) -> Iterator[B
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file in UTF-8, see [`replacing`]."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def _sync(directory: Path) -> None:

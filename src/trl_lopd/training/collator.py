@@ -36,10 +36,13 @@ def padded_length(length: int, multiple: int | None) -> int:
     return -(-length // (multiple or 1)) * (multiple or 1)
 
 
-def completion_room(prompt_length: int, max_completion_length: int | None, max_length: int | None) -> int | None:
-    """Returns how many completion tokens fit after a prompt under both limits; `None` if there is no limit."""
-    rooms = [max_completion_length, None if max_length is None else max_length - prompt_length]
-    return min((room for room in rooms if room is not None), default=None)
+def completion_room(
+    prompt_lengths: np.ndarray | int, max_completion_length: int | None, max_length: int | None
+) -> np.ndarray | np.int64:
+    """Returns how many completion tokens fit after prompts of these lengths under both limits."""
+    no_limit = np.iinfo(np.int64).max
+    room = (no_limit if max_length is None else max_length) - prompt_lengths
+    return np.minimum(room, no_limit if max_completion_length is None else max_completion_length)
 
 
 @dataclass
@@ -108,13 +111,12 @@ class OfflineOPDCollator:
         """Returns the part of the sequence that the completion, truncated to the limits, occupies."""
         start = len(row["prompt_ids"])
         room = completion_room(start, self.max_completion_length, self.max_length)
-        if room is not None and room < 1:
+        if room < 1:
             raise TableError(
                 f"A prompt of {start} tokens leaves no room for a completion within "
                 f"`max_length={self.max_length}`. Raise `max_length`, or filter such rows out of the table."
             )
-        tokens = len(row["completion_ids"])
-        end = start + (tokens if room is None else min(tokens, room))
+        end = start + min(len(row["completion_ids"]), int(room))
         if self.positions.limit is not None and end > self.positions.limit:
             if self.positions.fails:
                 raise TableError(

@@ -23,8 +23,9 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from ..generation.teachers import padded
 from ..logits import LogitTransform, backbone, chunks, logits_of
-from ..own_logits import TrialRow, difference, not_causal, own_logprobs, reads_ahead, trial_rows
+from ..own_logits import TrialRow, difference, evaluating, not_causal, own_logprobs, reads_ahead, trial_rows
 from .experts import load_balancing
 
 if TYPE_CHECKING:
@@ -227,9 +228,7 @@ def check_head(model: torch.nn.Module, config: PreTrainedConfig, device: torch.d
         ValueError: If they differ, or if the model is not causal.
     """
     rows = trial_rows(config)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         own = [own_logprobs(model, row, device) for row in rows]
         ahead = reads_ahead(model, rows[0], own[0], device)
         try:
@@ -238,9 +237,6 @@ def check_head(model: torch.nn.Module, config: PreTrainedConfig, device: torch.d
             raise
         except Exception as error:  # an architecture without the attributes that the head needs can raise anything
             apart = f"{type(error).__name__}: {error}"
-    finally:
-        for module in training:
-            module.training = True
     name = type(extract_model_from_parallel(model)).__name__
     if ahead:
         raise ValueError(not_causal(name, ahead))
@@ -254,17 +250,11 @@ def check_head(model: torch.nn.Module, config: PreTrainedConfig, device: torch.d
 
 def _trained_logprobs(model: torch.nn.Module, rows: list[TrialRow], device: torch.device) -> list[np.ndarray]:
     """Computes log-probabilities of completion tokens as in the loss, in one padded batch: `(completion,)` each."""
-    width = max(len(row.ids) for row in rows)
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    positions, counts = [], [row.completion_length for row in rows]
-    for i, row in enumerate(rows):
-        input_ids[i, : len(row.ids)] = torch.from_numpy(row.ids)
-        attention_mask[i, : len(row.ids)] = 1
-        # A token is predicted at the preceding position.
-        end = i * width + len(row.ids) - 1
-        positions.append(torch.arange(end - row.completion_length, end))
-    positions = torch.cat(positions)
+    input_ids, attention_mask = map(torch.from_numpy, padded([row.ids for row in rows]))
+    counts = [row.completion_length for row in rows]
+    # A token is predicted at the preceding position.
+    ends = [i * input_ids.shape[1] + len(row.ids) - 1 for i, row in enumerate(rows)]
+    positions = torch.cat([torch.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
     ids = input_ids.flatten()[positions + 1].unsqueeze(-1).to(device)
     targets = Targets(
         positions.to(device),

@@ -11,6 +11,7 @@ import torch
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..generation.teachers import only_attends
+from ..own_logits import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -149,13 +150,11 @@ def check_boundaries(model: torch.nn.Module, vocab_size: int, device: torch.devi
     """
     first, other, second = torch.randint(vocab_size, (3, 8), generator=torch.Generator().manual_seed(0)).to(device)
     position_ids = torch.arange(8, device=device).repeat(1, 2)
-    training = model.training
-    model.eval()
-    logits, logits_after_other = (
-        model(input_ids=torch.cat([before, second])[None], position_ids=position_ids, use_cache=False).logits[:, 8:]
-        for before in (first, other)
-    )
-    model.train(training)
+    with evaluating(model):
+        logits, logits_after_other = (
+            model(input_ids=ids[None], position_ids=position_ids, use_cache=False).logits[:, 8:]
+            for ids in (torch.cat([first, second]), torch.cat([other, second]))
+        )
     change = (logits - logits_after_other).float().norm() / logits.float().norm()
     # The logits are equal bit for bit, except if experts process all tokens together: then rounding changes them, by a
     # percent in bfloat16. Attention across a boundary changes them much more.

@@ -41,7 +41,7 @@ from ..table.schema import (
     validate_rows,
     validate_table,
 )
-from .collator import FILLER, OfflineOPDCollator, Row, no_weight, padded_length, too_long
+from .collator import FILLER, OfflineOPDCollator, Row, completion_room, no_weight, padded_length, too_long
 from .packing import best_fit_decreasing
 
 # Passes over a table beyond which it warns: 13 were measured to pay and 38 not to, by `benchmarks/evidence.py`.
@@ -71,6 +71,8 @@ class TrainingRows:
         measures_off_policy (`bool`): Whether other weights than the student's sampled the training rows, and
             `ref_logprobs` allow measuring how far the student is from them.
         has_trained (`bool`): Whether rows have trained the model.
+        row_lengths (`(rows,)` int, *optional*): Tokens of each row of the training table after truncation.
+        packs (`list` of int arrays, *optional*): With `args.packing`, the indices of the rows in each pack.
     """
 
     def __init__(self, student: Student, args: OfflineOPDConfig):
@@ -79,6 +81,8 @@ class TrainingRows:
         self.loss_type: str | None = None
         self.measures_off_policy = False
         self.has_trained = False
+        self.row_lengths: np.ndarray | None = None
+        self.packs: list[np.ndarray] | None = None
         self._has_cut_a_pass = False
         self._training_rows: Dataset | IterableDataset | None = None
         # Prepared datasets; for streams, with the check of their rows.
@@ -201,21 +205,23 @@ class TrainingRows:
             )
         except TableError as error:
             raise TableError(f"`{name}`: {error}") from None
-        if check is self.trained:
-            check.teachers.clear()  # of a table that was replaced before it trained anything
-        check.teachers.update(summary.teacher_fingerprints)
         if args.teacher_consistency != "off":
             check.verdict = on_main_process(args.distributed_state, lambda: check.judge(table, name))
         columns = set(table.column_names)
         self.loss_type = resolve_loss_type(args, columns, self.loss_type)
-        if check is self.trained:
-            if args.teacher_weights:
-                _check_weights(table, args.teacher_weights, name)
+        if check is self.trained and args.teacher_weights:
+            _check_weights(table, args.teacher_weights, name)
         self._report(summary, name)
-        _report_truncation(table, args, name)
+        row_lengths = _fitting_lengths(table, args, name)
         if check is self.trained:
-            _advise(table, self.loss_type, args)
-        row_lengths = fitting_lengths(table, args)
+            self.row_lengths = row_lengths
+            if args.packing:
+                self.packs = best_fit_decreasing(row_lengths, args.max_length)
+                logger.info(
+                    f"{len(table)} rows in {len(self.packs)} packs of at most {args.max_length} tokens, which are "
+                    f"{row_lengths.sum() / (len(self.packs) * args.max_length):.1%} full."
+                )
+            _advise(table, self.loss_type, args, len(self.packs if args.packing else table))
         model = "the student (`max_length` truncates completions)"
         _report_stretched(row_lengths, stretches_from(student.config), name)
         check_positions(row_lengths, student.positions, model, f"`{name}`: row")
@@ -252,9 +258,8 @@ class TeacherCheck:
         verdict ([`Verdict`], *optional*): Verdict on the rows so far; `None` if nothing was checked.
         is_residual (`bool`): Whether the rows of a stream have residual scores, see [`residualize_table`].
         first (`str`, *optional*): Teacher of the first row of a stream.
-        teachers, samplers (`Counter`): Number of rows of each teacher and each student. For a stream, only the rows
-            that this process has trained on are counted.
-        domains (`Counter`): The same rows of a stream, of each pair of a teacher and a `teacher_id`.
+        domains, samplers (`Counter`): Number of rows of a stream of each pair of a teacher and a `teacher_id`, and of
+            each student. Only the rows that this process has trained on are counted.
     """
 
     def __init__(self, student: Student, args: OfflineOPDConfig):
@@ -262,7 +267,6 @@ class TeacherCheck:
         self.verdict: Verdict | None = None
         self.is_residual = False
         self.first: str | None = None
-        self.teachers: Counter[str] = Counter()
         self.domains: Counter[tuple[str, str | None]] = Counter()
         self.samplers: Counter[str | None] = Counter()
         self._of_all: tuple[Counter[tuple[str, str | None]], Counter[str | None]] | None = None
@@ -298,14 +302,13 @@ class TeacherCheck:
         if not ({*pairs} <= self.domains.keys() and {*samplers} <= self.samplers.keys()):
             all_pairs = sorted({*self.domains, *pairs}, key=lambda pair: (pair[0], pair[1] or ""))
             self.verdict = self.judge(all_pairs, "the stream", sampled_by={*self.samplers, *samplers})
-        self.teachers.update(teachers)
         self.domains.update(pairs)
         self.samplers.update(samplers)
         return [domain for _, domain in pairs]
 
     def resume(self, checkpoint: str) -> None:
         """Restores the counts of the rows that trained a checkpoint from its card, without those of earlier rounds."""
-        self.teachers, self.domains, self.samplers = Counter(), Counter(), Counter()
+        self.domains, self.samplers = Counter(), Counter()
         if not PartialState().is_main_process:
             return  # the counts of all processes are summed, so only one process restores them
         earlier = len(self.student.card.get("opd_rounds") or [])
@@ -317,13 +320,9 @@ class TeacherCheck:
             )
             return
         self.domains = signatures(rounds[earlier].get("teachers") or [])
-        for counts, pairs in (
-            (self.teachers, self.domains),
-            (self.samplers, signatures(rounds[earlier].get("sampled_by") or [])),
-        ):
-            for (name, _), count in pairs.items():
-                counts[name] += count
-        self.samplers[None] += self.teachers.total() - self.samplers.total()
+        for (name, _), count in signatures(rounds[earlier].get("sampled_by") or []).items():
+            self.samplers[name] += count
+        self.samplers[None] += self.domains.total() - self.samplers.total()
 
     @property
     def of_all(self) -> tuple[Counter[tuple[str, str | None]], Counter[str | None]]:
@@ -391,22 +390,6 @@ def resolve_loss_type(args: OfflineOPDConfig, columns: Iterable[str], required: 
 # ---- Lengths ----
 
 
-def _rooms(prompts: np.ndarray, args: OfflineOPDConfig) -> np.ndarray:
-    """Computes [`~collator.completion_room`] for all rows: completion tokens that fit after each prompt, `(rows,)`."""
-    room = np.full(len(prompts), np.iinfo(np.int64).max)
-    if args.max_completion_length is not None:
-        room = np.minimum(room, args.max_completion_length)
-    if args.max_length is not None:
-        room = np.minimum(room, args.max_length - prompts)
-    return room
-
-
-def fitting_lengths(dataset: Dataset, args: OfflineOPDConfig) -> np.ndarray:
-    """Computes the number of tokens of each row after truncation: `(rows,)`."""
-    prompts, completions = lengths(dataset)
-    return prompts + np.minimum(completions, _rooms(prompts, args))
-
-
 def _report_stretched(row_lengths: np.ndarray, limit: float, name: str) -> None:
     if (row_lengths >= limit).any():
         logger.warning(
@@ -416,8 +399,8 @@ def _report_stretched(row_lengths: np.ndarray, limit: float, name: str) -> None:
         )
 
 
-def _advise(table: Dataset, loss_type: str, args: OfflineOPDConfig) -> None:
-    """Warns of what was measured not to pay, see docs/evidence.md."""
+def _advise(table: Dataset, loss_type: str, args: OfflineOPDConfig, items: int) -> None:
+    """Warns of what was measured not to pay, see docs/evidence.md. With packing, `items` of a batch are packs."""
     if loss_type == "sampled" and {"teacher_logprobs", "ref_logprobs"} <= {*table.column_names}:
         spread = _spread_of_advantages(table, args.advantage_clip)
         if spread < LEAST_SPREAD:
@@ -428,11 +411,7 @@ def _advise(table: Dataset, loss_type: str, args: OfflineOPDConfig) -> None:
                 f"better (docs/evidence.md): {remedy}."
             )
     items_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    passes = args.num_train_epochs
-    if args.max_steps > 0:
-        # With packing, the items of a batch are packs.
-        items = len(best_fit_decreasing(fitting_lengths(table, args), args.max_length) if args.packing else table)
-        passes = args.max_steps * items_a_step / items
+    passes = args.max_steps * items_a_step / items if args.max_steps > 0 else args.num_train_epochs
     if passes > _MOST_PASSES:
         logger.warning(
             f"The {len(table)} training rows will be read {passes:.0f} times. Where measured, 13 passes paid, 38 did "
@@ -469,10 +448,11 @@ def _check_weights(table: Dataset, weights: dict[str, float], name: str) -> None
         )
 
 
-def _report_truncation(dataset: Dataset, args: OfflineOPDConfig, name: str) -> None:
-    """Warns of truncated completions; raises `TableError` if no trainable token of a row is left."""
+def _fitting_lengths(dataset: Dataset, args: OfflineOPDConfig, name: str) -> np.ndarray:
+    """Computes the number of tokens of each row after truncation, `(rows,)`, and warns of truncated completions.
+    Raises `TableError` if no trainable token of a row is left."""
     prompts, completions = lengths(dataset)
-    room = _rooms(prompts, args)
+    room = completion_room(prompts, args.max_completion_length, args.max_length)
     if (room < 1).any():
         row = int((room < 1).argmax())
         raise TableError(
@@ -496,6 +476,7 @@ def _report_truncation(dataset: Dataset, args: OfflineOPDConfig, name: str) -> N
             f"{int(lost.sum())} of {int(completions.sum())} completion tokens are lost. The limits are "
             f"`max_completion_length={args.max_completion_length}` and `max_length={args.max_length}`."
         )
+    return prompts + np.minimum(completions, room)
 
 
 class GroupedByLength(LengthGroupedSampler):
@@ -512,7 +493,7 @@ class GroupedByLength(LengthGroupedSampler):
         self.trainer, self.seed = trainer, args.seed if args.data_seed is None else args.data_seed
         super().__init__(
             args.train_batch_size * args.gradient_accumulation_steps,
-            lengths=fitting_lengths(trainer.train_dataset, args).tolist(),
+            lengths=trainer.rows.row_lengths.tolist(),
             generator=torch.Generator(),
         )
 

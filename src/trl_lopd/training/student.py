@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_peft_model
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..identity.cards import read_model_card
 from ..identity.consistency import inherited_teachers, written_for
 from ..identity.fingerprint import TeacherFingerprint, is_sharded
 from ..identity.stamp import fingerprint_or_none
-from ..models import Positions, load_tokenizer, positions_of, warn_of_altering_kwargs
+from ..models import Positions, adapter_config, config_of, load_tokenizer, positions_of, warn_of_altering_kwargs
 from ..names import as_name
 from ..processes import on_main_process
 from ..table.schema import vocab_limits
@@ -78,20 +77,12 @@ class Student:
         model = as_name(model)
         model_id = model_id_of(model)
         hub_kwargs = _hub_kwargs(model, args)
-        adapter, name = None, model_id or "the student"
-        if not isinstance(model, str):
-            config = model.config
-            if is_peft_model(model):
-                name += " (the base of this `PeftModel`; pass the adapter's directory as `model` to use its own card)"
-        elif find_adapter_config_file(model, revision=hub_kwargs["revision"]) is not None:
-            from peft import PeftConfig
-
-            adapter = PeftConfig.from_pretrained(model, revision=hub_kwargs["revision"])
-            config = AutoConfig.from_pretrained(
-                adapter.base_model_name_or_path, **{**hub_kwargs, "revision": adapter.revision}
-            )
-        else:
-            config = AutoConfig.from_pretrained(model, **hub_kwargs)
+        config, name = config_of(model, hub_kwargs), model_id or "the student"
+        adapter = None
+        if isinstance(model, str):
+            adapter = adapter_config(model, hub_kwargs["revision"])
+        elif is_peft_model(model):
+            name += " (the base of this `PeftModel`; pass the adapter's directory as `model` to use its own card)"
         if tokenizer is None:
             if not model_id:
                 raise ValueError("The model does not say where it was loaded from: pass its `processing_class`.")

@@ -21,7 +21,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ..identity.cards import count_teachers, record_of
+from ..identity.cards import count_teachers
 from ..processes import on_main_process
 from ..table.schema import TEACHER_ID, TableRows
 from .card import SavedCheckpoint, check_resumed, describe_round, fingerprint_saved, write_arguments, write_card
@@ -36,8 +36,8 @@ from .monitoring.console import ConsoleCallback
 from .monitoring.drift import DriftMonitor, remedy
 from .monitoring.failures import LossCheck, SaveOnSigterm, out_of_memory_advice
 from .monitoring.metrics import EvaluationTotals, Window
-from .packing import PackedRows, best_fit_decreasing, check_boundaries
-from .rows import GroupedByLength, TrainingRows, WholeStream, fitting_lengths, in_arrow
+from .packing import PackedRows, check_boundaries
+from .rows import GroupedByLength, TrainingRows, WholeStream, in_arrow
 from .student import Student, model_id_of
 
 if TYPE_CHECKING:
@@ -309,9 +309,7 @@ class OfflineOPDTrainer(Trainer):
         super().log(logs, start_time)
 
     def _advise_fresh_rollouts(self) -> str:
-        records = [self.student.card.get("sft_teachers"), record_of(self.train_dataset).get("teachers")]
-        entries = [entry for teachers in records for entry in teachers or ()]
-        return remedy(self.args.output_dir, self.rows.trained.teachers, entries)
+        return remedy(self.args.output_dir, [teacher["id"] for teacher in self.describe_round()["teachers"]])
 
     # ---- Saving ----
 
@@ -410,13 +408,7 @@ class OfflineOPDTrainer(Trainer):
         rows = TableRows(dataset, (TEACHER_ID,) if self.args.teacher_weights else ())
         if not self.args.packing or description != "Training":
             return rows
-        row_lengths = fitting_lengths(dataset, self.args)
-        packs = best_fit_decreasing(row_lengths, self.args.max_length)
-        logger.info(
-            f"{len(rows)} rows in {len(packs)} packs of at most {self.args.max_length} tokens, which are "
-            f"{row_lengths.sum() / (len(packs) * self.args.max_length):.1%} full."
-        )
-        return PackedRows(rows, packs)
+        return PackedRows(rows, self.rows.packs)
 
     def _get_collator_with_removed_columns(self, data_collator, description: str | None = None):
         return data_collator  # the collator ignores unused columns

@@ -145,7 +145,8 @@ def write_report(
     entries = (state or {}).get("log_history", [])
     if not (isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)):
         raise ValueError(f"trainer_state.json has not the form that training writes: its logs are {entries!r:.80}.")
-    evaluations = [*_comparison(run), *_metrics(run)]
+    evaluated = [(path, _json_of([path.parent], path.name)) for path in sorted(run.glob("evaluations/*/metrics.json"))]
+    evaluations = [*_comparison(run), *_metrics(evaluated)]
     history = _json_of([run], HISTORY) or {}
     searches = history.get("searches") or _json_of(places, f"{DIRECTORY}/history.json", list) or []
     if not (card.get("opd_rounds") or state or evaluations or searches):
@@ -164,7 +165,7 @@ def write_report(
     if searches and rounds and "effopd" not in rounds[-1]:
         warnings.append("The searches of EffOPD in this directory are an earlier run’s, and are left out.")
         searches = []
-    for path, found in _evaluated(run):
+    for path, found in evaluated:
         itself = Path(str(found.get("model"))).absolute() == run.absolute()
         if own and itself and not same_teacher(own.id, str(found.get("fingerprint"))):
             warnings.append(f"The evaluation {path.parent.name} is of other weights than those in this directory.")
@@ -309,14 +310,9 @@ def _comparison(run: Path) -> Iterator[dict[str, Any]]:
     }
 
 
-def _evaluated(run: Path) -> list[tuple[Path, dict[str, Any]]]:
-    paths = sorted(run.glob("evaluations/*/metrics.json"))
-    return [(path, _json_of([path.parent], path.name)) for path in paths]
-
-
-def _metrics(run: Path) -> Iterator[dict[str, Any]]:
+def _metrics(evaluated: list[tuple[Path, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     """What `trl-lopd evaluate` measured."""
-    for path, found in _evaluated(run):
+    for path, found in evaluated:
         try:
             rows = [[name, _measured(**metric)] for name, metric in found["metrics"].items()]
             title = f"{found['benchmark']}, {Path(found['model']).name}"

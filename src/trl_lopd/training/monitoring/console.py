@@ -12,7 +12,6 @@ from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
 
 from ..criteria import is_known
-from ..rows import fitting_lengths
 
 # Metrics that are shown, with their names in a line, and the shorter ones beside a progress bar of 80 columns.
 _SHOWN = {
@@ -53,7 +52,7 @@ class ConsoleCallback(ProgressCallback):
         """Returns what the training will take. Engines that divide a model decide themselves what they keep of it."""
         said = "A stream, whose rows and tokens are not known beforehand"
         if batches is not None:
-            row_lengths = fitting_lengths(self.trainer.train_dataset, args)
+            row_lengths = self.trainer.rows.row_lengths
             said = f"{len(row_lengths):,} rows of {row_lengths.sum():,} tokens, at most {row_lengths.max():,} a row"
         said += f"; {state.max_steps:,} optimizer steps"
         if batches is not None:

@@ -9,9 +9,6 @@ weights `w` of mean 1. The gradient itself is at most `G * sqrt(E[A^2])`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
-
-from ...identity.fingerprint import content_id
 
 # At this value, chi2 is 1 and the bound on the bias is as large as that on the gradient, so it is no longer useful.
 MIN_ESS = 0.5
@@ -68,24 +65,18 @@ def describe_weights(metrics: Mapping[str, float]) -> str:
     ).format(**{name: metrics[f"importance_weight/{name}"] for name in names})
 
 
-def remedy(output_dir: str, teachers: Iterable[str], known: Iterable[Mapping[str, Any]] = ()) -> str:
+def remedy(output_dir: str, teachers: Iterable[str]) -> str:
     """Returns what to do if the student has left its rollouts, with the command.
 
     Args:
         output_dir: directory that the student is saved to.
-        teachers: ids of the teachers that scored its rollouts.
-        known: entries of teachers in cards. For a teacher from the Hub, `model_id` is its Hub id. For a teacher from a
-            directory, it is the last component of the path, which cannot be loaded.
+        teachers: ids of the teachers that scored its rollouts. An id does not tell where the teacher can be loaded
+            from, so the command has a placeholder.
     """
-    hub_ids = {content_id(entry["id"]): entry["model_id"] for entry in known if "/" in entry.get("model_id", "")}
-    teachers = sorted({*teachers})
-    teacher = hub_ids.get(content_id(teachers[0])) if len(teachers) == 1 else None
-    note = "" if teacher else f" (TEACHER is {' or '.join(teachers)}, wherever you keep it)"
-    teacher = teacher or "TEACHER"
     return (
         f"Below {MIN_ESS:.0%} nothing bounds the bias of the gradient any more: the student has left its rollouts. "
-        f"Save it, sample its answers to PROMPTS again, and continue training from there{note}:\n"
+        f"Save it, sample its answers to PROMPTS again, and continue training from there (TEACHER is "
+        f"{' or '.join(sorted({*teachers}))}, wherever you keep it):\n"
         f"trl-lopd rollout --model_name_or_path {output_dir} --dataset_name PROMPTS --output_dir {output_dir}/rollouts"
-        f" && trl-lopd score --dataset_name {output_dir}/rollouts --teacher {teacher}"
-        f" --output_dir {output_dir}/table"
+        f" && trl-lopd score --dataset_name {output_dir}/rollouts --teacher TEACHER --output_dir {output_dir}/table"
     )
