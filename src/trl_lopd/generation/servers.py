@@ -13,9 +13,10 @@ import itertools
 import logging
 import os
 import random
+import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -63,6 +64,12 @@ _NO_PROBABILITY = -9999.0
 # How vLLM writes a token if asked for ids.
 _ID = "token_id:"
 _OVERFLOWS = "The model overflows on it: serve it in bfloat16 or float32, or drop the row."
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    # Reading them takes longer than a short request.
+    return httpx.create_ssl_context()
 
 
 class Failure(Exception):
@@ -262,7 +269,8 @@ class _Server:
             # that was kept may be closed by the server (vLLM: after 5 s) while this process reads other answers,
             # between httpx's check that it is open and the request.
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-            async with httpx.AsyncClient(headers=authorization(), timeout=self.timeout, limits=limits) as client:
+            options = {"timeout": self.timeout, "limits": limits, "verify": _certificates()}
+            async with httpx.AsyncClient(headers=authorization(), **options) as client:
                 await self._prepare(client)
                 return await work(client)
 
