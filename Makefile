@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
-# Its defaults, which accelerate would list on every start.
-ONE := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+# Its defaults, which accelerate would list on every start, and a second thread.
+ONE := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 2
 
 .PHONY: train test test-vllm
 

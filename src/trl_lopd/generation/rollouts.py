@@ -380,7 +380,8 @@ def _run(
         answers = run.dataset()
         counts = run.counts()
         check_positions(np.add(*lengths(answers)), model.positions, "the model")
-    model.unload()
+    if whole is not None:
+        model.unload()
     _report_cut(counts, len(answers), options)
     sampled = {**model.settings(), "truncated_answers": counts["truncated"]}
     evidence = {"evidence": "declared"} if model.is_declared else {}

@@ -242,7 +242,8 @@ def _run(
             card = read_dataset_card(output_dir) if output_dir is not None else {}
             if probes := probes_of_run(card, record["id"], lambda: scorer.local_teacher.model, scorer.tokenizer):
                 record["probes"] = probes
-        scorer.unload()
+        if whole is not None:
+            scorer.unload()
         return run.dataset(), record, run.counts()
 
 
