@@ -146,6 +146,8 @@ def test_the_default_schedule_waits_longer_after_each_search_in_vain_and_eight_s
         ({"schedule": "2,4"}, "`schedule` is a list of steps"),
         ({"schedule": []}, "`schedule` is a list of steps"),
         ({"schedule": [0, 2]}, "`schedule` is a list of steps"),
+        ({"schedule": [1, 2.5]}, "`schedule` is a list of steps"),
+        ({"schedule": ["1"]}, "`schedule` is a list of steps"),
         ({"parameters": "(("}, "no regular expression"),
         ({"scales": 3}, "`scales` are ascending"),
     ],

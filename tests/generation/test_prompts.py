@@ -99,6 +99,14 @@ def test_a_template_without_tools_is_told(model):
         collect_rollouts(prompts, model, processing_class=tokenizer, max_completion_length=3)
 
 
+def test_a_message_of_nothing_is_refused_before_sampling(model):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    prompts = [USER, [{"role": "user", "content": ""}]]
+    with pytest.raises(ValueError, match="Prompt 1 is empty.* Drop it"):
+        collect_rollouts(prompts, model, processing_class=tokenizer, max_completion_length=3)
+
+
 def test_template_arguments_that_change_nothing_are_told(model, tokenizer):
     options = {"processing_class": tokenizer, "max_completion_length": 3}
     with pytest.raises(ValueError, match="'thinkng', which the chat template .* never reads"):

@@ -17,6 +17,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,8 +148,10 @@ class EffOPDCallback(TrainerCallback):
                 f"{min_improvement}, {significance} and {gate_rows}."
             )
         is_list = isinstance(schedule, Sequence) and not isinstance(schedule, str)
-        if not (schedule is None or (is_list and schedule and min(schedule) >= 1)):
-            raise ValueError(f"`schedule` is a list of steps, each 1 or more; got {schedule!r}.")
+        if schedule is not None and not (
+            is_list and schedule and all(isinstance(step, Integral) and step >= 1 for step in schedule)
+        ):
+            raise ValueError(f"`schedule` is a list of steps, each a whole number of 1 or more; got {schedule!r}.")
         if parameters not in (None, "all"):
             try:
                 re.compile(parameters)

@@ -78,10 +78,12 @@ def as_dataset(
             )
         if messages and any(m.get("content") is None and m["role"] != "assistant" for m in prompt):
             raise ValueError(f"Prompt {i} has a message without `content`: {prompt!r:.200}.")
+        texts = [m.get("content") for m in prompt] if messages else [prompt]
+        is_blank = not any(text.strip() if isinstance(text, str) else text for text in texts)
         # Encoding every prompt would take long, and only blank ones may have no tokens.
-        if i == 0 or len(prompt) == 0 or (not messages and not prompt.strip()):
+        if i == 0 or is_blank:
             if len(prompt) == 0 or not encode_prompt(prompt, tokenizer, **chat_template_kwargs):
-                raise ValueError(f"Prompt {i} is empty: the first answer token would have no context.")
+                raise ValueError(f"Prompt {i} is empty: the first answer token would have no context. Drop it.")
     _check_template_kwargs(tokenizer, chat_template_kwargs, messages)
     if not isinstance(prompts, Dataset):
         return Dataset.from_dict({"prompt": prompts})
