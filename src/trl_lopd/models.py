@@ -41,7 +41,7 @@ def load_model(model: str | PreTrainedModel, init_kwargs: dict[str, Any] | None 
     if not isinstance(model, str):
         return model
     init_kwargs = {"dtype": "auto", **(init_kwargs or {})}
-    if adapter_config(model, init_kwargs.get("revision")) is not None:
+    if find_adapter_config_file(model, revision=init_kwargs.get("revision")) is not None:
         return _load_adapter(model, init_kwargs)
     try:
         return create_model_from_path(model, **init_kwargs)
@@ -220,8 +220,9 @@ def load_tokenizer(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedTok
     if not name:
         raise ValueError("The model does not say where it was loaded from: pass its tokenizer.")
     hub_kwargs = {"revision": kwargs.get("revision"), "_raise_exceptions_for_missing_entries": False}
-    adapter = adapter_config(name, kwargs.get("revision"))
-    if adapter is not None and cached_file(name, "tokenizer_config.json", **hub_kwargs) is None:
+    is_adapter = find_adapter_config_file(name, revision=kwargs.get("revision")) is not None
+    if is_adapter and cached_file(name, "tokenizer_config.json", **hub_kwargs) is None:
+        adapter = adapter_config(name, kwargs.get("revision"))
         name, kwargs = adapter.base_model_name_or_path, {**kwargs, "revision": adapter.revision}
     try:
         return AutoTokenizer.from_pretrained(name, **kwargs)

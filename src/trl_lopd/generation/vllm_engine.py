@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from transformers.utils import find_adapter_config_file
 
-from ..models import adapter_config
 from .samplers import Sample, Sampling
 from .servers import Failure, checked_sample, sampling_parameters
 
@@ -27,7 +27,7 @@ class VLLMEngine:
     """
 
     def __init__(self, model: str, **llm_kwargs: Any):
-        if adapter_config(model, llm_kwargs.get("revision")) is not None:
+        if find_adapter_config_file(model, revision=llm_kwargs.get("revision")) is not None:
             raise ValueError(
                 f"{model} is an adapter, and vLLM loads whole models. Merge it into its base first: "
                 f"`AutoPeftModelForCausalLM.from_pretrained({model!r}).merge_and_unload().save_pretrained(...)`, and "
