@@ -27,6 +27,7 @@ from pathlib import Path
 import datasets
 import matplotlib
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from rich.box import MARKDOWN
@@ -122,15 +123,17 @@ class Line:
 
 @dataclass(frozen=True)
 class Claim:
-    """A table: its lines, and the line that the others are compared with."""
+    """A table: its lines, and the line that the others are compared with; with none, each with its SFT student."""
 
     title: str
     lines: list[Line]
-    reference: str
+    reference: str | None
     tasks: tuple[str, ...] = ("addition", "sums")
     arms: list[Arm] = field(init=False)
 
     def __post_init__(self):
+        if self.reference is not None and self.reference not in [line.name for line in self.lines]:
+            raise ValueError(f"No line of {self.title!r} is {self.reference!r}.")
         object.__setattr__(self, "arms", list(dict.fromkeys(line.arm for line in self.lines)))
 
 
@@ -213,7 +216,7 @@ def update() -> Claim:
         own = {name: Arm(sft_answers=answers, options=arm.options, steps=arm.steps) for name, arm in arms.items()}
         lines.append(Line(f"SFT on {answers:,}", own["tau 10"], 0))
         lines += [Line(f"SFT on {answers:,}, {name}", arm, 150) for name, arm in own.items()]
-    return Claim("The paper's update, from weak students to strong", lines, "their SFT student", tasks=("addition",))
+    return Claim("The paper's update, from weak students to strong", lines, None, tasks=("addition",))
 
 
 def rows(answers: int, tasks: tuple[str, ...]) -> Claim:
@@ -582,7 +585,8 @@ def show(claim: Claim, task: str, work: Work, seeds: list[int], problems: str, c
         cells.append("/".join(sorted({point["table"]["verdict"] for point in own})) if line.step else "–")
         table.add_row(line.name, *cells)
     table.caption = (
-        f"Means over {len(seeds)} seeds and their bootstrap intervals; differences from: {claim.reference}. "
+        f"Means over {len(seeds)} seeds and their bootstrap intervals; differences from: "
+        f"{claim.reference or 'their SFT student'}. "
         "reverse KL: from the teacher, on fresh rollouts, nats a sequence. better: seeds with a lower one. "
         "seconds: sampling, scoring and training"
     )
@@ -597,8 +601,7 @@ def show_selection(claim: Claim, task: str, work: Work, seeds: list[int], consol
         for seed in seeds:
             points = [work.point(task, line, seed) for line in claim.lines if line.step]
             pairs = [[p["reported"]["accuracy"], p.get(name, p["choosing"]["accuracy"])] for p in points]
-            ranks = np.argsort(np.argsort(np.array(pairs), axis=0), axis=0)
-            rho.append(float(np.corrcoef(ranks.T)[0, 1]))
+            rho.append(pd.DataFrame(pairs).corr("spearman").iloc[0, 1])
         table.add_row(name, interval(rho, 2, "+"))
     console.print(table)
 
@@ -636,7 +639,10 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="SVG of the table `online`, to write")
     a = parser.parse_args()
     work, console = Work(a.directory, a.jobs), Console(width=200)
-    for table, claim in [(name, claim) for name in a.tables for claim in CLAIMS[name]]:
+    claims = [(table, claim) for table in a.tables for claim in CLAIMS[table]]
+    if a.tasks and not any(set(a.tasks) & set(claim.tasks) for _, claim in claims):
+        parser.error(f"none of {a.tables} has {a.tasks}")
+    for table, claim in claims:
         tasks = [task for task in claim.tasks if task in (a.tasks or claim.tasks)]
         work.all([(task, arm, seed) for seed in a.seeds for task in tasks for arm in claim.arms])
         for task in tasks:
