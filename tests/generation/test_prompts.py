@@ -107,6 +107,15 @@ def test_a_message_of_nothing_is_refused_before_sampling(model):
         collect_rollouts(prompts, model, processing_class=tokenizer, max_completion_length=3)
 
 
+def test_messages_need_a_template(model):
+    options = {"processing_class": make_tokenizer(), "max_completion_length": 3}
+    with pytest.raises(ValueError, match="Prompt 0 is a list of messages, and .* has no chat template"):
+        collect_rollouts([USER], model, **options)
+    template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    rollouts = collect_rollouts([USER], model, chat_template_kwargs={"chat_template": template}, **options)
+    assert rollouts["prompt_ids"] == [[20, 21]]
+
+
 def test_template_arguments_that_change_nothing_are_told(model, tokenizer):
     options = {"processing_class": tokenizer, "max_completion_length": 3}
     with pytest.raises(ValueError, match="'thinkng', which the chat template .* never reads"):

@@ -155,7 +155,8 @@ def test_rollouts_with_nulls_name_the_row(tmp_path, teacher_dir, capsys, column,
 @pytest.mark.parametrize("column", ["prompt_ids", "completion_ids"])
 def test_rollouts_of_another_type(teacher_dir, column):
     rollouts = make_rollouts(3).remove_columns(column).add_column(column, ["w5 w6"] * 3)
-    with pytest.raises(TableError, match=f"Column `{column}`: type .*string, where list of integers is needed"):
+    words = f"Column `{column}`: type .*string, where list of integers is needed.* with `collect_rollouts`"
+    with pytest.raises(TableError, match=words):
         score_rollouts(rollouts, teacher_dir)
 
 

@@ -63,7 +63,7 @@ def as_dataset(
     else:
         values = prompts = list(prompts)
     if len(prompts) == 0:
-        raise ValueError("There are no prompts to answer.")
+        raise ValueError("There are no prompts to answer. Check the file, filter or split that they come from.")
     kinds = set()
     for i, prompt in enumerate(values):
         messages = isinstance(prompt, list) and all(isinstance(m, dict) and "role" in m for m in prompt)
@@ -75,6 +75,12 @@ def as_dataset(
         if len(kinds) > 1:
             raise ValueError(
                 f"Prompt {i} is {'a text' if not messages else 'a list of messages'}, the others are not."
+            )
+        if messages and not (tokenizer.chat_template or "chat_template" in chat_template_kwargs):
+            raise ValueError(
+                f"Prompt {i} is a list of messages, and {tokenizer.name_or_path or 'the tokenizer'} has no chat template "
+                "to render it. Give the model a tokenizer that has one, `chat_template_kwargs={'chat_template': ...}`, "
+                "or prompts that are texts."
             )
         if messages and any(m.get("content") is None and m["role"] != "assistant" for m in prompt):
             raise ValueError(f"Prompt {i} has a message without `content`: {prompt!r:.200}.")

@@ -683,7 +683,8 @@ def _check_types(schema: pa.Schema) -> None:
             leaf, nested = leaf.value_type, nested + 1
         if nested != depth or not is_leaf(leaf):
             problem = f"type {schema.field(name).type}, where {'list of ' * depth}{leaf_name} is needed"
-            remedy = "Cast it to its type in `table_features`, or make the table with `score_rollouts`."
+            maker = "score_rollouts" if "teacher" in name else "collect_rollouts"
+            remedy = f"Cast it to its type in `table_features`, or make it with `{maker}`."
             raise TableError(f"Column `{name}`: {problem}. {remedy}")
 
 
