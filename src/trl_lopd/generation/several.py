@@ -179,7 +179,7 @@ def recorded(table: Dataset, entries: dict[str, Any], output_dir: str | Path | N
     """Adds a record of the whole, and of who made it, to rows and to the card of their directory. All processes must
     call this."""
     tokens = int(lengths(table)[1].sum())
-    record = {**entries, "rows": len(table), "completion_tokens": tokens, "skipped_rows": 0, **more}
+    record = {**entries, "rows": len(table), "completion_tokens": tokens, **more}
     attach_record(table, record)
     state = processes()
     if output_dir is not None and state.is_main_process:

@@ -425,7 +425,6 @@ def _dataset_record(splits: dict[str | None, Dataset]) -> dict[str, Any]:
     result["rows"] = sum(len(part) for part in splits.values())
     if all("completion_ids" in part.column_names for part in splits.values()):
         result["completion_tokens"] = int(sum(lengths(part)[1].sum() for part in splits.values()))
-    result["skipped_rows"] = sum(record.get("skipped_rows", 0) for record in known)
     if fits := [fit for record in known for fit in record.get("residual", ())]:
         result["residual"] = fits
     columns = next((record["columns"] for record in known if record.get("digests")), None)
