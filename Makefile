@@ -1,5 +1,6 @@
-# `make train` runs the main job and `make test` the tests, each from nothing but Python 3.10 or newer. `make test-vllm`
-# holds the served paths against a real vLLM on the CPU, which needs 3.11 and an environment of its own.
+# `make train` runs the main job and `make test` the tests, each from nothing but Python 3.10 or newer. `make test-slow`
+# repeats tests on more engines, models and kills. `make test-vllm` holds the served paths against a real vLLM on the
+# CPU, which needs 3.11 and an environment of its own.
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 # Its defaults, which accelerate would list on every start, and a second thread.
 ONE := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 2
 
-.PHONY: train test test-vllm
+.PHONY: train test test-slow test-vllm
 
 train: $(VENV)/.installed
 	$(BIN)/accelerate launch $(ONE) examples/train.py
@@ -16,7 +17,10 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow"
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m slow
 
 test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed
 	VLLM_VENV=$(abspath $(VLLM_VENV)) $(BIN)/python -m pytest tests/real_vllm/test_real_vllm.py

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.metadata
 import os
 import re
-import types
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -14,7 +14,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Threads cost more than they give on models this small.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import accelerate.utils.memory
 import numpy as np
 import pytest
 import torch
@@ -33,8 +32,12 @@ from trl_lopd.identity.fingerprint import fingerprint_teacher
 
 # accelerate and datasets read the metadata of installed packages again and again, which takes a tenth of all tests.
 importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
-# At the start of every training accelerate collects garbage, which would be looked for in all that was imported.
-accelerate.utils.memory.gc = types.SimpleNamespace(collect=lambda: 0)
+
+
+def pytest_collection_finish():
+    """Garbage is collected at the start of every training, which would look for it in all that was imported."""
+    gc.freeze()
+
 
 VOCAB = 32
 

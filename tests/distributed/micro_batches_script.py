@@ -71,7 +71,7 @@ def main():
             import deepspeed
 
             deepspeed.init_distributed("gloo")
-        ways = ALONE if WORLD == 1 else WAYS | (WEIGHTED if kind == "ddp" else {})
+        ways = ALONE if WORLD == 1 else WAYS | WEIGHTED
         for way, options in ways.items():
             out = Path(directory, kind, way)
             out.mkdir(parents=True, exist_ok=True)

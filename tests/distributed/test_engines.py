@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_rollouts
-from launcher import Launcher
+from launcher import Launcher, parameters
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -44,11 +44,20 @@ GROUPS = {
     "alone": dict.fromkeys(TORCH, ["resumed_alone"]),
 }
 
+# Every engine does the whole, and each other case is on one at least, without these.
+SLOW = {(kind, case) for kind in ("fsdp2", "zero3") for case in ("sampled_token", "best")}
+SLOW |= {(kind, case) for kind in ("single", "ddp") for case in ("topk_token", "sampled_sequence")}
+SLOW |= {("fsdp2", "lora"), ("fsdp2", "other_logits"), ("fsdp2", "resumed_alone"), ("zero3-offload", "whole")}
+SLOW |= {(kind, "bf16") for kind in ("ddp", "fsdp2", "zero2")}
+SLOW |= {(kind, "resumed") for kind in ("zero1", "zero2", "zero3-offload")}
+
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def having(*cases):
-    return [(kind, case) for kind, those in (TORCH | ZERO).items() for case in those if case in cases]
+    return parameters(
+        [(kind, case) for kind, those in (TORCH | ZERO).items() for case in those if case in cases], SLOW
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +72,7 @@ def launch(tmp_path_factory, teacher_dir, student_dir):
     path = tmp_path_factory.mktemp("engines")
     table = score_rollouts(make_rollouts(85), str(teacher_dir), top_k=4, ref_model=str(student_dir))
     table.save_to_disk(path / "rows")
-    return Launcher(SCRIPT, student_dir, path / "rows", path / "out", groups=GROUPS)
+    return Launcher(SCRIPT, student_dir, path / "rows", path / "out", groups=GROUPS, slow=SLOW)
 
 
 def steps(history):
@@ -121,21 +130,21 @@ def test_a_model_whose_logits_cannot_be_rebuilt_is_refused(launch, kind, case):
     assert "`LlamaForCausalLM` cannot be trained here" in message.replace("FSDP", "") and step == 0
 
 
-@pytest.mark.parametrize("kind", [*TORCH, *ZERO])
-def test_resumes_in_a_new_launch_as_if_it_had_not_stopped(launch, kind):
+@pytest.mark.parametrize("kind, case", parameters([(kind, "resumed") for kind in [*TORCH, *ZERO]], SLOW))
+def test_resumes_in_a_new_launch_as_if_it_had_not_stopped(launch, kind, case):
     whole = launch(kind, "whole")
-    resumed = launch(kind, "resumed")
+    resumed = launch(kind, case)
     assert [entry["step"] for entry in steps(resumed)] == [1, 2, 3, 4, 5, 6]
     for a, b in zip(steps(resumed), steps(whole), strict=True):
         assert a["loss"] == b["loss"] and a["grad_norm"] == b["grad_norm"]
     assert_same_weights(launch.load(kind, "resumed"), launch.load(kind, "whole"), atol=0)
 
 
-@pytest.mark.parametrize("kind", TORCH)
-def test_two_processes_are_resumed_on_one(launch, kind):
+@pytest.mark.parametrize("kind, case", parameters([(kind, "resumed_alone") for kind in TORCH], SLOW))
+def test_two_processes_are_resumed_on_one(launch, kind, case):
     """As close as the engines are to one process: the second half is one."""
     whole = launch(kind, "whole")
-    resumed = launch(kind, "resumed_alone")
+    resumed = launch(kind, case)
     assert [entry["loss"] for entry in steps(resumed)] == pytest.approx(
         [entry["loss"] for entry in steps(whole)], abs=1e-5
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import VOCAB, make_experts, save_student
 from datasets import Dataset
-from launcher import Launcher
+from launcher import Launcher, parameters
 from safetensors.torch import load_file
 from test_engines import assert_same_log, assert_same_weights
 from transformers import AutoModelForCausalLM
@@ -21,6 +21,11 @@ ALL = ["whole", "budget", "mixtral", "gpt_oss", "listed"]
 TORCH = {"ddp": ALL, "fsdp2": ALL[:-1]}
 ZERO = {"zero3": ALL}
 GROUPS = {"single": {"single": ALL}, "torch": TORCH, "zero": ZERO}
+# Each engine does the whole, and one of them each other case.
+SLOW = {("ddp", "budget"), ("ddp", "listed"), ("zero3", "mixtral"), ("zero3", "gpt_oss")} | {
+    (kind, case) for kind in ("ddp", "fsdp2") for case in ALL[1:4]
+}
+SLOW -= {("ddp", "mixtral"), ("fsdp2", "gpt_oss")}
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -56,10 +61,12 @@ def launch(tmp_path_factory, tokenizer, teacher_dir):
     for kind in ("qwen3_moe", "mixtral", "gpt_oss"):
         save_student(path / kind, make_student(kind), tokenizer, teacher_dir)
     score_rollouts(make_rows(32), str(teacher_dir), top_k=4).save_to_disk(path / "rows")
-    return Launcher(SCRIPT, path, path / "rows", path / "out", groups=GROUPS)
+    return Launcher(SCRIPT, path, path / "rows", path / "out", groups=GROUPS, slow=SLOW)
 
 
-@pytest.mark.parametrize("kind, case", [(kind, case) for kind, cases in (TORCH | ZERO).items() for case in cases])
+@pytest.mark.parametrize(
+    "kind, case", parameters([(kind, case) for kind, cases in (TORCH | ZERO).items() for case in cases], SLOW)
+)
 def test_is_what_one_process_does(launch, kind, case):
     """As in `test_engines`. Both read the same rows in a pass, which decide the load-balancing loss."""
     if kind == "zero3":
@@ -77,8 +84,9 @@ def test_is_what_one_process_does(launch, kind, case):
     assert (found["passes"] + other["passes"] > expected["passes"]) == (case == "budget")
 
 
-@pytest.mark.parametrize("kind", [*TORCH, *ZERO])
-@pytest.mark.parametrize("case", ["whole", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    "kind, case", parameters([(k, c) for k in [*TORCH, *ZERO] for c in ("whole", "mixtral", "gpt_oss")], SLOW)
+)
 def test_save_model_writes_what_was_trained(launch, kind, case):
     """With the names and shapes of the checkpoint that training began with, which transformers fuses on loading."""
     if kind == "zero3":

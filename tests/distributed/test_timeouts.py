@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import ranks
 from torch.distributed.constants import default_pg_timeout
 
 SCRIPT = Path(__file__).parent / "timeouts_script.py"
 
 
+@pytest.mark.slow
 def test_sampling_waits_longer_than_the_launch_and_training_does_not(tmp_path, student_dir):
     done = ranks.launch(SCRIPT, student_dir, tmp_path / "out", "short")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -324,7 +324,7 @@ def test_the_default_gate_reads_held_out_rows(tmp_path, table, student_dir):
     assert (of_card["effopd"]["steps"], of_card["effopd"]["searches"]) == (4, 3)
 
 
-@pytest.mark.parametrize("gate", [None, "eval_reverse_kl_topk"])
+@pytest.mark.parametrize("gate", [None, pytest.param("eval_reverse_kl_topk", marks=pytest.mark.slow)])
 def test_evaluations_read_the_rows_they_are_given_when_workers_persist(tmp_path, table, student_dir, gate):
     """Before, in between and after, on the gate's rows, on the trainer's and on others."""
     args = dict(dataloader_num_workers=1, dataloader_persistent_workers=True, max_steps=2, learning_rate=1e-9)

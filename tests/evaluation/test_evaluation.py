@@ -225,6 +225,7 @@ def whole(flags, tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_killed_and_continued_by_two_processes_it_ends_in_the_same_files(tmp_path, flags, whole):
     job = ["trl_lopd.cli", *flags, "--output_dir", tmp_path]
     died = ranks.launch(FAULTS / "dies.py", tmp_path / "fresh", 3, *job, processes=None)

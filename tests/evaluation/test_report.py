@@ -674,6 +674,7 @@ def test_what_would_be_markup_could_not_run_either(browser, report):
     page.close()
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_a_phone_has_it_all_without_scrolling_aside(browser, report):
     width = 320
@@ -686,6 +687,7 @@ def test_a_phone_has_it_all_without_scrolling_aside(browser, report):
         assert (box["x"], box["width"]) == (0, width) and round(box["y"] + box["height"]) == 700
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_light_and_dark(browser, report):
     def brightness(page) -> int:

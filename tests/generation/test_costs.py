@@ -97,6 +97,7 @@ def joined(rows, i):
     return [*rows["prompt_ids"][i], *rows["completion_ids"][i]]
 
 
+@pytest.mark.slow
 def test_a_table_has_the_size_that_was_estimated(tmp_path, teacher_dir, student_dir, monkeypatch):
     # So that the sample is the same on a slow machine.
     monkeypatch.setattr(costs, "time", types.SimpleNamespace(perf_counter=itertools.count(step=0.001).__next__))

@@ -213,6 +213,7 @@ def test_continuous_batching_gives_the_same_greedy_answers(student, tokenizer):
         assert continuous[column] == plain[column]
 
 
+@pytest.mark.slow
 def test_continuous_batching_repeats_itself_by_shard(student, tokenizer):
     kwargs = dict(processing_class=tokenizer, temperature=1.0, max_completion_length=8, rows_per_shard=6)
     kwargs["engine"] = "continuous_batching"
@@ -334,6 +335,7 @@ def test_a_run_that_is_not_the_same_is_refused(tmp_path, student_dir, teacher_di
         collect_rollouts(prompts, student, output_dir=tmp_path / "rollouts", max_completion_length=3, **change)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_in_the_same_rollouts(tmp_path, student_dir):
     prompts = [f"w{i % 29 + 3} w{i // 29 + 3}" for i in range(80)]
     Dataset.from_dict({"prompt": prompts}).save_to_disk(tmp_path / "prompts")

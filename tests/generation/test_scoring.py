@@ -223,6 +223,7 @@ def test_a_run_that_is_not_the_same_is_refused(tmp_path, teacher_dir, student_di
         score_rollouts(rollouts, options.pop("teacher", str(teacher_dir)), output_dir=tmp_path / "table", **options)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_in_the_same_table(tmp_path, teacher_dir, student_dir):
     make_rollouts(80).save_to_disk(tmp_path / "rollouts")
     kills.check("score", 2, tmp_path, str(tmp_path / "rollouts"), str(teacher_dir), str(student_dir))

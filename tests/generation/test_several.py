@@ -230,8 +230,9 @@ def test_tables_of_several_teachers_that_are_joined(teachers, rollouts):
 
 @pytest.mark.parametrize(
     "call, after",
-    [("several.write_record", 0), ("several.write_record", 1), ("several.write_record", 2)]
-    + [("scoring.remove_parts", 0), ("several.shutil.rmtree", 0), ("several.shutil.rmtree", 1)],
+    [("several.write_record", 1), ("several.shutil.rmtree", 0)]
+    + [pytest.param("several.write_record", n, marks=pytest.mark.slow) for n in (0, 2)]
+    + [pytest.param("several.shutil.rmtree", 1, marks=pytest.mark.slow), ("scoring.remove_parts", 0)],
 )
 def test_a_run_that_ends_while_it_puts_the_parts_together_or_away(
     tmp_path, teachers, rollouts, monkeypatch, call, after
@@ -259,6 +260,7 @@ def test_a_run_that_ends_while_it_puts_the_parts_together_or_away(
     assert cards[0] == cards[1]
 
 
+@pytest.mark.slow
 def test_killed_twenty_times_it_ends_in_the_same_table(tmp_path, teachers, student_dir):
     with_names(make_rollouts(120)).save_to_disk(tmp_path / "rollouts")
     args = [str(tmp_path / "rollouts"), teachers["math"], teachers["code"]]
@@ -275,7 +277,7 @@ PROMPTS = [f"w{3 + i % 25} w{5 + i % 7}" for i in range(25)]
 SAMPLING = {"temperature": 2.0, "max_completion_length": 12, "seed": 1}
 
 
-@pytest.mark.parametrize("truncated", ["drop", "keep"])
+@pytest.mark.parametrize("truncated", ["drop", pytest.param("keep", marks=pytest.mark.slow)])
 def test_each_prompt_is_answered_by_its_own_teacher(tmp_path, teachers, truncated):
     prompts = with_names(Dataset.from_dict({"prompt": PROMPTS}))
     options = SAMPLING | {"truncated": truncated, "num_generations": 2, "rows_per_shard": 4}

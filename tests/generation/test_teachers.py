@@ -137,7 +137,9 @@ GROUPS = {"distinct": [1] * 9, "one prompt": [6], "several prompts": [4, 5, 3], 
 
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("way", ["sdpa", "eager", "sdpa, packed", "eager, packed", "flash_attention_2"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(name, marks=pytest.mark.slow if i else ()) for i, name in enumerate(ARCHITECTURES)]
+)
 def test_scores_are_those_of_one_row_at_a_time(architecture, way, groups, monkeypatch, plain_flash):
     attention, _, packed = way.partition(", ")
     model = make(architecture, attention)

@@ -83,7 +83,9 @@ def test_what_trl_does_to_the_rows_is_no_other_data(tmp_path, tokenizer, options
     assert ("cannot be compared" in caplog.text) is not compared
 
 
-@pytest.mark.parametrize("column", [True, False], ids=["with the column", "without"])
+@pytest.mark.parametrize(
+    "column", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["with the column", "without"]
+)
 @pytest.mark.parametrize("options", OPTIONS[:5] + OPTIONS[6:], ids=lambda options: "-".join(options))
 def test_other_texts_than_were_sampled_are_declared(tmp_path, tokenizer, options, column, caplog):
     """Whatever the tokenizers' fingerprints are: that of `A` is not the trainer's."""

@@ -163,6 +163,7 @@ def test_inspect_a_table_whose_rows_were_changed(call, tmp_path, student_dir, ta
     assert call("inspect", student_dir, tmp_path / "table")[0] == 1
 
 
+@pytest.mark.slow
 def test_json_is_all_there_is_on_the_standard_output(teacher_dir):
     command = [Path(sys.executable).with_name("trl-lopd"), "fingerprint", teacher_dir, "--probes", "--json"]
     done = subprocess.run(command, capture_output=True, text=True)

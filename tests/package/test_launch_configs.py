@@ -98,6 +98,7 @@ def test_a_command_of_the_page_is_what_its_config_says(tmp_path, monkeypatch, co
         assert plugin.state_dict_type.name == "SHARDED_STATE_DICT"
 
 
+@pytest.mark.slow
 # On a CPU accelerate trains DDP where `fsdp2` asks for `fully_shard`; tests/distributed has that.
 @pytest.mark.parametrize("name", ["zero3", "deepspeed_json"])
 def test_commands_of_the_page_train_on_a_cpu(tmp_path, monkeypatch, name):

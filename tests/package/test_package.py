@@ -98,6 +98,7 @@ def test_nobody_learns_to_write_a_slip(build):
     assert found > 100
 
 
+@pytest.mark.slow
 def test_the_main_job_runs(tmp_path):
     """`accelerate launch examples/train.py --compare`, two steps of each kind, on the bundled data and a sixth of the
     prompts."""

@@ -17,6 +17,7 @@ def pair():
     return module
 
 
+@pytest.mark.slow
 def test_a_pair_goes_from_sft_data_to_the_report_and_on(pair, tmp_path, capsys):
     quickstart = ROOT / "examples" / "quickstart"
     args = pair.Arguments(

@@ -138,6 +138,7 @@ def test_datasets_loads_exactly_the_shards(tmp_path, finished, name):
         assert store.pending == []
 
 
+@pytest.mark.slow
 def test_on_the_hub(tmp_path, finished):
     """Hidden files go along; `load_dataset` loads the shards all the same."""
     script = """if True:
@@ -400,6 +401,7 @@ def test_the_job_loads_only_what_it_needs():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(tmp_path, finished):
     """By SIGKILL at random moments, entering included: the table is that of a run that was left alone."""
     processes, rng, directory, kills = 2, random.Random(2), tmp_path / "out", 0

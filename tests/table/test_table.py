@@ -777,6 +777,7 @@ assert list(streamed) == list(table)
 """
 
 
+@pytest.mark.slow
 def test_the_hub_keeps_fixed_lists(tmp_path):
     make_table(make_rows()).save_to_disk(tmp_path / "table")
     (tmp_path / "push.py").write_text(PUSHED)

@@ -84,6 +84,8 @@ IRRELEVANT = {
     "local_rank": "read from the environment",
 }
 
+SLOW = pytest.mark.slow
+
 
 def test_every_field_is_judged():
     """A new version of transformers may add some: try what each does here, and put it where it belongs."""
@@ -142,7 +144,8 @@ def test_what_changes_no_evaluation(tmp_path, student_dir, table, options):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "resumed_at"), [("random", [4, 6, 8]), ("sequential", [8]), ("group_by_length", [6, 8])]
+    ("strategy", "resumed_at"),
+    [("random", [4, 6, 8]), pytest.param("sequential", [8], marks=SLOW), ("group_by_length", [6, 8])],
 )
 def test_the_order_of_rows_goes_on_where_it_was(tmp_path, student_dir, table, strategy, resumed_at):
     """In the first epoch of six steps, between two, and in the second."""
@@ -187,6 +190,7 @@ def test_tokens_seen_are_counted_without_padding(tmp_path, student_dir, tokenize
     )
 
 
+@pytest.mark.slow
 def test_a_compiled_model_gives_the_same_losses(tmp_path, teacher_dir, tokenizer, table):
     # Each layer is compiled, for each kind of shape.
     student_dir = save_student(tmp_path / "student", make_model(seed=2, layers=1), tokenizer, teacher_dir)

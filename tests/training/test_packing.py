@@ -20,6 +20,8 @@ from trl_lopd.training.packing import PackedRows, best_fit_decreasing, check_arc
 
 CPU = torch.device("cpu")
 
+SLOW = pytest.mark.slow
+
 
 def fewest_packs(lengths, capacity):
     """By trying all ways to put each row into a pack there is, or a new one."""
@@ -124,7 +126,10 @@ def masked_table(table):
     return table.add_column("completion_mask", masks)
 
 
-@pytest.mark.parametrize(("loss_type", "aggregation"), [("topk", "sequence_mean"), ("sampled", "token_mean")])
+@pytest.mark.parametrize(
+    ("loss_type", "aggregation"),
+    [("topk", "sequence_mean"), pytest.param("sampled", "token_mean", marks=SLOW)],
+)
 def test_a_step_is_the_same_however_its_rows_are_read(tmp_path, student_dir, masked_table, loss_type, aggregation):
     """
     The same sums in another order: each differs by a few units of float32 rounding, 6e-8 of the largest of its terms.

@@ -174,9 +174,13 @@ def stream_of(*tables):
 
 @pytest.mark.parametrize(
     ("column", "where", "workers"),
-    [("ref_logprobs", "first", 0), ("ref_logprobs", "later", 1), ("teacher_topk_ids", "first", 1),
-     ("teacher_topk_ids", "later", 0)],
-)  # fmt: skip
+    [
+        ("ref_logprobs", "first", 0),
+        ("teacher_topk_ids", "later", 0),
+        pytest.param("ref_logprobs", "later", 1, marks=pytest.mark.slow),
+        pytest.param("teacher_topk_ids", "first", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_column_is_in_every_row_of_a_stream_or_in_none(tmp_path, student_dir, table, column, where, workers):
     """In the same batch, or in another one."""
     columns = [name for name in table.column_names if name.startswith("teacher_topk")]
@@ -206,6 +210,7 @@ def test_workers_that_read_different_k_are_found_out(tmp_path, student_dir, teac
         trainer.train()
 
 
+@pytest.mark.slow
 def test_several_streams_may_have_different_columns(tmp_path, student_dir, table):
     """Each is held against its own first row."""
     bare = table.remove_columns("ref_logprobs")

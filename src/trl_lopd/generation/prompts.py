@@ -78,9 +78,9 @@ def as_dataset(
             )
         if messages and not (tokenizer.chat_template or "chat_template" in chat_template_kwargs):
             raise ValueError(
-                f"Prompt {i} is a list of messages, and {tokenizer.name_or_path or 'the tokenizer'} has no chat template "
-                "to render it. Give the model a tokenizer that has one, `chat_template_kwargs={'chat_template': ...}`, "
-                "or prompts that are texts."
+                f"Prompt {i} is a list of messages, and {tokenizer.name_or_path or 'the tokenizer'} has no chat "
+                "template to render it. Give the model a tokenizer that has one, prompts that are texts, or "
+                "`chat_template_kwargs={'chat_template': ...}`."
             )
         if messages and any(m.get("content") is None and m["role"] != "assistant" for m in prompt):
             raise ValueError(f"Prompt {i} has a message without `content`: {prompt!r:.200}.")
