@@ -184,10 +184,12 @@ def test_bias_and_repeated_ids():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("chunk", [4, 1])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_gradients_do_not_vanish(dtype):
+def test_half_precision_gradients_do_not_vanish(monkeypatch, dtype, chunk):
     """A token's share of a large batch times a small probability is below what float16 can hold; what a loss scaler
     multiplies must not have been lost before."""
+    monkeypatch.setattr(logits, "CHUNK_LOGITS", dict.fromkeys(logits.CHUNK_LOGITS, chunk * VOCAB))
     torch.manual_seed(0)
     hidden, weight = torch.randn(4, 8), torch.randn(VOCAB, 8)
     ids, distinct = torch.arange(4).unsqueeze(-1), torch.ones(4, 1, dtype=torch.bool)
