@@ -40,11 +40,12 @@ GROUPS = {
     "torch bf16": only(["bf16"], TORCH),
     "zero": ZERO,
     "torch again": dict.fromkeys(TORCH, ["resumed"]),
-    "zero again": dict.fromkeys(ZERO, ["resumed"]),
+    "zero again": {kind: ["resumed"] for kind in ZERO if kind != "zero3-offload"},
+    "offload again": {"zero3-offload": ["resumed"]},
     "alone": dict.fromkeys(TORCH, ["resumed_alone"]),
 }
 
-# Every engine does the whole, and each other case is on one at least, without these.
+# The others: the whole on every engine but offloading, and what engines do otherwise on one or two of them.
 SLOW = {(kind, case) for kind in ("fsdp2", "zero3") for case in ("sampled_token", "best")}
 SLOW |= {(kind, case) for kind in ("single", "ddp") for case in ("topk_token", "sampled_sequence")}
 SLOW |= {("fsdp2", "lora"), ("fsdp2", "other_logits"), ("fsdp2", "resumed_alone"), ("zero3-offload", "whole")}

@@ -114,6 +114,10 @@ def test_messages_need_a_template(model):
     template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     rollouts = collect_rollouts([USER], model, chat_template_kwargs={"chat_template": template}, **options)
     assert rollouts["prompt_ids"] == [[20, 21]]
+    rows = Dataset.from_list([{"prompt": USER, "chat_template_kwargs": {"chat_template": template}}])
+    assert collect_rollouts(rows, model, **options)["prompt_ids"] == [[20, 21]]
+    with pytest.raises(ValueError, match="has no chat template"):
+        collect_rollouts([USER], model, chat_template_kwargs={"chat_template": None}, **options)
 
 
 def test_template_arguments_that_change_nothing_are_told(model, tokenizer):

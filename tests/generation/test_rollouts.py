@@ -432,7 +432,7 @@ def test_chat_prompts_go_through_the_template(student):
         ("w5 w6", "`prompts` is one text"),
         (Dataset.from_dict({"prompt": ["w5"]}).to_iterable_dataset(), "`prompts` is a stream"),
         (["w5", None], "Prompt 1 is neither a text nor a list of messages.*None"),
-        (["w5", [{"role": "user", "content": "w6"}]], "Prompt 1 is a list of messages, the others are not"),
+        (["w5", [{"role": "user", "content": "w6"}]], "Prompt 1 is a list of messages, those before it are not"),
     ],
 )
 def test_bad_prompts(student, tokenizer, prompts, message):

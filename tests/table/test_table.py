@@ -224,7 +224,10 @@ def test_import_needs_neither_torch_nor_transformers():
 @pytest.mark.parametrize("name", REQUIRED_COLUMNS)
 def test_missing_column(name):
     message = refusal(without(make_table(make_rows()), name))
-    assert message == f"Missing column `{name}`. Make the table with `score_rollouts`, which writes it."
+    remedy = "Make the table with `score_rollouts`, which writes it."
+    if name in ("prompt_ids", "completion_ids"):
+        remedy = "Make rollouts with `collect_rollouts`, and the table from them with `score_rollouts`."
+    assert message == f"Missing column `{name}`. {remedy}"
 
 
 @pytest.mark.parametrize(

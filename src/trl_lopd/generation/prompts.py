@@ -47,6 +47,11 @@ def as_dataset(
         ValueError: If there are no prompts, or one is empty or neither a text nor a list of messages.
     """
     if not isinstance(prompts, list | tuple):
+        if isinstance(prompts, str):
+            raise TypeError(
+                f"`prompts` is one text, {prompts!r:.80}: give a list of prompts, `[prompts]`, or a `Dataset`, which "
+                "`datasets.load_dataset` reads from a file."
+            )
         refuse_no_dataset(prompts, "prompts")
     elif prompts and isinstance(prompts[0], dict):
         raise TypeError(
@@ -65,6 +70,10 @@ def as_dataset(
     if len(prompts) == 0:
         raise ValueError("There are no prompts to answer. Check the file, filter or split that they come from.")
     kinds = set()
+    # A row may have a template of its own.
+    has_own = isinstance(prompts, Dataset) and "chat_template_kwargs" in prompts.column_names
+    templates = prompts["chat_template_kwargs"] if has_own else None
+    has_template = tokenizer.chat_template or chat_template_kwargs.get("chat_template") or has_own
     for i, prompt in enumerate(values):
         messages = isinstance(prompt, list) and all(isinstance(m, dict) and "role" in m for m in prompt)
         if not isinstance(prompt, str) and not messages:
@@ -74,13 +83,13 @@ def as_dataset(
         kinds.add(type(prompt))
         if len(kinds) > 1:
             raise ValueError(
-                f"Prompt {i} is {'a text' if not messages else 'a list of messages'}, the others are not."
+                f"Prompt {i} is {'a text' if not messages else 'a list of messages'}, those before it are not."
             )
-        if messages and not (tokenizer.chat_template or "chat_template" in chat_template_kwargs):
+        if messages and not has_template:
             raise ValueError(
                 f"Prompt {i} is a list of messages, and {tokenizer.name_or_path or 'the tokenizer'} has no chat "
-                "template to render it. Give the model a tokenizer that has one, prompts that are texts, or "
-                "`chat_template_kwargs={'chat_template': ...}`."
+                "template to render it. Give a tokenizer that has one (`processing_class`), `chat_template_kwargs` "
+                "with a `chat_template`, or prompts that are texts."
             )
         if messages and any(m.get("content") is None and m["role"] != "assistant" for m in prompt):
             raise ValueError(f"Prompt {i} has a message without `content`: {prompt!r:.200}.")
@@ -88,7 +97,8 @@ def as_dataset(
         is_blank = not any(text.strip() if isinstance(text, str) else text for text in texts)
         # Encoding every prompt would take long, and only blank ones may have no tokens.
         if i == 0 or is_blank:
-            if len(prompt) == 0 or not encode_prompt(prompt, tokenizer, **chat_template_kwargs):
+            own = templates[i] if templates else None
+            if len(prompt) == 0 or not encode_prompt(prompt, tokenizer, **{**(own or {}), **chat_template_kwargs}):
                 raise ValueError(f"Prompt {i} is empty: the first answer token would have no context. Drop it.")
     _check_template_kwargs(tokenizer, chat_template_kwargs, messages)
     if not isinstance(prompts, Dataset):

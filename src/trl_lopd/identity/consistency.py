@@ -218,7 +218,7 @@ def _unusable(
     if not teachers or (unknown := [teacher for teacher in teachers if not (teacher and is_id(teacher))]):
         values = f": {', '.join(map(repr, unknown))}" if teachers else ", which is missing"
         return _refused(
-            f"{table_name[0].upper()}{table_name[1:]} does not say which teacher scored "
+            f"{_capitalized(table_name)} does not say which teacher scored "
             f"{'some of ' if len(teachers) > 1 else ''}its rows (column `teacher_fingerprint`{values}). Score them "
             f"again with a teacher that is fingerprinted, or {_OVERRIDE}."
         )

@@ -243,7 +243,7 @@ def refuse_no_dataset(value: object, name: str) -> None:
     elif isinstance(value, os.PathLike):
         what = "a path: load it, with `load_table` or `datasets.load_dataset`, and give the `Dataset`"
     elif isinstance(value, str):
-        what = "one text: give a `Dataset`"
+        what = "one text: give a `Dataset`, which `load_table` and `datasets.load_dataset` read from a path"
     elif isinstance(value, IterableDataset):
         what = "a stream, which cannot be resumed: give a `Dataset`"
     else:
@@ -662,7 +662,10 @@ def _check_schema(schema: pa.Schema, rows: int) -> None:
     else:
         required = REQUIRED_COLUMNS
     if missing := [name for name in required if name not in schema.names]:
-        raise TableError(f"Missing column {_quoted(missing)}. Make the table with `score_rollouts`, which writes it.")
+        remedy = "Make the table with `score_rollouts`, which writes it"
+        if {"prompt_ids", "completion_ids"} & set(missing):
+            remedy = "Make rollouts with `collect_rollouts`, and the table from them with `score_rollouts`"
+        raise TableError(f"Missing column {_quoted(missing)}. {remedy}.")
     present = [name for name in TOPK_COLUMNS if name in schema.names]
     if len(present) == 1:
         absent = [name for name in TOPK_COLUMNS if name not in present]
