@@ -84,8 +84,6 @@ IRRELEVANT = {
     "local_rank": "read from the environment",
 }
 
-SLOW = pytest.mark.slow
-
 
 def test_every_field_is_judged():
     """A new version of transformers may add some: try what each does here, and put it where it belongs."""
@@ -145,7 +143,7 @@ def test_what_changes_no_evaluation(tmp_path, student_dir, table, options):
 
 @pytest.mark.parametrize(
     ("strategy", "resumed_at"),
-    [("random", [4, 6, 8]), pytest.param("sequential", [8], marks=SLOW), ("group_by_length", [6, 8])],
+    [("random", [4, 6, 8]), pytest.param("sequential", [8], marks=pytest.mark.slow), ("group_by_length", [6, 8])],
 )
 def test_the_order_of_rows_goes_on_where_it_was(tmp_path, student_dir, table, strategy, resumed_at):
     """In the first epoch of six steps, between two, and in the second."""

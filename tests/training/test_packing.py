@@ -20,8 +20,6 @@ from trl_lopd.training.packing import PackedRows, best_fit_decreasing, check_arc
 
 CPU = torch.device("cpu")
 
-SLOW = pytest.mark.slow
-
 
 def fewest_packs(lengths, capacity):
     """By trying all ways to put each row into a pack there is, or a new one."""
@@ -128,7 +126,7 @@ def masked_table(table):
 
 @pytest.mark.parametrize(
     ("loss_type", "aggregation"),
-    [("topk", "sequence_mean"), pytest.param("sampled", "token_mean", marks=SLOW)],
+    [("topk", "sequence_mean"), pytest.param("sampled", "token_mean", marks=pytest.mark.slow)],
 )
 def test_a_step_is_the_same_however_its_rows_are_read(tmp_path, student_dir, masked_table, loss_type, aggregation):
     """

@@ -18,8 +18,6 @@ from trl_lopd.identity.fingerprint import content_id
 
 IDS = torch.tensor([[5, 9, 14, 3, 22, 7], [6, 30, 12, 2, 11, 8]])
 
-SLOW = pytest.mark.slow
-
 
 def lora(**kwargs):
     return LoraConfig(**dict(r=4, target_modules="all-linear", task_type="CAUSAL_LM") | kwargs)
@@ -145,7 +143,9 @@ def wide_student(tmp_path_factory, tokenizer, teacher_dir):
     return save_student(path, make_model(seed=2, hidden=64), tokenizer, teacher_dir)
 
 
-@pytest.mark.parametrize(("bits", "options"), [(4, {}), pytest.param(4, {"use_dora": True}, marks=SLOW), (8, {})])
+@pytest.mark.parametrize(
+    ("bits", "options"), [(4, {}), pytest.param(4, {"use_dora": True}, marks=pytest.mark.slow), (8, {})]
+)
 def test_adapters_train_on_quantized_weights(tmp_path, wide_student, table, bits, options):
     pytest.importorskip("bitsandbytes")
 

@@ -72,7 +72,7 @@ def as_dataset(
     kinds = set()
     # A row may have a template of its own.
     has_own = isinstance(prompts, Dataset) and "chat_template_kwargs" in prompts.column_names
-    templates = prompts["chat_template_kwargs"] if has_own else None
+    of_rows = prompts["chat_template_kwargs"] if has_own else None
     has_template = tokenizer.chat_template or chat_template_kwargs.get("chat_template") or has_own
     for i, prompt in enumerate(values):
         messages = isinstance(prompt, list) and all(isinstance(m, dict) and "role" in m for m in prompt)
@@ -97,8 +97,8 @@ def as_dataset(
         is_blank = not any(text.strip() if isinstance(text, str) else text for text in texts)
         # Encoding every prompt would take long, and only blank ones may have no tokens.
         if i == 0 or is_blank:
-            own = templates[i] if templates else None
-            if len(prompt) == 0 or not encode_prompt(prompt, tokenizer, **{**(own or {}), **chat_template_kwargs}):
+            row = {"prompt": [prompt], "chat_template_kwargs": [of_rows[i] if has_own else None]}
+            if len(prompt) == 0 or not encode_prompts(row, tokenizer, **chat_template_kwargs)[0]:
                 raise ValueError(f"Prompt {i} is empty: the first answer token would have no context. Drop it.")
     _check_template_kwargs(tokenizer, chat_template_kwargs, messages)
     if not isinstance(prompts, Dataset):
