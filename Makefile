@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
+# Python compiles what is imported; to compile all that is installed takes as long as to install it.
+PIP := $(BIN)/pip install -q --no-compile -c constraints-cpu.txt
 # Its defaults, which accelerate would list on every start, and a second thread.
 ONE := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 2
 
@@ -31,9 +33,9 @@ $(VLLM_VENV)/.installed: tests/real_vllm/setup.sh
 
 $(VENV)/.installed: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints-cpu.txt -e .
+	$(PIP) -e .
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install -q -c constraints-cpu.txt -e '.[dev]'
+	$(PIP) -e '.[dev]'
 	touch $@

@@ -39,6 +39,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+# What a reader of a training that failed is waited for before it is ended, where one is left behind.
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
+
+
 VOCAB = 32
 
 

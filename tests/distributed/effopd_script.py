@@ -300,7 +300,7 @@ def lora(*case):
 
 def by_default(kind, student, rows, out):
     # The reverse KL and a strict level, so that some searches succeed and some fail.
-    trainer = make_trainer(kind, student, rows, out, beta=1.0)
+    trainer = make_trainer(kind, student, rows, out, beta=1.0, per_device_eval_batch_size=16)
     effopd = EffOPDCallback(trainer, significance=0.05)
     trainer.add_callback(effopd)
     trainer.train()
@@ -435,16 +435,23 @@ def fsdp_on_cpu():
     accelerate.state.AcceleratorState.__init__ = begin_with_plugin
 
 
+def begin(kind):
+    """What has to be there before a trainer of this kind is made."""
+    if kind.startswith("zero"):
+        import deepspeed
+
+        # Its own collectives would be compiled first, for a minute or two. Without them it takes gloo's.
+        deepspeed.ops.__compatible_ops__ = {}
+        deepspeed.init_distributed("gloo")
+
+
 def run(functions, student, table, directory, *cases):
     """Runs each KIND:CASE, and writes what it gives."""
     fsdp_on_cpu()
     rows = load_from_disk(table)
     for case in cases:
         kind, name = case.split(":")
-        if kind.startswith("zero"):
-            import deepspeed
-
-            deepspeed.init_distributed("gloo")
+        begin(kind)
         out = Path(directory, kind, name)
         out.mkdir(parents=True, exist_ok=True)
         result = functions[name](kind, student, rows, out)

@@ -13,7 +13,7 @@ import time
 
 import torch
 from datasets import load_from_disk
-from effopd_script import fsdp_on_cpu, make_trainer
+from effopd_script import begin, fsdp_on_cpu, make_trainer
 from transformers import TrainerCallback
 
 from trl_lopd.training.collator import OfflineOPDCollator
@@ -44,10 +44,7 @@ class OneLine(TrainerCallback):
 
 def main(engine, what, student, rows, out, *options):
     fsdp_on_cpu()
-    if engine.startswith("zero"):
-        import deepspeed
-
-        deepspeed.init_distributed("gloo")
+    begin(engine)
     table = load_from_disk(rows)
     trainer = make_trainer(
         engine,

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
+from effopd_script import begin
 from peft import PeftModel
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -43,7 +44,7 @@ def main():
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 
-        deepspeed.init_distributed("gloo")
+        begin(kind)
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
         keep = HfDeepSpeedConfig(config)  # from_pretrained partitions while this is alive
         model = AutoModelForCausalLM.from_pretrained(teacher)

@@ -1,32 +1,29 @@
 """
 Trains within a budget of tokens on however many processes started it.
 
-    micro_batches_script.py STUDENT ROWS OUT KIND ...
+    micro_batches_script.py STUDENT ROWS OUT KIND:CASE ...
 
-Of the KINDS of `effopd_script`. The rows are of the teachers in WEIGHTS. Writes to OUT, by kind and way, the weights,
-and by rank what was read, exchanged and logged, and where rows are weighted an evaluation.
+Of the KINDS of `effopd_script` and the CASES here. The rows are of the teachers in WEIGHTS. Writes to OUT, by kind and
+case, the weights, and by rank what was read, exchanged and logged, and where rows are weighted an evaluation.
 """
 
 from __future__ import annotations
 
-import json
+import functools
 import sys
-from pathlib import Path
 
-import accelerate.state
-import torch.distributed as dist
-from datasets import load_from_disk
-from effopd_script import RANK, WORLD, fsdp_on_cpu, make_trainer, save_weights
+from effopd_script import WORLD, make_trainer, run, save_weights
 from torch.distributed.tensor import DTensor
 
-WAYS = {
-    "budget": {"max_tokens_per_device": 24},
-    "budget_padding_free": {"max_tokens_per_device": 24, "padding_free": True},
-}
+BUDGET = {"max_tokens_per_device": 24}
 WEIGHTS = {"teacher_weights": {"math": 1.5, "code": 0.25}}
-# Of DDP and of one process: what they are compared with.
-WEIGHTED = {"weighted": WEIGHTS, "budget_weighted": WAYS["budget"] | WEIGHTS}
-ALONE = {"whole": {}, "weighted": WEIGHTS}
+CASES = {
+    "whole": {},
+    "weighted": WEIGHTS,
+    "budget": BUDGET,
+    "budget_padding_free": BUDGET | {"padding_free": True},
+    "budget_weighted": BUDGET | WEIGHTS,
+}
 
 
 def train(kind, student, rows, out, **options):
@@ -59,31 +56,8 @@ def train(kind, student, rows, out, **options):
     said = {"made": made, "read": read, "exchanged": exchanged, "logs": logs}
     if "teacher_weights" in options:
         said["evaluation"] = trainer.evaluate()
-    (out / f"{RANK}.json").write_text(json.dumps(said))
-
-
-def main():
-    student, rows, directory, *kinds = sys.argv[1:]
-    fsdp_on_cpu()
-    rows = load_from_disk(rows)
-    for kind in kinds:
-        if kind.startswith("zero"):
-            import deepspeed
-
-            deepspeed.init_distributed("gloo")
-        ways = ALONE if WORLD == 1 else WAYS | WEIGHTED
-        for way, options in ways.items():
-            out = Path(directory, kind, way)
-            out.mkdir(parents=True, exist_ok=True)
-            train(kind, student, rows, out, **options)
-            # Each trainer makes an accelerator of its own kind.
-            accelerate.state.AcceleratorState._reset_state()
-            accelerate.state.GradientState._reset_state()
-    if WORLD > 1:
-        # Gloo may abort a process that ends while the other one still talks to it.
-        dist.barrier()
-        dist.destroy_process_group()
+    return said
 
 
 if __name__ == "__main__":
-    main()
+    run({case: functools.partial(train, **options) for case, options in CASES.items()}, *sys.argv[1:])

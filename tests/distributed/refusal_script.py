@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from datasets import load_from_disk
+from effopd_script import begin
 from trl import TrlParser
 
 import trl_lopd.training.student
@@ -21,6 +22,7 @@ def create_and_say(*args, **kwargs):
 if __name__ == "__main__":
     trl_lopd.training.student.create_model_from_path = create_and_say
     student, table, catch = sys.argv[1:4]
+    begin("zero3" if "--deepspeed" in sys.argv else "ddp")
     (args,) = TrlParser((OfflineOPDConfig,)).parse_args_and_config(sys.argv[4:])
     try:
         OfflineOPDTrainer(student, args, load_from_disk(table))

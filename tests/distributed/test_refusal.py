@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -26,6 +27,8 @@ def other_table(tmp_path_factory, tokenizer):
     return path
 
 
+# For real; below are processes that need not import everything first.
+@pytest.mark.slow
 def test_a_mismatch_stops_all_processes_of_a_launch_with_one_message(tmp_path, student_dir, other_table):
     pytest.importorskip("deepspeed")
     command = [
@@ -45,8 +48,15 @@ def assert_refused(done):
     assert done.stderr.count("Teacher mismatch") == 1, done.stderr[-3000:]
 
 
-def test_a_mismatch_stops_all_processes_with_one_message(tmp_path, student_dir, other_table):
-    assert_refused(ranks.launch(SCRIPT, student_dir, other_table, "raise", *OPTIONS, tmp_path))
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_a_mismatch_stops_all_processes_with_one_message(tmp_path, student_dir, other_table, engine):
+    words = [student_dir, other_table, "raise", *OPTIONS, tmp_path]
+    if engine == "zero3":
+        pytest.importorskip("deepspeed")
+        auto = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu"), "auto")
+        (tmp_path / "ds.json").write_text(json.dumps(auto | {"zero_optimization": {"stage": 3}}))
+        words += ["--deepspeed", tmp_path / "ds.json"]
+    assert_refused(ranks.launch(SCRIPT, *words))
 
 
 def test_every_process_can_catch_it(tmp_path, student_dir, other_table):

@@ -29,6 +29,7 @@ from trl_lopd import (
     stamp_model_card,
 )
 from trl_lopd.cli import main
+from trl_lopd.evaluation.report.charts import curves
 from trl_lopd.evaluation.report.report import text_pieces, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -123,6 +124,21 @@ def run(models_dir, table_dir):
     (directory / "evaluations" / "gsm8k").mkdir(parents=True)
     (directory / "evaluations" / "gsm8k" / "metrics.json").write_text(json.dumps(found))
     return directory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def same_charts_are_drawn_once():
+    """Most reports of these tests are of the same run, and half of their time is matplotlib's."""
+    drawn = {}
+
+    def curves_of(*points):
+        if repr(points) not in drawn:
+            drawn[repr(points)] = curves(*points)
+        return drawn[repr(points)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trl_lopd.evaluation.report.report.curves", curves_of)
+        yield
 
 
 @pytest.fixture(scope="module")

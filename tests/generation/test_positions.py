@@ -69,7 +69,7 @@ def test_sampling(model, caplog):
     assert len(rows) == 2 and "positions" not in caplog.text
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_training(model, rollouts, teacher_dir, tmp_path, stream, caplog):
     def train(rows, **options):
         options = {"max_steps": 3, "per_device_train_batch_size": 8, **options}

@@ -162,13 +162,12 @@ def test_inside_a_running_event_loop(model, rows):
         assert len(asyncio.run(cell())) == len(rows[0])
 
 
-@both
-def test_bounded_concurrency(model, kind):
+def test_bounded_concurrency(model):
     sequences, lengths = [np.arange(3, 9)] * 24, [3] * 24
     for limit in (1, 5):
         faults = itertools.repeat(servers.slow(0.03))
-        with stub_server(kind, model, faults=faults) as server:
-            TEACHERS[kind](server.url, max_concurrency=limit).score(sequences, lengths, 1)
+        with stub_server("vllm", model, faults=faults) as server:
+            VLLMServer(server.url, max_concurrency=limit).score(sequences, lengths, 1)
         assert server.peak == limit and len(server.requests) == 24
 
 
@@ -252,7 +251,10 @@ def teacher_of(kind, server, name, **options):
     return TEACHERS[kind](server.url, timeout=2 if name == "timeout" else 60, **options)
 
 
-@pytest.mark.parametrize(("kind", "name"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [pytest.param(*case, marks=pytest.mark.slow if "timeout" in case else ()) for case in CASES],
+)
 def test_a_fault_that_passes(model, kind, name):
     sequence, expected = np.arange(3, 12), next(plain(model, [np.arange(3, 12)], [4], 2))
     with stub_server(kind, model, faults=[FAULTS[name][0]] * 2) as server:

@@ -232,7 +232,10 @@ def test_tables_of_several_teachers_that_are_joined(teachers, rollouts):
     "call, after",
     [("several.write_record", 1), ("several.shutil.rmtree", 0)]
     + [pytest.param("several.write_record", n, marks=pytest.mark.slow) for n in (0, 2)]
-    + [pytest.param("several.shutil.rmtree", 1, marks=pytest.mark.slow), ("scoring.remove_parts", 0)],
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (("several.shutil.rmtree", 1), ("scoring.remove_parts", 0))
+    ],
 )
 def test_a_run_that_ends_while_it_puts_the_parts_together_or_away(
     tmp_path, teachers, rollouts, monkeypatch, call, after
@@ -319,7 +322,7 @@ def test_prompts_without_a_teacher_are_named(teachers):
 # ---- The command line, and the way to a student ----
 
 
-@pytest.mark.parametrize("config", [False, True])
+@pytest.mark.parametrize("config", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_on_the_command_line_and_in_yaml(tmp_path, teachers, config):
     with_names(Dataset.from_dict({"prompt": PROMPTS})).to_parquet(tmp_path / "prompts.parquet")
     with_names(make_rollouts(10), "domain").to_parquet(tmp_path / "rollouts.parquet")

@@ -357,7 +357,7 @@ BAD_ANSWERS = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_ANSWERS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "slow" else ()) for n in BAD_ANSWERS])
 def test_faults(model, name):
     """A fault that passes leaves no trace; one that stays is reported."""
     fault, message, *remedy = BAD_ANSWERS[name]

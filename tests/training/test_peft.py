@@ -36,7 +36,10 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.slow if kind in ("dora", "rank-stabilised") else ()) for kind in ADAPTERS],
+)
 def test_adapters_train_and_come_back_and_merge(tmp_path, student_dir, table, kind):
     trainer = make_trainer(
         tmp_path, student_dir, table, eval_dataset=table, peft_config=lora(**ADAPTERS[kind]), max_steps=15,
@@ -92,7 +95,7 @@ assert read_model_card("tester/adapter")["opd_rounds"]
 """
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def test_adapters_on_experts_train_and_come_back_and_merge(tmp_path, tokenizer, teacher_dir, table, kind):
     student = save_student(tmp_path / "student", make_experts(kind), tokenizer, teacher_dir)
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -144,7 +147,8 @@ def wide_student(tmp_path_factory, tokenizer, teacher_dir):
 
 
 @pytest.mark.parametrize(
-    ("bits", "options"), [(4, {}), pytest.param(4, {"use_dora": True}, marks=pytest.mark.slow), (8, {})]
+    ("bits", "options"),
+    [(4, {}), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(4, {"use_dora": True}), (8, {})])],
 )
 def test_adapters_train_on_quantized_weights(tmp_path, wide_student, table, bits, options):
     pytest.importorskip("bitsandbytes")
@@ -180,7 +184,11 @@ def test_quantized_weights_alone_cannot_be_trained(tmp_path, student_dir, table)
 
 @pytest.mark.parametrize(
     ("kwargs", "adapters"),
-    [({}, False), ({"every_n_layers": 2}, False), ({}, True), ({"use_reentrant": True}, True)],
+    [
+        ({"every_n_layers": 2}, False),
+        ({}, True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [({}, False), ({"use_reentrant": True}, True)]),
+    ],
 )
 def test_activation_checkpointing_changes_no_loss(tmp_path, student_dir, table, kwargs, adapters):
     losses = []

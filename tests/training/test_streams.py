@@ -40,7 +40,10 @@ def rows_of(card):
     return {teacher["id"]: teacher["rows"] for teacher in card["teachers"]}
 
 
-@pytest.mark.parametrize(("workers", "max_tokens_per_device"), [(0, None), (1, 64), (2, None), (2, 64)])
+@pytest.mark.parametrize(
+    ("workers", "max_tokens_per_device"),
+    [(0, None), pytest.param(1, 64, marks=pytest.mark.slow), pytest.param(2, None, marks=pytest.mark.slow), (2, 64)],
+)
 def test_the_card_names_the_teachers_of_the_rows_trained_on_whoever_read_them(
     tmp_path, student_dir, table, foreign, workers, max_tokens_per_device, caplog
 ):
@@ -84,7 +87,7 @@ def test_a_row_counts_each_time_that_it_is_trained_on(tmp_path, student_dir, tab
     assert [(s["id"], s["rows"], s["share"]) for s in card["sampled_by"]] == [("mine@1", 32, 0.5)]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_resumed_run_claims_what_was_trained_on_before_it_was_interrupted(
     tmp_path, student_dir, table, foreign, workers
 ):
@@ -134,7 +137,7 @@ def two_domains(tmp_path, tokenizer, student_dir, table, foreign):
     return student, table.add_column("teacher_id", ["math"] * 24), foreign.add_column("teacher_id", ["code"] * 24)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_the_domains_of_a_stream_are_looked_at_row_by_row(tmp_path, two_domains, workers, caplog):
     student, math, code = two_domains
     (own,), (other,) = math.unique("teacher_fingerprint"), code.unique("teacher_fingerprint")

@@ -90,7 +90,7 @@ EVALUATED = dict(eval_strategy="steps", eval_steps=2, max_steps=4)
 @pytest.mark.parametrize(
     ("metric", "near"),
     [
-        ("eval_mth/reverse_kl_topk", "eval_math/reverse_kl_topk"),
+        pytest.param("eval_mth/reverse_kl_topk", "eval_math/reverse_kl_topk", marks=pytest.mark.slow),
         ("mth/top1_agreement", "eval_math/top1_agreement"),
         ("eval_code_loss", "eval_code/loss"),
     ],

@@ -206,7 +206,14 @@ def test_resuming_continues_the_loss_sequence_exactly(tmp_path, student_dir, tab
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("epochs", [{"max_steps": 4}, {"max_steps": 6}, {"max_steps": -1, "num_train_epochs": 1.5}])
+@pytest.mark.parametrize(
+    "epochs",
+    [
+        {"max_steps": 4},
+        pytest.param({"max_steps": 6}, marks=pytest.mark.slow),
+        pytest.param({"max_steps": -1, "num_train_epochs": 1.5}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_had_ended_is_not_trained_further(tmp_path, student_dir, table, epochs, caplog):
     """The command that started it, with `resume_from_checkpoint=True`, gives the same model again."""
     options = dict(save_strategy="steps", save_steps=1, **epochs)

@@ -139,7 +139,9 @@ def summarize_samples(
 
     table = np.stack([np.asarray(values, dtype=np.float64) for values in columns.values()], axis=1)
     rng = np.random.default_rng(seed)
-    means = np.stack([table[rng.integers(len(table), size=len(table))].mean(0) for _ in range(resamples)])
+    # As many resamples at once as take a few megabytes.
+    sizes = [len(part) for part in np.array_split(range(resamples), -(-resamples * len(table) // 2**18))]
+    means = np.concatenate([table[rng.integers(len(table), size=(size, len(table)))].mean(1) for size in sizes])
     tail = (1 - confidence) / 2
     bounds = np.quantile(means, [tail, 1 - tail], axis=0)
     return {
