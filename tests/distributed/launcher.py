@@ -37,7 +37,7 @@ class Launcher:
 
     def __call__(self, kind, case, rank=0):
         """What a case gave, of which all those of its launch were run."""
-        group = next(name for name, group in self.groups.items() if case in group.get(kind, ()))
+        (group,) = [name for name, group in self.groups.items() if case in group.get(kind, ())]
         key = (group, (kind, case) in self.slow)
         if key not in self.launched:
             pairs = [(kind, case) for kind, cases in self.groups[group].items() for case in cases]
