@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import dataclass
@@ -54,10 +55,19 @@ class Case:
     teacher: Path
     student: Path
     rollouts: Dataset
+    made: dict[object, Dataset]
     tmp: Path
 
+    def once(self, key, make) -> Dataset:
+        """What was made by an earlier case, which did its harm to a copy."""
+        if key not in self.made:
+            self.made[key] = make()
+        return copy.deepcopy(self.made[key])
+
     def score(self, teacher: Path | None = None) -> Dataset:
-        return score_rollouts(self.rollouts, str(teacher or self.teacher), top_k=2)
+        if teacher is None:
+            return self.once("teacher", lambda: self.score(self.teacher))
+        return score_rollouts(self.rollouts, str(teacher), top_k=2)
 
     def copy(self, directory: Path) -> Path:
         return Path(shutil.copytree(directory, self.tmp / "elsewhere" / directory.name, dirs_exist_ok=True))
@@ -69,7 +79,7 @@ def originals(tmp_path_factory):
     teacher = save(path / "teacher", seed=1)
     student = stamp(save(path / "student", seed=2), teacher)
     rollouts = collect_rollouts(["w5 w6", "w7", "w8 w9 w10", "w11"] * 3, str(student), max_completion_length=6)
-    return teacher, student, rollouts
+    return teacher, student, rollouts, {}
 
 
 @pytest.fixture
@@ -318,8 +328,11 @@ def other(case):
 
 
 def scored(case, domains=DOMAINS, **teachers):
+    """By `case.teacher` and `other(case)`, which are the same in all cases."""
     teachers = teachers or {"math": case.teacher, "code": other(case)}
-    return score_rollouts(case.rollouts.add_column("teacher_id", domains), teachers, top_k=2)
+    rows = case.rollouts.add_column("teacher_id", domains)
+    key = (*domains, *((name, path.name) for name, path in teachers.items()))
+    return case.once(key, lambda: score_rollouts(rows, teachers, top_k=2))
 
 
 def each_by_its_own(case):
