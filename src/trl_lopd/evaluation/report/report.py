@@ -137,67 +137,34 @@ def write_report(
     for option, given in (("student", student), ("split", split)):
         if given is not None and table is None:
             raise ValueError(f"`{option}` is for rows of a table: give `table` too.")
-    last = get_last_checkpoint(str(run))
-    places = [run, *([Path(last)] if last else [])]
-    model = next((place for place in places if any(place.glob("*.safetensors"))), None)
-    card = read_model_card(model or run)
-    state = _json_of(places, "trainer_state.json")
-    entries = (state or {}).get("log_history", [])
-    if not (isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)):
-        raise ValueError(f"trainer_state.json has not the form that training writes: its logs are {entries!r:.80}.")
-    evaluated = [(path, _json_of([path.parent], path.name)) for path in sorted(run.glob("evaluations/*/metrics.json"))]
-    evaluations = [*_comparison(run), *_metrics(evaluated)]
-    history = _json_of([run], HISTORY) or {}
-    searches = history.get("searches") or _json_of(places, f"{DIRECTORY}/history.json", list) or []
-    if not (card.get("opd_rounds") or state or evaluations or searches):
-        raise ValueError(
-            f"{run} holds nothing of a run: no card of `OfflineOPDTrainer`, no trainer_state.json, no "
-            f"{HISTORY}, no evaluations. Name the `output_dir` of the training."
-        )
-    settings = _json_of(places, "training_args.json") or {}
-    logs = [entry for entry in entries if "step" in entry]
-
-    warnings = []
-    own = model and fingerprint_or_none(model, "The card is not held against the weights")
-    if own and card and not written_for(card, own.id):
-        warnings.append("The model’s card was not written for these weights: what it says counts as declared.")
-    rounds = card.get("opd_rounds") or []
-    if searches and rounds and "effopd" not in rounds[-1]:
-        warnings.append("The searches of EffOPD in this directory are an earlier run’s, and are left out.")
-        searches = []
-    for path, found in evaluated:
-        itself = Path(str(found.get("model"))).absolute() == run.absolute()
-        if own and itself and not same_teacher(own.id, str(found.get("fingerprint"))):
-            warnings.append(f"The evaluation {path.parent.name} is of other weights than those in this directory.")
+    of = _Run.read(run)
+    warnings = list(of.warnings())
     rollouts = None
     if table is not None:
-        clip = settings.get("advantage_clip", ADVANTAGE_CLIP)
-        trained = next((place / TRAINED_ROWS for place in places if (place / TRAINED_ROWS).is_file()), None)
-        trained = trained and np.load(trained)
-        rollouts = _rollouts(run, model, _Source(table, split, rows, student), trained, card, clip)
+        rollouts = _rollouts(of, _Source(table, split, rows, student))
         warnings += rollouts.pop("warnings")
     # A teacher has one colour in all curves, and beside its rollouts.
-    named = {*_teachers_of(logs), *(rollouts["of_teachers"] if rollouts else ())}
+    named = {*_teachers_of(of.logs), *(rollouts["of_teachers"] if rollouts else ())}
     tones = {name: f"chart-c-t{i % _TONES}" for i, name in enumerate(sorted(named))}
     content = {
         "name": run.resolve().name,
         "version": __version__,
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "warnings": warnings,
-        "facts": list(_facts(card, state, settings, rollouts)),
-        "evaluations": evaluations,
+        "facts": list(_facts(of.card, of.state, of.settings, rollouts)),
+        "evaluations": of.evaluations,
         "rollouts": rollouts,
         "tones": tones,
-        "has_weights": model is not None,
-        "has_state": bool(logs),
-        "curves": list(_charts(logs, _CURVES, tones)),
-        "weights": list(_charts(logs, _WEIGHTS, tones)),
-        "drift": _drift(logs),
-        "logs": _log_table(logs),
-        "searches": _searches(searches, history.get("summary")),
-        "lineage": _lineage(card, run.resolve().name),
-        "settings": _settings(settings),
-        "versions": _versions(model or run, card),
+        "has_weights": of.model is not None,
+        "has_state": bool(of.logs),
+        "curves": list(_charts(of.logs, _CURVES, tones)),
+        "weights": list(_charts(of.logs, _WEIGHTS, tones)),
+        "drift": _drift(of.logs),
+        "logs": _log_table(of.logs),
+        "searches": _searches([] if of.searches_are_older else of.searches, of.search_summary),
+        "lineage": _lineage(of.card, run.resolve().name),
+        "settings": _settings(of.settings),
+        "versions": _versions(of.model or run, of.card),
     }
     text = _render(content)
     output = run / "report.html" if output is None else Path(output)
@@ -211,6 +178,92 @@ def write_report(
         "tokens": counts["tokens"],
         "warnings": warnings,
     }
+
+
+@dataclasses.dataclass
+class _Run:
+    """What a training run left behind.
+
+    Attributes:
+        path: its directory.
+        model: the directory of its weights, if there are any.
+        card: of the model, what the library wrote.
+        state: of the trainer.
+        logs: entries of the state that have a step.
+        settings: arguments of the training.
+        trained: numbers of the rows that it was trained on.
+        evaluated: files of evaluations and what is in them.
+        evaluations: tables of them and of the comparison of `examples/train.py`.
+        searches, search_summary: of EffOPD.
+    """
+
+    path: Path
+    model: Path | None
+    card: dict[str, Any]
+    state: dict[str, Any] | None
+    logs: list[dict[str, Any]]
+    settings: dict[str, Any]
+    trained: np.ndarray | None
+    evaluated: list[tuple[Path, dict[str, Any]]]
+    evaluations: list[dict[str, Any]]
+    searches: list[dict[str, Any]]
+    search_summary: dict[str, Any] | None
+
+    @classmethod
+    def read(cls, run: Path) -> _Run:
+        """What is missing in the directory is taken from its last checkpoint."""
+        last = get_last_checkpoint(str(run))
+        places = [run, *([Path(last)] if last else [])]
+        model = next((place for place in places if any(place.glob("*.safetensors"))), None)
+        card = read_model_card(model or run)
+        state = _json_of(places, "trainer_state.json")
+        entries = (state or {}).get("log_history", [])
+        if not (isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)):
+            raise ValueError(
+                f"trainer_state.json has not the form that training writes: its logs are {entries!r:.80}."
+            )
+        paths = sorted(run.glob("evaluations/*/metrics.json"))
+        evaluated = [(path, _json_of([path.parent], path.name)) for path in paths]
+        evaluations = [*_comparison(run), *_metrics(evaluated)]
+        history = _json_of([run], HISTORY) or {}
+        searches = history.get("searches") or _json_of(places, f"{DIRECTORY}/history.json", list) or []
+        if not (card.get("opd_rounds") or state or evaluations or searches):
+            raise ValueError(
+                f"{run} holds nothing of a run: no card of `OfflineOPDTrainer`, no trainer_state.json, no "
+                f"{HISTORY}, no evaluations. Name the `output_dir` of the training."
+            )
+        settings = _json_of(places, "training_args.json") or {}
+        trained = next((place / TRAINED_ROWS for place in places if (place / TRAINED_ROWS).is_file()), None)
+        return cls(
+            run,
+            model,
+            card,
+            state,
+            [entry for entry in entries if "step" in entry],
+            settings,
+            None if trained is None else np.load(trained),
+            evaluated,
+            evaluations,
+            searches,
+            history.get("summary"),
+        )
+
+    @property
+    def searches_are_older(self) -> bool:
+        rounds = self.card.get("opd_rounds")
+        return bool(self.searches and rounds and "effopd" not in rounds[-1])
+
+    def warnings(self) -> Iterator[str]:
+        """What in the directory is not of the same run."""
+        own = self.model and fingerprint_or_none(self.model, "The card is not held against the weights")
+        if own and self.card and not written_for(self.card, own.id):
+            yield "The model’s card was not written for these weights: what it says counts as declared."
+        if self.searches_are_older:
+            yield "The searches of EffOPD in this directory are an earlier run’s, and are left out."
+        for path, found in self.evaluated:
+            itself = Path(str(found.get("model"))).absolute() == self.path.absolute()
+            if own and itself and not same_teacher(own.id, str(found.get("fingerprint"))):
+                yield f"The evaluation {path.parent.name} is of other weights than those in this directory."
 
 
 def _render(content: dict[str, Any]) -> str:
@@ -496,13 +549,11 @@ class _Source:
     student: str | None
 
 
-def _rollouts(
-    run: Path, model: Path | None, source: _Source, trained: np.ndarray | None, card: dict[str, Any], clip: float
-) -> dict[str, Any]:
+def _rollouts(run: _Run, source: _Source) -> dict[str, Any]:
     """The rollouts as the script reads them, and what the page says of them."""
     disable_progress_bars()
-    name, student = source.table, source.student
-    table, split, candidates, seen = _candidates(name, source.split, trained)
+    name, student, model = source.table, source.student, run.model
+    table, split, candidates, seen = _candidates(name, source.split, run.trained)
     if model is None and student is None and "ref_logprobs" not in table.column_names:
         raise ValueError(
             "The run has no weights, the table no `ref_logprobs`: nothing says how likely the tokens were to a "
@@ -511,7 +562,7 @@ def _rollouts(
     if not len(table):
         raise TableError(f"{name} has no rows in {split!r}.")
     chosen = np.sort(candidates[np.random.default_rng(0).permutation(len(candidates))[: source.rows]])
-    tokenizer, decoded_with = find_tokenizer(None, str(model or run), None, record_of(table), name)
+    tokenizer, decoded_with = find_tokenizer(None, str(model or run.path), None, record_of(table), name)
     rows = table.select(chosen)
     try:
         # Scores of -inf are shown as such; any floor lets them pass.
@@ -530,6 +581,7 @@ def _rollouts(
         scores["after"] = _scored(str(model), values, chosen)
     shown = flat.get("completion_mask", slice(None))
     states = [key for key in ("before", "after") if key in scores]
+    clip = run.settings.get("advantage_clip", ADVANTAGE_CLIP)
     advantage = {key: (scores["teacher"] - scores[key]).clip(-clip, clip)[shown] for key in states}
     sizes = np.array([len(row["completion_ids"]) for row in values])
     labels: list[dict[str, int]] = [{"row": int(row)} for row in chosen]
@@ -541,7 +593,7 @@ def _rollouts(
         for i in indices:
             labels[i]["teacher"] = place
     packed = _packed(values, flat, scores, tokenizer, labels, clip)
-    warnings = list(_mismatches(table, student, card))
+    warnings = list(_mismatches(table, student, run.card))
     if seen:
         warnings.append(
             f"The run was trained on {seen:,} of the {len(candidates):,} rows that the rollouts are drawn from."
