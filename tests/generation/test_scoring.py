@@ -118,8 +118,9 @@ def bad(change):
         (
             lambda d: d | {"completion_ids": [[5], [VOCAB], [5], [5]]},
             make_model,
-            f"Row 1: token id {VOCAB}.*tokenizer",
+            f"Row 1: token id {VOCAB} of `completion_ids`.*tokenizer",
         ),
+        (lambda d: d | {"prompt_ids": [[5], [5], [-1, 5], [5]]}, make_model, "Row 2: token id -1 of `prompt_ids`"),
         (lambda d: d, nan_model, r"Row \d: the model answers with NaN"),
     ],
 )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -259,7 +260,9 @@ def test_half_a_top_k(absent, present):
 def test_wrong_type(name, feature, value, found, needed):
     message = refusal(make_table([{**make_row(0), name: value}], Features({**FEATURES, name: feature})))
     assert message.startswith(f"Column `{name}`: type {found}")
-    assert f", where {needed} is needed. Cast it to its type in `table_features`" in message
+    castable = "string" not in found and found.count("list") == needed.count("list of")
+    remedy = "Cast it to its type in `table_features`, or make" if castable else "Make"
+    assert re.search(rf", where {needed} is needed\. {remedy} it with `(score|collect)_rollouts`", message)
 
 
 def test_empty_table():

@@ -493,7 +493,8 @@ def test_contradictions(tmp_path, student_dir, table):
     rejects(ValueError, "ref_logprobs.*ref_model", tmp_path, student_dir, no_ref, ratio_clip=0.2, loss_type="sampled")
     rejects(ValueError, "topk", tmp_path, student_dir, table, eval_dataset=bare)
     rejects(ValueError, "train_dataset", tmp_path, student_dir, None)
-    rejects(TypeError, "list", tmp_path, student_dir, table.to_list())
+    rejects(TypeError, "`train_dataset` is a list of rows.*Dataset.from_list", tmp_path, student_dir, table.to_list())
+    rejects(TypeError, r"give one of them.*train_dataset\['train'\]", tmp_path, student_dir, {"train": table})
     with pytest.raises(TypeError, match="OfflineOPDConfig"):
         OfflineOPDTrainer(str(student_dir), {"learning_rate": 1}, table)
     with pytest.raises(ValueError, match="processing_class"):

@@ -112,12 +112,13 @@ class LocalTeacher:
         vocab = self.model.config.get_text_config().vocab_size
         if top_k > (tokens := min(vocab, self.num_tokens or vocab)):
             raise ValueError(f"`top_k={top_k}` is more than the teacher's vocabulary of {tokens} tokens.")
-        for row, sequence in enumerate(sequences):
+        for row, (sequence, length) in enumerate(zip(sequences, completion_lengths, strict=True)):
             if sequence.min() < 0 or sequence.max() >= vocab:
                 bad = sequence.min() if sequence.min() < 0 else sequence.max()
+                column = "prompt_ids" if bad in sequence[: len(sequence) - length] else "completion_ids"
                 raise RowError(
-                    f"token id {bad} is not in the vocabulary of {vocab} tokens of the model that scores. Teacher and "
-                    "student must share a tokenizer.",
+                    f"token id {bad} of `{column}` is not in the vocabulary of {vocab} tokens of the model that "
+                    "scores. Teacher and student must share a tokenizer.",
                     row,
                 )
         results: list[Scores | None] = [None] * len(sequences)

@@ -687,8 +687,9 @@ def _check_types(schema: pa.Schema) -> None:
         if nested != depth or not is_leaf(leaf):
             problem = f"type {schema.field(name).type}, where {'list of ' * depth}{leaf_name} is needed"
             maker = "score_rollouts" if "teacher" in name else "collect_rollouts"
-            remedy = f"Cast it to its type in `table_features`, or make it with `{maker}`."
-            raise TableError(f"Column `{name}`: {problem}. {remedy}")
+            is_number = pa.types.is_integer(leaf) or pa.types.is_floating(leaf)
+            cast = "Cast it to its type in `table_features`, or make" if nested == depth and is_number else "Make"
+            raise TableError(f"Column `{name}`: {problem}. {cast} it with `{maker}`.")
 
 
 def _check_top_k_values(columns: dict[str, _Column]) -> None:

@@ -108,10 +108,8 @@ class TrainingRows:
         check = self.trained if training else self.evaluated
         if isinstance(dataset, IterableDataset):
             columns = self._prepare_stream(dataset, name, check)
-        elif isinstance(dataset, Dataset):
-            columns = self._prepare_table(dataset, name, check)
         else:
-            raise TypeError(f"`{name}` must be a `Dataset` or an `IterableDataset`, got `{type(dataset).__name__}`.")
+            columns = self._prepare_table(dataset, name, check)
         if training:
             self._training_rows = dataset
         elif isinstance(dataset, Dataset) and isinstance(self._training_rows, Dataset):
