@@ -60,6 +60,7 @@ BATCH_SIZE, ROWS, HELD_OUT, TOP_K, LEARNING_RATE = 64, 3_000, 200, 4, 3e-4
 # What held-out rows say of a student, by the names of the trainer.
 SELECTORS = ("eval_reverse_kl_topk", "eval_loss", "eval_huber", "eval_top1_agreement", "eval_entropy")
 MORE_STEPS = 150
+SETTINGS = ("BATCH_SIZE", "HELD_OUT", "TOP_K", "LEARNING_RATE", "MORE_STEPS")
 BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 BEST = 0.5
 
@@ -471,6 +472,13 @@ class Work:
 
     def __init__(self, directory: Path, jobs: int):
         self.directory, self.jobs = directory, jobs
+        # What is in the directory is not run again, so it has to be of the same settings.
+        directory.mkdir(parents=True, exist_ok=True)
+        path, own = directory / "settings.json", {name: globals()[name] for name in SETTINGS}
+        if not path.exists():
+            path.write_text(json.dumps(own))
+        if (found := json.loads(path.read_text())) != own:
+            raise SystemExit(f"{directory} has runs with {found}, not with {own}: name another `--directory`.")
         self.pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
         self.futures: dict[Path, Future] = {}
         self.lock = threading.Lock()
