@@ -475,10 +475,14 @@ class Work:
         # What is in the directory is not run again, so it has to be of the same settings.
         directory.mkdir(parents=True, exist_ok=True)
         path, own = directory / "settings.json", {name: globals()[name] for name in SETTINGS}
-        if not path.exists():
-            path.write_text(json.dumps(own))
-        if (found := json.loads(path.read_text())) != own:
-            raise SystemExit(f"{directory} has runs with {found}, not with {own}: name another `--directory`.")
+        own["sft_steps"] = {name: task.sft_steps for name, task in TASKS.items()}
+        if not any(directory.iterdir()):
+            path.write_text(json.dumps(own, indent=1))
+        found = json.loads(path.read_text()) if path.exists() else {}
+        if other := {name: found.get(name) for name in own if found.get(name) != own[name]}:
+            raise SystemExit(
+                f"{directory} has runs with {other}, which is not what is here: name another `--directory`."
+            )
         self.pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
         self.futures: dict[Path, Future] = {}
         self.lock = threading.Lock()

@@ -423,16 +423,16 @@ CASES = {
 
 def fsdp_on_cpu():
     """Accelerate looks at its plugin for `fully_shard` on accelerators only."""
-    begin = accelerate.state.AcceleratorState.__init__
+    init = accelerate.state.AcceleratorState.__init__
 
-    def begin_with_plugin(self, *args, fsdp_plugin=None, **kwargs):
-        begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    def init_with_plugin(self, *args, fsdp_plugin=None, **kwargs):
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
             # From where every later state takes it.
             accelerate.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
-    accelerate.state.AcceleratorState.__init__ = begin_with_plugin
+    accelerate.state.AcceleratorState.__init__ = init_with_plugin
 
 
 def begin(kind):

@@ -1,4 +1,4 @@
-"""Starts training on the table of another teacher, and says when a model is loaded all the same."""
+"""Makes a trainer of the table of another teacher, and says when a model is loaded all the same."""
 
 from __future__ import annotations
 

@@ -58,9 +58,8 @@ def test_a_budget_changes_nothing_but_what_is_read_at_once(launch, kind, way):
     """
     Four steps of Adam with two accumulation steps of 8 rows each, in float32.
 
-    The same sums are added in another order. With an epsilon of 1e-3, Adam turns what that does to a gradient into
-    about a thousandth of it, times the learning rate of 1e-3; a row that is lost or counted twice moves most weights
-    by more than 1e-5.
+    The same sums are added in another order. With an epsilon as large as the learning rate, 1e-3, a step of Adam
+    moves a weight by no more than that moves its gradient.
     """
     said = [launch(kind, way, rank) for rank in range(2)]
     made = [rank["made"] for rank in said]
@@ -80,7 +79,8 @@ def test_a_budget_changes_nothing_but_what_is_read_at_once(launch, kind, way):
 def test_weights_of_teachers_are_those_of_one_process(launch, kind, way):
     """The same steps and tolerances, and what an evaluation says of each teacher."""
     expected, found = launch("single", "weighted"), launch(kind, way)
-    assert_same_training(launch, kind, way, "weighted")
+    if way == "weighted":  # the other is seen above
+        assert_same_training(launch, kind, way, "weighted")
     plain, weighted = (launch.load("single", name) for name in ("whole", "weighted"))
     assert max((plain[name] - weighted[name]).abs().max() for name in plain) > 1e-4
     expected, found = expected["evaluation"], found["evaluation"]

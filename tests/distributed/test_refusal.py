@@ -66,7 +66,7 @@ def test_every_process_can_catch_it(tmp_path, student_dir, other_table):
         assert f"process {process} of 2 caught: Teacher mismatch" in done.stdout
 
 
-def test_the_right_table_is_trained_on(tmp_path, student_dir, table):
+def test_the_right_table_is_accepted(tmp_path, student_dir, table):
     table.save_to_disk(tmp_path / "table")
     done = ranks.launch(SCRIPT, student_dir, tmp_path / "table", "raise", *OPTIONS, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -180,7 +180,7 @@ def test_the_bootstrap_interval_is_that_of_the_binomial():
         ([], {}, "at least one problem"),
         ([["right"], []], {}, "at least one sample"),
         ([["right"]], {"k": [2]}, r"samples a problem \(1\); got k=\[2\]"),
-        ([["right"]], {"truncated": [[True, False]]}, "`truncation_rate` takes one value a sample"),
+        ([["right"]], {"truncated": [[True, False]]}, "`truncated` takes one value a sample"),
     ],
 )
 def test_what_samples_cannot_be_summarized(outcomes, options, words):

@@ -118,6 +118,7 @@ def run(models_dir, table_dir):
     found = {
         "benchmark": "gsm8k\u202e",
         "model": "somewhere/student",
+        "fingerprint": fingerprint_teacher(directory).id,
         "settings": {"temperature": 0.6},
         "metrics": {"accuracy": {"value": 0.25, "ci": [0.2, 0.3]}, "tokens": {"value": 120.0, "se": 2.5}},
     }
@@ -471,8 +472,10 @@ def test_what_an_earlier_run_left_is_not_shown_as_this_run_s(run, tmp_path):
         checkpoint=fingerprint_teacher(again),
     )
     path = again / "evaluations" / "gsm8k" / "metrics.json"
-    found = json.loads(path.read_text()) | {"model": str(again), "fingerprint": "run@1-000000000001-00000000-00000000"}
-    path.write_text(json.dumps(found))
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps(found | {"fingerprint": None}))
+    assert [w for w in write_report(again)["warnings"] if "gsm8k does not say of which weights" in w]
+    path.write_text(json.dumps(found | {"fingerprint": "run@1-000000000001-00000000-00000000"}))
     written = write_report(again)
     assert [w for w in written["warnings"] if "an earlier run’s" in w]
     assert [w for w in written["warnings"] if "gsm8k is of other weights" in w]
@@ -507,13 +510,25 @@ def test_the_best_step_is_what_the_page_says_of_the_best_model(run, tmp_path):
         (["{card}", "--table", "{alone}"], "Name the student: `--student`"),
         (["{damaged}"], "trainer_state.json is no JSON"),
         (["{strange}"], "has not the form of an evaluation"),
+        (["{no step}"], "no step/trainer_state.json has not the form that training writes: its step is None"),
+        (["{no rows}"], "no rows/trained_rows.npy has not the form that training writes: it holds no array"),
+        (["{compared}"], "compared/report.json has not the form that examples/train.py writes"),
+        (["{intervals}"], "intervals/evaluations/a/metrics.json has not the form of an evaluation.*IndexError"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(words, message, run, table_dir, tmp_path, capsys):
     rows = load_table(table_dir)["test"].select(range(2))
-    names = {name: str(tmp_path / name) for name in ("empty", "card", "damaged", "strange", "small")}
+    places = ("empty", "card", "damaged", "strange", "small", "no step", "no rows", "compared", "intervals")
+    names = {name: str(tmp_path / name) for name in places}
     for path in names.values():
         Path(path).mkdir()
+    (tmp_path / "no step" / "trainer_state.json").write_text('{"log_history": []}')
+    shutil.copy(run / "trainer_state.json", tmp_path / "no rows")
+    (tmp_path / "no rows" / "trained_rows.npy").write_text("no array")
+    (tmp_path / "compared" / "report.json").write_text("[1]")
+    (tmp_path / "intervals" / "evaluations" / "a").mkdir(parents=True)
+    found = {"benchmark": "a", "model": "m", "metrics": {"x": {"value": 1.0, "ci": [1.0]}}}
+    (tmp_path / "intervals" / "evaluations" / "a" / "metrics.json").write_text(json.dumps(found))
     shutil.copy(run / "README.md", tmp_path / "card")
     (tmp_path / "damaged" / "trainer_state.json").write_text("{")
     (tmp_path / "strange" / "evaluations" / "a").mkdir(parents=True)

@@ -118,9 +118,13 @@ def bad(change):
         (
             lambda d: d | {"completion_ids": [[5], [VOCAB], [5], [5]]},
             make_model,
-            f"Row 1: token id {VOCAB} of `completion_ids`.*tokenizer",
+            rf"Row 1: token id {VOCAB} \(`completion_ids`, token 0\).*tokenizer",
         ),
-        (lambda d: d | {"prompt_ids": [[5], [5], [-1, 5], [5]]}, make_model, "Row 2: token id -1 of `prompt_ids`"),
+        (
+            lambda d: d | {"prompt_ids": [[5], [5], [-1, 5], [5]]},
+            make_model,
+            r"Row 2: token id -1 \(`prompt_ids`, token 0\)",
+        ),
         (lambda d: d, nan_model, r"Row \d: the model answers with NaN"),
     ],
 )

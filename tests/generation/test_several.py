@@ -153,7 +153,7 @@ def test_another_column_with_the_names_is_copied(teachers):
 
 def test_errors_name_the_row_of_the_whole_table(teachers, rollouts):
     bad = rollouts.map(lambda row, i: {"completion_ids": [99]} if i == 13 else {}, with_indices=True)
-    with pytest.raises(TableError, match="Row 13: token id 99 of `completion_ids`"):
+    with pytest.raises(TableError, match=r"Row 13: token id 99 \(`completion_ids`"):
         score_rollouts(bad, teachers)
 
 

@@ -328,7 +328,7 @@ def other(case):
 
 
 def scored(case, domains=DOMAINS, **teachers):
-    """By `case.teacher` and `other(case)`, which are the same in all cases."""
+    """By `case.teacher` and `other(case)` alone, which are the same in all cases."""
     teachers = teachers or {"math": case.teacher, "code": other(case)}
     rows = case.rollouts.add_column("teacher_id", domains)
     key = (*domains, *((name, path.name) for name, path in teachers.items()))

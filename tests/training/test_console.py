@@ -66,7 +66,7 @@ def test_the_first_line_says_what_the_training_takes(tmp_path, tokenizer, teache
     # Weights, gradients and two of Adam; weights and Adam on disk.
     size = 4 * sum(parameter.numel() for parameter in trainer.model.parameters())
     assert line.endswith(
-        f"Weights and gradients and Adam: {4 * size / 1e9:.3g} GB in each process; checkpoints on disk: 3 x "
+        f"Weights, gradients and Adam: {4 * size / 1e9:.3g} GB in each process; checkpoints on disk: 3 x "
         f"{3 * size / 1e9:.3g} GB."
     )
     saved = sorted((tmp_path / "out").glob("checkpoint-*"))
@@ -88,7 +88,7 @@ def test_the_first_line_says_what_is_not_known_of_a_stream(tmp_path, student_dir
     trainer = make_trainer(tmp_path, student_dir, table.to_iterable_dataset(), max_steps=1, optim="sgd")
     line = first_line(capsys, trainer)
     assert line.startswith(
-        "A stream, whose rows and tokens are not known beforehand; 1 optimizer steps. Weights and gradients: "
+        "A stream, whose rows and tokens are not known beforehand; 1 optimizer step. Weights and gradients: "
     )
 
 

@@ -114,11 +114,12 @@ class LocalTeacher:
             raise ValueError(f"`top_k={top_k}` is more than the teacher's vocabulary of {tokens} tokens.")
         for row, (sequence, length) in enumerate(zip(sequences, completion_lengths, strict=True)):
             if sequence.min() < 0 or sequence.max() >= vocab:
-                bad = sequence.min() if sequence.min() < 0 else sequence.max()
-                column = "prompt_ids" if bad in sequence[: len(sequence) - length] else "completion_ids"
+                place = int(((sequence < 0) | (sequence >= vocab)).argmax())
+                bad, first = sequence[place], len(sequence) - length
+                column, place = ("prompt_ids", place) if place < first else ("completion_ids", place - first)
                 raise RowError(
-                    f"token id {bad} of `{column}` is not in the vocabulary of {vocab} tokens of the model that "
-                    "scores. Teacher and student must share a tokenizer.",
+                    f"token id {bad} (`{column}`, token {place}) is not in the vocabulary of {vocab} tokens of "
+                    "the model that scores. Teacher and student must share a tokenizer.",
                     row,
                 )
         results: list[Scores | None] = [None] * len(sequences)

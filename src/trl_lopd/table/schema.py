@@ -687,8 +687,10 @@ def _check_types(schema: pa.Schema) -> None:
         if nested != depth or not is_leaf(leaf):
             problem = f"type {schema.field(name).type}, where {'list of ' * depth}{leaf_name} is needed"
             maker = "score_rollouts" if "teacher" in name else "collect_rollouts"
-            is_number = pa.types.is_integer(leaf) or pa.types.is_floating(leaf)
-            cast = "Cast it to its type in `table_features`, or make" if nested == depth and is_number else "Make"
+            # Where the numbers may still be all there.
+            whole = {"integers": pa.types.is_floating, "booleans": pa.types.is_integer}
+            can_cast = nested == depth and leaf_name in whole and whole[leaf_name](leaf)
+            cast = "Cast it to its type in `table_features`, or make" if can_cast else "Make"
             raise TableError(f"Column `{name}`: {problem}. {cast} it with `{maker}`.")
 
 

@@ -96,7 +96,8 @@ def summarize_samples(
     seed: int = 0,
 ) -> Estimates:
     """
-    What several samples a problem say: each figure is a mean over problems of the mean over a problem's samples.
+    What several samples a problem say: each figure is a mean over problems, of the mean over a problem's samples or
+    its pass@k.
 
     Intervals are percentiles of the bootstrap over problems: what other problems of the kind would give. They say
     nothing where all problems agree: 30 of 30 wrong gives [0, 0].
@@ -118,9 +119,12 @@ def summarize_samples(
         `{"value", "ci": [low, high]}`.
 
     Raises:
-        ValueError: If there is no problem or one without samples, shapes differ, or a k is out of range.
+        ValueError: If there is no problem or one without samples, shapes differ, or a k, `resamples` or `confidence`
+            is out of range.
     """
     sizes = [len(of_problem) for of_problem in outcomes]
+    if resamples < 1 or not 0 < confidence < 1:
+        raise ValueError(f"`resamples` is 1 or more, `confidence` between 0 and 1; got {resamples} and {confidence}.")
     if not sizes or min(sizes) == 0:
         raise ValueError("Every problem has at least one sample, and there is at least one problem.")
     ks = [2**i for i in range(1, min(sizes).bit_length())] if k is None else [each for each in k if each != 1]
@@ -131,17 +135,18 @@ def summarize_samples(
     for each in ks:
         columns[f"pass@{each}"] = [pass_at_k(n, of_problem, each) for n, of_problem in zip(sizes, right, strict=True)]
     columns["no_answer_rate"] = [of_problem.count("none") / len(of_problem) for of_problem in map(list, outcomes)]
-    for column, values in (("truncation_rate", truncated), ("response_tokens", num_tokens)):
+    given = (("truncated", "truncation_rate", truncated), ("num_tokens", "response_tokens", num_tokens))
+    for argument, column, values in given:
         if values is not None:
             if [len(of_problem) for of_problem in values] != sizes:
-                raise ValueError(f"`{column}` takes one value a sample, in the shape of the outcomes.")
+                raise ValueError(f"`{argument}` takes one value a sample, in the shape of the outcomes.")
             columns[column] = [float(np.mean(of_problem)) for of_problem in values]
 
     table = np.stack([np.asarray(values, dtype=np.float64) for values in columns.values()], axis=1)
     rng = np.random.default_rng(seed)
     # As many resamples at once as take a few megabytes.
-    sizes = [len(part) for part in np.array_split(range(resamples), -(-resamples * len(table) // 2**18))]
-    means = np.concatenate([table[rng.integers(len(table), size=(size, len(table)))].mean(1) for size in sizes])
+    chunks = [len(part) for part in np.array_split(range(resamples), -(-resamples * len(table) // 2**18))]
+    means = np.concatenate([table[rng.integers(len(table), size=(chunk, len(table)))].mean(1) for chunk in chunks])
     tail = (1 - confidence) / 2
     bounds = np.quantile(means, [tail, 1 - tail], axis=0)
     return {
@@ -169,7 +174,9 @@ def summarize_completions(
     """
 
     def nested(values):
-        return values if values is None or isinstance(values[0], list) else [[value] for value in values]
+        if values is None or all(isinstance(of_problem, list | tuple) for of_problem in values):
+            return values
+        return [[value] for value in values]
 
     samples = nested(predictions)
     answers = [answer for answer, of_problem in zip(references, samples, strict=True) for _ in of_problem]

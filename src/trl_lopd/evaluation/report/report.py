@@ -217,23 +217,24 @@ class _Run:
         model = next((place for place in places if any(place.glob("*.safetensors"))), None)
         card = read_model_card(model or run)
         state = _json_of(places, "trainer_state.json")
-        entries = (state or {}).get("log_history", [])
-        if not (isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)):
-            raise ValueError(
-                f"trainer_state.json has not the form that training writes: its logs are {entries!r:.80}."
-            )
+        entries = []
+        if state is not None:
+            step, entries = state.get("global_step"), state.get("log_history")
+            if not (isinstance(step, int) and isinstance(entries, list) and all(isinstance(e, dict) for e in entries)):
+                raise _of_another_form(
+                    _find(places, "trainer_state.json"), f"its step is {step!r:.80}, its logs are {entries!r:.80}"
+                )
         paths = sorted(run.glob("evaluations/*/metrics.json"))
         evaluated = [(path, _json_of([path.parent], path.name)) for path in paths]
         evaluations = [*_comparison(run), *_metrics(evaluated)]
         history = _json_of([run], HISTORY) or {}
         searches = history.get("searches") or _json_of(places, f"{DIRECTORY}/history.json", list) or []
-        if not (card.get("opd_rounds") or state or evaluations or searches):
+        if not (card.get("opd_rounds") or state is not None or evaluations or searches):
             raise ValueError(
                 f"{run} holds nothing of a run: no card of `OfflineOPDTrainer`, no trainer_state.json, no "
                 f"{HISTORY}, no evaluations. Name the `output_dir` of the training."
             )
         settings = _json_of(places, "training_args.json") or {}
-        trained = next((place / TRAINED_ROWS for place in places if (place / TRAINED_ROWS).is_file()), None)
         return cls(
             run,
             model,
@@ -241,7 +242,7 @@ class _Run:
             state,
             [entry for entry in entries if "step" in entry],
             settings,
-            None if trained is None else np.load(trained),
+            _array_of(places, TRAINED_ROWS),
             evaluated,
             evaluations,
             searches,
@@ -261,9 +262,11 @@ class _Run:
         if self.searches_are_older:
             yield "The searches of EffOPD in this directory are an earlier run’s, and are left out."
         for path, found in self.evaluated:
-            itself = Path(str(found.get("model"))).absolute() == self.path.absolute()
-            if own and itself and not same_teacher(own.id, str(found.get("fingerprint"))):
-                yield f"The evaluation {path.parent.name} is of other weights than those in this directory."
+            name, fingerprint = path.parent.name, found.get("fingerprint")
+            if not fingerprint:
+                yield f"The evaluation {name} does not say of which weights it is."
+            elif own and not same_teacher(own.id, str(fingerprint)):
+                yield f"The evaluation {name} is of other weights than those in this directory: {fingerprint}."
 
 
 def _render(content: dict[str, Any]) -> str:
@@ -304,9 +307,18 @@ def _number(value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}" if abs(value) >= 1e-4 else f"{value:.2e}"
 
 
+def _find(places: list[Path], name: str) -> Path | None:
+    """The file of this name in the first of these directories that has it."""
+    return next((place / name for place in places if (place / name).is_file()), None)
+
+
+def _of_another_form(path: Path | None, why: str) -> ValueError:
+    return ValueError(f"{path} has not the form that training writes: {why}.")
+
+
 def _json_of(places: list[Path], name: str, kind: type = dict) -> Any:
     """The content of a JSON file, of this type, in the first of these directories that has it, `None` if none has."""
-    path = next((place / name for place in places if (place / name).is_file()), None)
+    path = _find(places, name)
     if path is None:
         return None
     try:
@@ -314,8 +326,19 @@ def _json_of(places: list[Path], name: str, kind: type = dict) -> Any:
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(content, kind):
-        raise ValueError(f"{path} has not the form that training writes: it holds {content!r:.80}.")
+        raise _of_another_form(path, f"it holds {content!r:.80}")
     return content
+
+
+def _array_of(places: list[Path], name: str) -> np.ndarray | None:
+    """The array in the file of this name, `None` if there is none."""
+    path = _find(places, name)
+    if path is None:
+        return None
+    try:
+        return np.load(path)
+    except (ValueError, EOFError, OSError):
+        raise _of_another_form(path, "it holds no array of numbers") from None
 
 
 # ---- What the run came to ----
@@ -335,7 +358,7 @@ def _facts(
         best = state.get("best_global_step") if settings.get("load_best_model_at_end") else None
         last = state["global_step"] if best is None else best
         yield "steps", f"{last:,}", None if best is None else f"the best of {state['global_step']:,}"
-        evaluated = [entry for entry in state["log_history"] if "eval_reverse_kl_topk" in entry]
+        evaluated = [entry for entry in state["log_history"] if entry.get("eval_reverse_kl_topk") is not None]
         values = [entry["eval_reverse_kl_topk"] for entry in evaluated if entry.get("step", 0) <= last]
         if values:
             before = f"first logged {values[0]:.4f}" if len(values) > 1 else None
@@ -354,13 +377,13 @@ def _comparison(run: Path) -> Iterator[dict[str, Any]]:
         "fresh": "reverse KL, fresh rollouts (nats a sequence)",
         "held_out": "reverse KL on the stored top-k (nats a token)",
     }
-    columns = [name for name in dict.fromkeys(key for row in rows for key in row) if not name.endswith("_se")]
-    yield {
-        "title": "Before and after",
-        "columns": [titles.get(name, name) for name in columns],
-        "rows": [[_measured(row.get(name), se=row.get(f"{name}_se")) for name in columns] for row in rows],
-        "settings": {},
-    }
+    try:
+        columns = [name for name in dict.fromkeys(key for row in rows for key in row) if not name.endswith("_se")]
+        cells = [[_measured(row.get(name), se=row.get(f"{name}_se")) for name in columns] for row in rows]
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{run}/report.json has not the form that examples/train.py writes: {error!r}.") from error
+    columns = [titles.get(name, name) for name in columns]
+    yield {"title": "Before and after", "columns": columns, "rows": cells, "settings": {}}
 
 
 def _metrics(evaluated: list[tuple[Path, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
@@ -369,17 +392,13 @@ def _metrics(evaluated: list[tuple[Path, dict[str, Any]]]) -> Iterator[dict[str,
         try:
             rows = [[name, _measured(**metric)] for name, metric in found["metrics"].items()]
             title = f"{found['benchmark']}, {Path(found['model']).name}"
-        except (KeyError, TypeError, AttributeError) as error:
+            settings = dict(found.get("settings") or {})
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"{path} has not the form of an evaluation, benchmark, model, settings and metrics, each with its "
                 f"value: {error!r}."
             ) from error
-        yield {
-            "title": title,
-            "columns": ["metric", "value"],
-            "rows": rows,
-            "settings": found.get("settings") or {},
-        }
+        yield {"title": title, "columns": ["metric", "value"], "rows": rows, "settings": settings}
 
 
 def _measured(value: Any, ci: list[float] | None = None, se: float | None = None, **_: Any) -> str:

@@ -54,16 +54,19 @@ class ConsoleCallback(ProgressCallback):
         if batches is not None:
             row_lengths = self.trainer.rows.row_lengths
             said = f"{len(row_lengths):,} rows of {row_lengths.sum():,} tokens, at most {row_lengths.max():,} a row"
-        said += f"; {state.max_steps:,} optimizer steps"
+        said += f"; {state.max_steps:,} optimizer step{'s' * (state.max_steps != 1)}"
         if batches is not None:
-            said += f", {state.max_steps * args.gradient_accumulation_steps / batches:.3g} passes"
+            passes = f"{state.max_steps * args.gradient_accumulation_steps / batches:.3g}"
+            said += f", {passes} pass{'es' * (passes != '1')}"
         if self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled:
             return f"{said}."
         # Adam has two numbers for each that is trained; what other optimizers keep is not known here.
         is_adam = str(getattr(args.optim, "value", args.optim)) in ("adamw_torch", "adamw_torch_fused")
         of_optimizer = 2 * self.trained if is_adam else 0
         memory = self.weights + self.trained + of_optimizer
-        said += f". Weights and gradients{' and Adam' if is_adam else ''}: {_gigabytes(memory)} in each process"
+        said += (
+            f". Weights{', gradients and Adam' if is_adam else ' and gradients'}: {_gigabytes(memory)} in each process"
+        )
         if saves := _count_saves(args, state):
             size = (self.trained if is_peft_model(self.trainer.model) else self.weights) + of_optimizer * (
                 not args.save_only_model
