@@ -522,6 +522,8 @@ def check_rows(table: Dataset, table_name: str = "the table") -> tuple[str, tupl
                 f"values changed in {', '.join(columns)}.",
             )
     scored = " or ".join(sorted({str(item["rows"]) for item in same}))
+    if any(len(table) < item["rows"] for item in same):
+        scored += " (a split or a selection has none of its own)"
     return _unverified(table_name, f"has {len(table)} rows, and its digest is that of {scored}")
 
 
@@ -532,7 +534,7 @@ def _unverified(table_name: str, why: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _capitalized(name: str) -> str:
-    return f"`{name}`" if "_" in name else name[0].upper() + name[1:]
+    return name[0].upper() + name[1:] if " " in name else f"`{name}`"
 
 
 def _compared(teacher: str, entries: list[dict[str, Any]]) -> str:

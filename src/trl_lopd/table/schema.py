@@ -247,7 +247,7 @@ def refuse_no_dataset(value: object, name: str) -> None:
     elif isinstance(value, IterableDataset):
         what = "a stream, which cannot be resumed: give a `Dataset`"
     else:
-        what = f"{value!r:.80}: give a `Dataset`"
+        what = f"{'' if value is None else 'a '}`{type(value).__name__}`: give a `Dataset`"
     raise TypeError(f"`{name}` is {what}.")
 
 
