@@ -48,5 +48,4 @@ class Launcher:
         return json.loads((self.out / kind / case / f"{rank}.json").read_text())
 
     def load(self, kind, case, name="weights"):
-        self(kind, case)
         return torch.load(self.out / kind / case / f"{name}.pt")

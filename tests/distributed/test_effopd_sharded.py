@@ -34,7 +34,7 @@ ZERO = {
 SLOW = {(kind, "scripted") for kind in ("ddp", "fsdp2-keep", "zero3-persistent")}
 SLOW |= {(kind, "bf16") for kind in ("zero2", "zero2-offload", "zero3", "zero3-offload")}
 SLOW |= {("zero2", case) for case in ("lora", "whole", "continued")}
-SLOW |= {("zero3", case) for case in ("raising", "whole")}
+SLOW |= {("zero3", case) for case in ("raising", "whole")} | {("fsdp2", "refused")}
 
 
 def having(*cases):

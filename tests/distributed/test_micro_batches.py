@@ -21,6 +21,7 @@ GROUPS = {
 }
 # ZeRO-3, which would wait for ever for a pass that the other process does not make, does both at once.
 SLOW = {(kind, way) for kind in ("fsdp2", "zero2", "zero3") for way in WAYS} - {("zero3", "budget_weighted")}
+SLOW |= {("ddp", "weighted")}
 
 
 def having(*ways):

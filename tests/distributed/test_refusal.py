@@ -27,7 +27,7 @@ def other_table(tmp_path_factory, tokenizer):
     return path
 
 
-# For real; below are processes that need not import everything first.
+# By the launcher itself; below, in processes that need not import everything first.
 @pytest.mark.slow
 def test_a_mismatch_stops_all_processes_of_a_launch_with_one_message(tmp_path, student_dir, other_table):
     pytest.importorskip("deepspeed")

@@ -208,6 +208,7 @@ def dies_after(parts):
     return run
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_of_a_finished_table_is_made_again(tmp_path, teachers, rollouts):
     options = {"top_k": 2, "rows_per_shard": 4, "output_dir": tmp_path / "table"}
     score_rollouts(rollouts, teachers, **options)

@@ -144,6 +144,7 @@ def test_prompts_of_text_are_text_or_a_user_s_message(tmp_path):
 # ---- Jobs ----
 
 
+@pytest.mark.slow
 def test_the_recipe_runs_from_prompts_to_a_student(tmp_path, chat_models, monkeypatch, capsys):
     """Every command of examples/qwen3, with its file; flags put small models and data in the place of its own."""
     monkeypatch.chdir(tmp_path)

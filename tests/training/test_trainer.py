@@ -316,6 +316,7 @@ def test_held_out_rows_that_are_trained_on_are_counted(tmp_path, student_dir, ta
     assert f"`eval_dataset`: 6 of {len(own) + 6} rows answer prompts that are trained on" in caplog.text
 
 
+@pytest.mark.slow
 def test_lora_trains_and_saves_the_adapter_alone(tmp_path, student_dir, table):
     from peft import LoraConfig, PeftModel
 
