@@ -35,6 +35,8 @@ SLOW = {(kind, "scripted") for kind in ("ddp", "fsdp2-keep", "zero3-persistent")
 SLOW |= {(kind, "bf16") for kind in ("zero2", "zero2-offload", "zero3", "zero3-offload")}
 SLOW |= {("zero2", case) for case in ("lora", "whole", "continued")}
 SLOW |= {("zero3", case) for case in ("raising", "whole")} | {("fsdp2", "refused")}
+# The default gate is that of `test_effopd` in one process.
+SLOW |= {(kind, "by_default") for kind in ("single", "zero3")}
 
 
 def having(*cases):

@@ -48,7 +48,13 @@ GROUPS = {
 # The others: the whole on every engine but offloading, and what engines do otherwise on one or two of them.
 SLOW = {(kind, case) for kind in ("fsdp2", "zero3") for case in ("sampled_token", "best")}
 SLOW |= {(kind, case) for kind in ("single", "ddp") for case in ("topk_token", "sampled_sequence")}
-SLOW |= {("fsdp2", "lora"), ("fsdp2", "other_logits"), ("fsdp2", "resumed_alone"), ("zero3-offload", "whole")}
+SLOW |= {
+    ("zero3", "lora"),
+    ("fsdp2", "lora"),
+    ("fsdp2", "other_logits"),
+    ("fsdp2", "resumed_alone"),
+    ("zero3-offload", "whole"),
+}
 SLOW |= {(kind, "bf16") for kind in ("ddp", "fsdp2", "zero2")}
 SLOW |= {(kind, "resumed") for kind in ("zero1", "zero2", "zero3-offload")}
 

@@ -85,6 +85,7 @@ def test_scoring_takes_the_time_that_was_estimated(clock, teacher_dir, call_seco
     assert low <= clock.now - measured <= high < (1.6 if not call_seconds else 3) * low
 
 
+@pytest.mark.slow
 def test_rows_of_one_prompt_are_measured_together(clock, teacher_dir):
     rows, teacher = rows_of_all_lengths(64, per_prompt=4), SlowTeacher(clock)
     estimate_scoring(rows, teacher, ScoringOptions(), fingerprint=fingerprint_teacher(teacher_dir))

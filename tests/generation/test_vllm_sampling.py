@@ -114,7 +114,13 @@ def test_greedy_answers_are_those_of_transformers(model, sampler, kind):
 
 
 @both
-@pytest.mark.parametrize("sampling", [WARPED, replace(PLAIN, temperature=1.5)], ids=["warped", "hot"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        pytest.param(WARPED, id="warped"),
+        pytest.param(replace(PLAIN, temperature=1.5), id="hot", marks=pytest.mark.slow),
+    ],
+)
 def test_samples_follow_the_distribution(model, sampler, kind, sampling):
     prompts = PROMPTS * 5
     with sampler(kind) as engine:
