@@ -162,12 +162,13 @@ def test_inside_a_running_event_loop(model, rows):
         assert len(asyncio.run(cell())) == len(rows[0])
 
 
-def test_bounded_concurrency(model):
+@pytest.mark.parametrize("kind", ["vllm", pytest.param("sglang", marks=pytest.mark.slow)])
+def test_bounded_concurrency(model, kind):
     sequences, lengths = [np.arange(3, 9)] * 24, [3] * 24
     for limit in (1, 5):
         faults = itertools.repeat(servers.slow(0.03))
-        with stub_server("vllm", model, faults=faults) as server:
-            VLLMServer(server.url, max_concurrency=limit).score(sequences, lengths, 1)
+        with stub_server(kind, model, faults=faults) as server:
+            TEACHERS[kind](server.url, max_concurrency=limit).score(sequences, lengths, 1)
         assert server.peak == limit and len(server.requests) == 24
 
 

@@ -145,7 +145,10 @@ def test_what_changes_no_evaluation(tmp_path, student_dir, table, options):
     ("strategy", "resumed_at"),
     [
         ("random", [6]),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("sequential", [8]), ("group_by_length", [6, 8])]),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("random", [4, 8]), ("sequential", [8]), ("group_by_length", [6, 8])]
+        ),
     ],
 )
 def test_the_order_of_rows_goes_on_where_it_was(tmp_path, student_dir, table, strategy, resumed_at):
