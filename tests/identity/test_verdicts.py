@@ -532,6 +532,7 @@ def student_with_another_chat_template(case):
 
 
 REFUSED = None
+PART = "has 6 rows, and its digest is that of 12 (a split or a selection has none of its own): whether values were"
 
 
 @pytest.mark.parametrize(
@@ -560,13 +561,8 @@ REFUSED = None
         (topk_columns_lost, "verified", "unverified", "has lost columns that the digest of its rows covers ("),
         (a_column_added, "verified", "intact", "Teachers agree"),
         (shuffled, "verified", "intact", "Teachers agree"),
-        (
-            filtered,
-            "verified",
-            "unverified",
-            "is that of 12 (a split or a selection has none of its own): whether values were changed",
-        ),
-        (altered_and_selected, "verified", "unverified", "has 6 rows, and its digest is that of 12 (a split"),
+        (filtered, "verified", "unverified", PART),
+        (altered_and_selected, "verified", "unverified", PART),
         (split_and_joined, "verified", "intact", "Teachers agree"),
         (one_score_changed, "verified", "altered", "values changed in prompt_ids"),
         (saved_to_disk, "verified", "intact", "Teachers agree"),
