@@ -89,7 +89,7 @@ def make_trainer(name: str, a, output_dir: str):
                 "completion_mask": [[0] * a.prompt + [1] * a.completion for _ in rows],
             }
         )
-        args = SFTConfig(**common, max_length=None)
+        args = SFTConfig(**common, max_length=None, completion_only_loss=True)
         return SFTTrainer(model, args, train_dataset=sft_rows, processing_class=make_tokenizer(a.vocab))
     keep = ["prompt_ids", "completion_ids", "teacher_logprobs", "teacher_fingerprint", *variant["columns"]]
     args = OfflineOPDConfig(**common, loss_type=variant["loss_type"], teacher_consistency="off")

@@ -127,6 +127,7 @@ def fine_tune(base: str, data: Dataset, path: Path, args: Arguments) -> None:
         lr_scheduler_type="cosine",
         warmup_steps=args.sft_steps // 10,
         max_length=None,
+        completion_only_loss=True,
         logging_steps=10,
         save_steps=50,
         save_total_limit=1,

@@ -28,6 +28,9 @@ def as_tokens(row: dict) -> dict:
 
 
 def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
+    if training_args.completion_only_loss is None:
+        # `SFTTrainer` learns the prompts of tokens, too, where it is not told.
+        training_args.completion_only_loss = True
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,

@@ -254,3 +254,22 @@ def test_domains_are_added_to_those_before_and_resumed_with_the_same(tmp_path, t
     exchanged = second.map(lambda row: {"teacher_id": {"math": "code", "code": "math"}[row["teacher_id"]]})
     with pytest.raises(ValueError, match=r"data of a@.* .math., b@.* .code., with what .* and this run's"):
         trained("two", exchanged, resume=checkpoint)
+
+
+@pytest.mark.parametrize("completion_only_loss", [None, True, False])
+def test_a_mask_that_the_trainer_ignores_is_told_of(tmp_path, tokenizer, caplog, completion_only_loss):
+    """Rows of tokens alone: TRL learns their prompts, too, where it is not told."""
+    rows = make_rows(A)
+    tokens = rows.map(
+        lambda row: {
+            "input_ids": row["prompt_ids"] + row["completion_ids"],
+            "completion_mask": [False] * len(row["prompt_ids"]) + [True] * len(row["completion_ids"]),
+        },
+        remove_columns=["prompt", "completion"],
+    )
+    trainer = make_trainer(tmp_path, tokenizer, tokens, completion_only_loss=completion_only_loss)
+    learns_prompts = [row["labels"][0] != -100 for row in trainer.train_dataset]
+    assert learns_prompts == [not completion_only_loss] * len(rows)
+    with caplog.at_level(logging.WARNING, logger="trl_lopd"):
+        TeacherStampCallback(trainer, rows)
+    assert ("is trained on, too" in caplog.text) == (completion_only_loss is None)

@@ -105,6 +105,7 @@ class TeacherStampCallback(TrainerCallback):
         if given is not trained:
             counts = _of_those_trained_on(counts, trained, self._trainer.args)
         counts = _declared(counts, given, self._trainer)
+        _warn_of_an_ignored_mask(trained, self._trainer.args)
         counts.update(signatures(self._earlier))
         counts[None, None] += max(self._earlier_rows - sum(entry.get("rows", 0) for entry in self._earlier), 0)
         self.sft_rows = sum(counts.values())
@@ -241,6 +242,21 @@ def _why_declared(teacher: str, given: Dataset, trainer: Trainer) -> str | None:
     return f"only {what}, as token ids{other}"
 
 
+def _warn_of_an_ignored_mask(trained, args: TrainingArguments) -> None:
+    """Warns if labels learn what `completion_mask` leaves out: `SFTTrainer` uses it for texts, or when told to."""
+    columns = trained.column_names if isinstance(trained, Dataset) else ()
+    if getattr(args, "completion_only_loss", None) is False or not {"labels", "completion_mask"} <= {*columns}:
+        return
+    rows = trained.select(range(min(len(trained), _COMPARED_ROWS))).select_columns(["labels", "completion_mask"])
+    masks = [zip(row["labels"], row["completion_mask"], strict=True) for row in rows]
+    if any(label != -100 and not is_learnt for row in masks for label, is_learnt in row):
+        logger.warning(
+            "What `completion_mask` leaves out, such as the prompts, is trained on, too: `SFTTrainer` uses it only "
+            "where rows have `prompt` and `completion`, or with `SFTConfig(completion_only_loss=True)`. If that is "
+            "meant, set it to False."
+        )
+
+
 def _share_of_learnt(sampled: Dataset, trained: Dataset) -> float:
     """
     The share of what is learnt that was sampled, in the same rows. Warns if much that was sampled is not learnt.
@@ -251,8 +267,9 @@ def _share_of_learnt(sampled: Dataset, trained: Dataset) -> float:
     written, learnt, both = Counter(), Counter(), Counter()
     for before, after in zip(sampled, trained, strict=True):
         ids, prompt = after["input_ids"], before.get("prompt_ids") or []
+        # Labels decide where there are any: `SFTTrainer` removes a mask that they follow, and ignores one that stays.
         mask = after.get("completion_mask") or after.get("assistant_masks")
-        if mask is None and after.get("labels") is not None:
+        if after.get("labels") is not None:
             mask = [label != -100 for label in after["labels"]]
         if mask is not None:
             ids = [id for id, is_learnt in zip(ids, mask, strict=True) if is_learnt]
