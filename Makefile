@@ -5,11 +5,13 @@ PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
-# pip compiles on one core, which takes as long as to install. Python compiles what `make train` imports, and the processes of
-# the tests find it compiled, by all cores.
+# pip would compile all that it installs, on one core, which takes as long as to install it. Python compiles what
+# `make train` imports when it does; for the processes of the tests, all cores compile it once.
 PIP := $(BIN)/pip install -q --no-compile -c constraints-cpu.txt
 # Its defaults, which accelerate would list on every start, and a second thread.
 ONE := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 2
+# In the order of the files: pytest-xdist would leave those of few tests, which are the launches, for the end.
+XDIST := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: train test test-slow test-vllm
 
@@ -20,10 +22,10 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest $(XDIST) -m "not slow"
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m slow
+	$(BIN)/python -m pytest $(XDIST) -m slow
 
 test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed
 	VLLM_VENV=$(abspath $(VLLM_VENV)) $(BIN)/python -m pytest tests/real_vllm/test_real_vllm.py
@@ -37,7 +39,8 @@ $(VENV)/.installed: pyproject.toml constraints-cpu.txt
 	$(PIP) -e .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: pyproject.toml constraints-cpu.txt
+	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[dev]'
 	$(BIN)/python -m compileall -qq -j 0 -x transformers/models $(VENV)/lib || true
-	touch $@
+	touch $(VENV)/.installed $@
