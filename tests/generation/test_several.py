@@ -231,12 +231,10 @@ def test_tables_of_several_teachers_that_are_joined(teachers, rollouts):
 
 @pytest.mark.parametrize(
     "call, after",
-    [("several.write_record", 1), ("several.shutil.rmtree", 0)]
+    [("several.write_record", 1)]
     + [pytest.param("several.write_record", n, marks=pytest.mark.slow) for n in (0, 2)]
-    + [
-        pytest.param(*case, marks=pytest.mark.slow)
-        for case in (("several.shutil.rmtree", 1), ("scoring.remove_parts", 0))
-    ],
+    + [pytest.param("several.shutil.rmtree", n, marks=pytest.mark.slow) for n in (0, 1)]
+    + [pytest.param("scoring.remove_parts", 0, marks=pytest.mark.slow)],
 )
 def test_a_run_that_ends_while_it_puts_the_parts_together_or_away(
     tmp_path, teachers, rollouts, monkeypatch, call, after
