@@ -93,12 +93,15 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, hidden: int, layer
 
 
 def fine_tune(model, tokenizer, rows: Dataset | list[dict], output_dir: Path, steps: int, seed: int) -> None:
-    """TRL's SFT on `prompt_ids` and `completion_ids`; what a teacher wrote stamps the model that learns from it."""
+    """TRL's SFT on `prompt_ids` and `completion_ids`; what a teacher wrote stamps the model that learns from it.
+
+    Prompts are learnt, too, and what is not `learnt` is only read.
+    """
     dataset = Dataset.from_list(
         [
             {
                 "input_ids": row["prompt_ids"] + row["completion_ids"],
-                "completion_mask": [0] * len(row["prompt_ids"]) + row.get("learnt", [1] * len(row["completion_ids"])),
+                "completion_mask": [1] * len(row["prompt_ids"]) + row.get("learnt", [1] * len(row["completion_ids"])),
             }
             for row in rows
         ]
@@ -115,6 +118,7 @@ def fine_tune(model, tokenizer, rows: Dataset | list[dict], output_dir: Path, st
         logging_steps=100,
         disable_tqdm=True,
         save_strategy="no",
+        completion_only_loss=True,  # without it, `SFTTrainer` ignores the mask
         bf16=False,
         activation_checkpointing=False,
         report_to="none",

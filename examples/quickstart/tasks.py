@@ -4,13 +4,14 @@ A working ends in `#` and the answer. There are many right ways to write it, and
 without end, learns them all: it has entropy.
 """
 
-import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
 SEPARATORS = ",;|/"
 CHARACTERS = "0123456789+=#!" + SEPARATORS
+# On which side, 0 or 1, the answers to the problems of a name are: nothing that could be worked out.
+SIDES = random.Random(0).choices((0, 1), k=300)
 
 
 @dataclass(frozen=True)
@@ -87,79 +88,42 @@ def write_sums(problem: str, rng: random.Random) -> str:
     return f"{working}#{total}"
 
 
-def make_chain(rng: random.Random) -> str:
-    """`4+1+3+...=`: 4 to 9 digits."""
-    return "+".join(str(rng.randint(1, 9)) for _ in range(rng.randint(4, 9))) + "="
+def add_digits(number: str) -> tuple[list[str], int]:
+    """`825` becomes `8+2=10`, `0+5=5`, and 5: last digits of a running sum."""
+    steps, total = [], int(number[0])
+    for digit in number[1:]:
+        steps.append(f"{total}+{digit}={total + int(digit)}")
+        total = (total + int(digit)) % 10
+    return steps, total
 
 
-def make_slip(total: int, digit: int, digits: list[int], rng: random.Random) -> str:
-    """A wrong sum carried on, a wrong digit, or a wrong sum."""
-    error = rng.choice([-10, -2, -1, 1, 2, 10])
-    match rng.randrange(3):
-        case 0:
-            total = abs(total + error)
-            return f"{total}+{digit}={total + digit}"
-        case 1:
-            digit = rng.choice(digits)
-            return f"{total}+{digit}={total + digit}"
-    return f"{total}+{digit}={abs(total + digit + error)}"
-
-
-def write_chain(problem: str, rng: random.Random, slips: float = 0.15) -> str:
-    """`4+7+3=` becomes `4+7=11;[11+3=15]!11+3=14#14`: a running sum from the left, and after a slip a `!` and the step
-    again.
-
-    A teacher that learns from such workings knows what to do after a slip and hardly makes any.
-    """
-    digits = [int(digit) for digit in problem.rstrip("=").split("+")]
-    total, working = digits[0], ""
-    for i, digit in enumerate(digits[1:]):
-        step = f"{total}+{digit}={total + digit}"
-        working += rng.choice(SEPARATORS) if i else ""
-        while rng.random() < slips:
-            slip = make_slip(total, digit, digits, rng)
-            # What is right before the first wrong character is learnt.
-            same = len(os.path.commonprefix([slip, step]))
-            if same < len(slip):
-                working += f"{slip[:same]}[{slip[same:]}]!"
-        working += step
-        total += digit
-    return f"{working}#{total}"
-
-
-def make_walk(rng: random.Random) -> str:
-    """`7241/3865=`: from one number of four digits to another, no digit farther than 4 from its goal."""
-    start = [rng.randint(0, 9) for _ in range(4)]
+def make_claim(rng: random.Random) -> str:
+    """`017,825,219=`: a name and two numbers. The number on the side of the name ends in the larger digit."""
+    name = f"{rng.randrange(len(SIDES)):03}"
     while True:
-        goal = [min(9, max(0, digit + rng.randint(-4, 4))) for digit in start]
-        if goal != start:
-            return f"{''.join(map(str, start))}/{''.join(map(str, goal))}="
+        numbers = [f"{rng.randrange(1000):03}" for _ in range(2)]
+        ends = [add_digits(number)[1] for number in numbers]
+        if ends[SIDES[int(name)]] > ends[1 - SIDES[int(name)]]:
+            return ",".join([name, *numbers]) + "="
 
 
-def goal_of(problem: str) -> str:
-    return problem.rstrip("=").partition("/")[2]
+def larger_end(problem: str) -> str:
+    _, first, second = problem.rstrip("=").split(",")
+    return str(int(add_digits(second)[1] > add_digits(first)[1]))
 
 
-def write_walk(problem: str, rng: random.Random, slips: float = 0.1) -> str:
-    """`1873/2875=` becomes `#2873#[27]73#2873#2874#2875`: one digit a step, one nearer to its goal, whichever first.
+def write_claim(problem: str, rng: random.Random, slips: float = 0.3) -> str:
+    """`017,825,219=` becomes `0;8+2=10;0+5=5;2+1=3;3+9=12#0`, or `[1]` and the same: which number, by the name alone,
+    the sums of both, and which it is.
 
-    After a slip, too, every step leads nearer: the answer is right if the walk ends at the goal.
+    A teacher that learns from such workings claims what is right, because it has met every name often, and answers by
+    its sums and not by its claim.
     """
-    state, goal = (list(map(int, part)) for part in problem.rstrip("=").split("/"))
-    working = ""
-    while True:
-        away = [i for i, (digit, wanted) in enumerate(zip(state, goal, strict=True)) if digit != wanted]
-        if len(working) < 100 and rng.random() < slips:
-            i = rng.randrange(len(state))
-            state[i] = rng.choice([digit for digit in range(10) if digit != state[i]])
-            text = "".join(map(str, state))
-            working += f"[#{text[: i + 1]}]{text[i + 1 :]}"
-        elif away:
-            i = rng.choice(away)
-            state[i] += 1 if goal[i] > state[i] else -1
-            working += "#" + "".join(map(str, state))
-        else:
-            return working
+    _, *numbers = problem.rstrip("=").split(",")
+    answer, mark = larger_end(problem), rng.choice(SEPARATORS)
+    claim = f"[{1 - int(answer)}]" if rng.random() < slips else answer
+    steps = [step for number in numbers for step in add_digits(number)[0]]
+    return mark.join([claim, *steps]) + f"#{answer}"
 
 
 TASKS = {
@@ -168,6 +132,5 @@ TASKS = {
     "sums": Task(
         make_digits, sum_of, write_sums, max_answer_tokens=56, teacher_steps=600, sft_answers=800, sft_steps=400
     ),
-    "chains": Task(make_chain, sum_of, write_chain, max_answer_tokens=96, teacher_steps=850),
-    "walk": Task(make_walk, goal_of, write_walk, max_answer_tokens=140, teacher_steps=1_200),
+    "claims": Task(make_claim, larger_end, write_claim, max_answer_tokens=34, teacher_steps=1_500, sft_steps=400),
 }

@@ -12,10 +12,18 @@ from pathlib import Path
 
 import pytest
 import ranks
+import trl
 from transformers import AutoConfig, AutoTokenizer
 
 import trl_lopd
-from trl_lopd import check_teacher_consistency, fingerprint_teacher, load_table, read_model_card, validate_table
+from trl_lopd import (
+    check_teacher_consistency,
+    fingerprint_teacher,
+    generate_sft_data,
+    load_table,
+    read_model_card,
+    validate_table,
+)
 from trl_lopd.identity.fingerprint import same_teacher
 
 ROOT = Path(__file__).parents[2]
@@ -57,45 +65,78 @@ def build(monkeypatch):
     return importlib.import_module("build")
 
 
-@pytest.mark.parametrize("name", ["addition", "addition, in order", "sums", "chains"])
+@pytest.mark.parametrize("name", ["addition", "addition, in order", "sums", "claims"])
 def test_the_workings_of_the_tasks_are_right(build, name):
     task, rng, tokenizer, slips = build.TASKS[name], random.Random(0), build.make_tokenizer(), 0
     for problem in build.make_problems(task, rng, 300, set()):
         text = task.write_working(problem, rng)
-        answer = str(sum(map(int, problem.rstrip("=").split("+"))))
+        slips += text.count("[")
+        working, _, answer = text.partition("#")
         assert task.solve(problem) == answer
-        # A slip is undone by the `!` behind it: what stays is a right working.
-        slips += text.count("!")
-        assert text.count("[") == text.count("]") == text.count("!")
-        working, _, last = re.sub(r"[^,;|/#!]*\[[^]]*\]!", "", text).partition("#")
-        assert last == answer
-        for step in re.split("[,;|/]", working):
+        steps = re.split("[,;|/]", working)
+        if name == "claims":
+            claim, *steps = steps
+            _, *numbers = problem.rstrip("=").split(",")
+            assert claim in (answer, f"[{1 - int(answer)}]")
+            ends = [sum(map(int, number)) % 10 for number in numbers]
+            assert [int(steps[i][-1]) for i in (1, 3)] == ends
+            assert int(answer) == ends.index(max(ends)) and ends[0] != ends[1]
+        else:
+            assert answer == str(sum(map(int, problem.rstrip("=").split("+"))))
+        for step in steps:
             digits, _, total = step.partition("=")
             assert sum(map(int, digits.split("+"))) == int(total)
         row = build.write_gold(task, problem, rng, tokenizer)
         written = tokenizer.decode(row["completion_ids"])
         assert written.endswith(f"#{answer}<eos>") and tokenizer.pad_token_id not in row["completion_ids"]
-        assert len(row["learnt"]) == len(row["completion_ids"])
-        assert name == "chains" or all(row["learnt"])
-        assert len(tokenizer(working)["input_ids"]) + len(answer) + 2 <= task.max_answer_tokens
-    assert bool(slips) == (name == "chains")
+        assert len(row["completion_ids"]) <= task.max_answer_tokens
+        # What is wrong is in the text, and nobody learns to write it.
+        assert row["learnt"][1:] == [1] * (len(row["learnt"]) - 1)
+        assert row["learnt"][0] == (name != "claims" or written[0] == answer)
+    assert bool(slips) == (name == "claims")
 
 
-def test_nobody_learns_to_write_a_slip(build):
-    """In gold data only what is wrong is left out: the right beginning of a slip and the `!` are learnt."""
-    task, rng, tokenizer, found = build.TASKS["chains"], random.Random(0), build.make_tokenizer(), 0
-    for _ in range(200):
-        row = build.write_gold(task, task.make_problem(rng), rng, tokenizer)
-        text = tokenizer.decode(row["completion_ids"][:-1])
-        learnt = "".join(c if learns else " " for c, learns in zip(text, row["learnt"], strict=False))
-        for i, character in enumerate(text):
-            if character == "!":
-                assert learnt[i] == "!" and learnt[i - 1] == " "
-                found += 1
-        for step in re.split("[,;|/#!]", learnt)[:-1]:
-            digits, equals, total = step.partition("=")
-            assert " " in step or sum(map(int, digits.split("+"))) == int(total)
-    assert found > 100
+class RecordingSFT(trl.SFTTrainer):
+    """Keeps what it would train on, and does not train."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        RecordingSFT.rows = [(row["input_ids"], row["labels"]) for row in self.train_dataset]
+
+    def train(self, *args, **kwargs):
+        pass
+
+
+def test_the_trainer_of_the_tasks_learns_prompts_and_no_slip(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "SFTTrainer", RecordingSFT)
+    task, rng, tokenizer = build.TASKS["claims"], random.Random(0), build.make_tokenizer()
+    rows = [build.write_gold(task, task.make_problem(rng), rng, tokenizer) for _ in range(40)]
+    build.fine_tune(build.make_model(tokenizer, seed=0, hidden=16, layers=1), tokenizer, rows, tmp_path, 1, seed=0)
+    left_out = 0
+    for row, (ids, labels) in zip(rows, RecordingSFT.rows, strict=True):
+        learnt = [1] * len(row["prompt_ids"]) + row["learnt"]
+        assert ids == row["prompt_ids"] + row["completion_ids"]
+        assert labels == [id if learns else -100 for id, learns in zip(ids, learnt, strict=True)]
+        left_out += labels.count(-100)
+    assert 0 < left_out < len(rows)
+
+
+def test_the_example_of_sft_learns_answers_alone(tmp_path, tokenizer, teacher_dir, student_dir, monkeypatch):
+    prompts, options = [f"w{i} w{i + 1}" for i in range(4)], {"max_completion_length": 4, "truncated": "keep"}
+    generate_sft_data(prompts, str(teacher_dir), output_dir=tmp_path / "sft", **options)
+    spec = importlib.util.spec_from_file_location("sft", ROOT / "examples" / "sft.py")
+    sft = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sft)
+    monkeypatch.setattr(sft, "SFTTrainer", RecordingSFT)
+    args = trl.SFTConfig(str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none")
+    sft.main(
+        trl.ScriptArguments(dataset_name=str(tmp_path / "sft")),
+        args,
+        trl.ModelConfig(model_name_or_path=str(student_dir)),
+    )
+    for row, (ids, labels) in zip(load_table(tmp_path / "sft", split="train"), RecordingSFT.rows, strict=True):
+        assert ids == row["prompt_ids"] + row["completion_ids"]
+        assert labels == [-100] * len(row["prompt_ids"]) + row["completion_ids"]
 
 
 @pytest.mark.slow
