@@ -660,6 +660,7 @@ def main() -> None:
                 show_selection(claim, task, work, a.seeds, console)
     if a.figure:
         draw(work, a.seeds, a.figure)
+    work.pool.shutdown()
 
 
 if __name__ == "__main__":

@@ -83,13 +83,8 @@ def make_trainer(name: str, a, output_dir: str):
     )
     variant = VARIANTS[name]
     if variant is None:
-        sft_rows = Dataset.from_dict(
-            {
-                "input_ids": [r["prompt_ids"] + r["completion_ids"] for r in rows],
-                "completion_mask": [[0] * a.prompt + [1] * a.completion for _ in rows],
-            }
-        )
-        args = SFTConfig(**common, max_length=None, completion_only_loss=True)
+        sft_rows = Dataset.from_dict({"input_ids": [r["prompt_ids"] + r["completion_ids"] for r in rows]})
+        args = SFTConfig(**common, max_length=None)
         return SFTTrainer(model, args, train_dataset=sft_rows, processing_class=make_tokenizer(a.vocab))
     keep = ["prompt_ids", "completion_ids", "teacher_logprobs", "teacher_fingerprint", *variant["columns"]]
     args = OfflineOPDConfig(**common, loss_type=variant["loss_type"], teacher_consistency="off")

@@ -39,7 +39,9 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
     }
     data = load_table(script_args.dataset_name, script_args.dataset_config, split=script_args.dataset_train_split)
     with training_args.main_process_first():
-        tokens = data.map(as_tokens, remove_columns=data.column_names, desc="Joining prompts and completions")
+        # `SFTTrainer` leaves out rows whose prompts fill `max_length`: the stamp goes by these columns of the others.
+        others = {*data.column_names} - {"prompt_ids", "completion_ids", "teacher_fingerprint", "teacher_id"}
+        tokens = data.map(as_tokens, remove_columns=[*others], desc="Joining prompts and completions")
     trainer = SFTTrainer(
         model_args.model_name_or_path,
         training_args,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 SEPARATORS = ",;|/"
+# No working has a `!`; the bundled tokenizers do.
 CHARACTERS = "0123456789+=#!" + SEPARATORS
 # On which side, 0 or 1, the answers to the problems of a name are: nothing that could be worked out.
 SIDES = random.Random(0).choices((0, 1), k=300)
@@ -23,7 +24,7 @@ class Task:
         solve: the right answer to it.
         write_working: draws a right completion. What stands in brackets is a slip: it is part of the text, and nobody
             is trained to write it.
-        max_answer_tokens: length at which answers are cut; no right one without slips is longer.
+        max_answer_tokens: length at which answers are cut; no right one is longer.
         teacher_steps, sft_answers, sft_steps: how long the teacher learns, on how many of its answers the student is
             fine-tuned, and how long.
     """
@@ -98,7 +99,7 @@ def add_digits(number: str) -> tuple[list[str], int]:
 
 
 def make_claim(rng: random.Random) -> str:
-    """`017,825,219=`: a name and two numbers. The number on the side of the name ends in the larger digit."""
+    """`017,219,825=`: a name and two numbers. Of the one on its side, the digits add up to the larger last digit."""
     name = f"{rng.randrange(len(SIDES)):03}"
     while True:
         numbers = [f"{rng.randrange(1000):03}" for _ in range(2)]
@@ -108,12 +109,13 @@ def make_claim(rng: random.Random) -> str:
 
 
 def larger_end(problem: str) -> str:
+    """Which number, 0 or 1, has the digit sum with the larger last digit."""
     _, first, second = problem.rstrip("=").split(",")
     return str(int(add_digits(second)[1] > add_digits(first)[1]))
 
 
 def write_claim(problem: str, rng: random.Random, slips: float = 0.3) -> str:
-    """`017,825,219=` becomes `0;8+2=10;0+5=5;2+1=3;3+9=12#0`, or `[1]` and the same: which number, by the name alone,
+    """`017,219,825=` becomes `1;2+1=3;3+9=12;8+2=10;0+5=5#1`, or `[0]` and the same: which number, by the name alone,
     the sums of both, and which it is.
 
     A teacher that learns from such workings claims what is right, because it has met every name often, and answers by

@@ -256,20 +256,35 @@ def test_domains_are_added_to_those_before_and_resumed_with_the_same(tmp_path, t
         trained("two", exchanged, resume=checkpoint)
 
 
+def as_tokens(row):
+    return {
+        "input_ids": row["prompt_ids"] + row["completion_ids"],
+        "completion_mask": [False] * len(row["prompt_ids"]) + [True] * len(row["completion_ids"]),
+    }
+
+
 @pytest.mark.parametrize("completion_only_loss", [None, True, False])
 def test_a_mask_that_the_trainer_ignores_is_told_of(tmp_path, tokenizer, caplog, completion_only_loss):
     """Rows of tokens alone: TRL learns their prompts, too, where it is not told."""
     rows = make_rows(A)
-    tokens = rows.map(
-        lambda row: {
-            "input_ids": row["prompt_ids"] + row["completion_ids"],
-            "completion_mask": [False] * len(row["prompt_ids"]) + [True] * len(row["completion_ids"]),
-        },
-        remove_columns=["prompt", "completion"],
-    )
+    tokens = rows.map(as_tokens, remove_columns=["prompt", "completion"])
     trainer = make_trainer(tmp_path, tokenizer, tokens, completion_only_loss=completion_only_loss)
     learns_prompts = [row["labels"][0] != -100 for row in trainer.train_dataset]
     assert learns_prompts == [not completion_only_loss] * len(rows)
     with caplog.at_level(logging.WARNING, logger="trl_lopd"):
         TeacherStampCallback(trainer, rows)
     assert ("is trained on, too" in caplog.text) == (completion_only_loss is None)
+    # An answer is compared whole, also where it begins as its prompt does.
+    assert "of what the teacher sampled is trained on" not in caplog.text
+
+
+@pytest.mark.parametrize("mask", [lambda mask: [True] * len(mask), lambda mask: None], ids=["all", "none"])
+@pytest.mark.parametrize("truncation_mode", ["keep_start", "keep_end"])
+def test_a_mask_that_leaves_nothing_out_is_not(tmp_path, tokenizer, caplog, mask, truncation_mode):
+    """Its length is that of the row before it was cut."""
+    rows = make_rows(A).map(as_tokens, remove_columns=["prompt", "completion"])
+    rows = rows.map(lambda row: {"completion_mask": mask(row["completion_mask"])})
+    trainer = make_trainer(tmp_path, tokenizer, rows, max_length=4, truncation_mode=truncation_mode)
+    with caplog.at_level(logging.WARNING, logger="trl_lopd"):
+        TeacherStampCallback(trainer, rows)
+    assert "is trained on, too" not in caplog.text

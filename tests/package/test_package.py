@@ -121,22 +121,26 @@ def test_the_trainer_of_the_tasks_learns_prompts_and_no_slip(build, tmp_path, mo
     assert 0 < left_out < len(rows)
 
 
-def test_the_example_of_sft_learns_answers_alone(tmp_path, tokenizer, teacher_dir, student_dir, monkeypatch):
-    prompts, options = [f"w{i} w{i + 1}" for i in range(4)], {"max_completion_length": 4, "truncated": "keep"}
+@pytest.mark.parametrize("length, rows", [(2, 4), (16, 3)])
+def test_the_example_of_sft_learns_answers_alone(tmp_path, teacher_dir, student_dir, monkeypatch, length, rows):
+    # The last prompt fills `max_length`, so TRL leaves its row out.
+    prompts, options = ["w3 w4", "w5 w6", "w7 w8", "w9 " * length], {"max_completion_length": 4, "truncated": "keep"}
     generate_sft_data(prompts, str(teacher_dir), output_dir=tmp_path / "sft", **options)
     spec = importlib.util.spec_from_file_location("sft", ROOT / "examples" / "sft.py")
     sft = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sft)
     monkeypatch.setattr(sft, "SFTTrainer", RecordingSFT)
-    args = trl.SFTConfig(str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none")
+    args = trl.SFTConfig(str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none", max_length=16)
     sft.main(
         trl.ScriptArguments(dataset_name=str(tmp_path / "sft")),
         args,
         trl.ModelConfig(model_name_or_path=str(student_dir)),
     )
-    for row, (ids, labels) in zip(load_table(tmp_path / "sft", split="train"), RecordingSFT.rows, strict=True):
+    data = load_table(tmp_path / "sft", split="train").select(range(rows))
+    for row, (ids, labels) in zip(data, RecordingSFT.rows, strict=True):
         assert ids == row["prompt_ids"] + row["completion_ids"]
         assert labels == [-100] * len(row["prompt_ids"]) + row["completion_ids"]
+    assert read_model_card(tmp_path / "out")["sft_rows"] == len(data)
 
 
 @pytest.mark.slow

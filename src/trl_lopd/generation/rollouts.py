@@ -166,10 +166,11 @@ def generate_sft_data(
         assistant message if the prompt is a list of messages), `prompt_ids` and `completion_ids` (`list<int32>`, with
         an end-of-sequence token if there is one), `finish_reason`, and `teacher_fingerprint`. If `SFTTrainer` could
         tokenize the texts differently, it also has `input_ids`, prompt and answer, which end with an end-of-sequence
-        token if and only if the answer was not truncated, and `completion_mask`, false on the prompt. That is the case
-        with `truncated="keep"`, with `chat_template_kwargs`, and if a prompt ends with a turn of the assistant, which
-        the answer continues. Columns of `prompts` that `SFTTrainer` would read instead (`input_ids`, `labels`,
-        `messages`, `text`, ...) are removed. It carries a record of the teacher, the sampling, and, with the
+        token if and only if the answer was not truncated, and `completion_mask`, false on the prompt, which is used
+        while `prompt` and `completion` stay beside it. That is the case with `truncated="keep"`, with
+        `chat_template_kwargs`, and if a prompt ends with a turn of the assistant, which the answer continues. Columns
+        of `prompts` that `SFTTrainer` would read instead (`input_ids`, `labels`, `messages`, `text`, ...) are removed.
+        It carries a record of the teacher, the sampling, and, with the
         transformers engines, the teacher's answers to the probes: see `cards` and `probes`.
 
     Raises:

@@ -243,18 +243,25 @@ def _why_declared(teacher: str, given: Dataset, trainer: Trainer) -> str | None:
 
 
 def _warn_of_an_ignored_mask(trained, args: TrainingArguments) -> None:
-    """Warns if labels learn what `completion_mask` leaves out: `SFTTrainer` uses it for texts, or when told to."""
+    """
+    Warns if labels learn what `completion_mask` leaves out. Unless it is told, `SFTTrainer` uses the mask only where
+    rows have `prompt` and `completion`. Packed rows have no mask any more to look at.
+    """
     columns = trained.column_names if isinstance(trained, Dataset) else ()
-    if getattr(args, "completion_only_loss", None) is False or not {"labels", "completion_mask"} <= {*columns}:
+    if getattr(args, "completion_only_loss", False) is not None or not {"labels", "completion_mask"} <= {*columns}:
         return
-    rows = trained.select(range(min(len(trained), _COMPARED_ROWS))).select_columns(["labels", "completion_mask"])
-    masks = [zip(row["labels"], row["completion_mask"], strict=True) for row in rows]
-    if any(label != -100 and not is_learnt for row in masks for label, is_learnt in row):
-        logger.warning(
-            "What `completion_mask` leaves out, such as the prompts, is trained on, too: `SFTTrainer` uses it only "
-            "where rows have `prompt` and `completion`, or with `SFTConfig(completion_only_loss=True)`. If that is "
-            "meant, set it to False."
-        )
+    rows = np.linspace(0, len(trained) - 1, min(len(trained), _COMPARED_ROWS)).astype(int)
+    for row in trained.select(rows).select_columns(["labels", "completion_mask"]):
+        # Only the labels are cut at `max_length`.
+        labels, mask = row["labels"], row["completion_mask"] or ()
+        mask = mask[-len(labels) :] if args.truncation_mode == "keep_end" else mask
+        if any(label != -100 and not is_learnt for label, is_learnt in zip(labels, mask, strict=False)):
+            logger.warning(
+                "What `completion_mask` leaves out, such as the prompts, is trained on, too: `SFTTrainer` uses it "
+                "only where rows have `prompt` and `completion`, or with `SFTConfig(completion_only_loss=True)`. If "
+                "that is meant, set it to False."
+            )
+            return
 
 
 def _share_of_learnt(sampled: Dataset, trained: Dataset) -> float:
@@ -268,12 +275,13 @@ def _share_of_learnt(sampled: Dataset, trained: Dataset) -> float:
     for before, after in zip(sampled, trained, strict=True):
         ids, prompt = after["input_ids"], before.get("prompt_ids") or []
         # Labels decide where there are any: `SFTTrainer` removes a mask that they follow, and ignores one that stays.
-        mask = after.get("completion_mask") or after.get("assistant_masks")
         if after.get("labels") is not None:
             mask = [label != -100 for label in after["labels"]]
+        else:
+            mask = after.get("completion_mask") or after.get("assistant_masks")
         if mask is not None:
             ids = [id for id, is_learnt in zip(ids, mask, strict=True) if is_learnt]
-        if ids[: len(prompt)] == prompt:
+        if (mask is None or all(mask[: len(prompt)])) and ids[: len(prompt)] == prompt:
             ids = ids[len(prompt) :]
         pairs = [Counter(zip((None, *tokens), tokens, strict=False)) for tokens in (before["completion_ids"], ids)]
         for total, count in zip((written, learnt, both), (*pairs, pairs[0] & pairs[1]), strict=True):
