@@ -157,6 +157,9 @@ def main() -> None:
     os.dup2(2, 1)
     os.set_inheritable(replies.fileno(), False)
 
+    # No launch quantizes, and PEFT would import what does, which takes longer than all of PEFT.
+    sys.modules["bitsandbytes"] = None
+
     import torch  # noqa: F401, I001
     import datasets
     import transformers  # noqa: F401

@@ -48,7 +48,7 @@ def assert_refused(done):
     assert done.stderr.count("Teacher mismatch") == 1, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.slow), "zero3"])
 def test_a_mismatch_stops_all_processes_with_one_message(tmp_path, student_dir, other_table, engine):
     words = [student_dir, other_table, "raise", *OPTIONS, tmp_path]
     if engine == "zero3":
