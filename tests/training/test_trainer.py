@@ -121,6 +121,16 @@ def test_gradient_equals_the_plain_implementation(
     check_gradient(trainer, expected)
 
 
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_beta_is_the_trainer_s_whichever_end_it_is_near(tmp_path, student_dir, masked_table, beta):
+    """The default is in the middle, where a divergence that is turned round is the same."""
+    rows = masked_table.select(range(4))
+    trainer = make_trainer(tmp_path, student_dir, rows, loss_type="topk", beta=beta, per_device_train_batch_size=4)
+    check_gradient(
+        trainer, torch.stack([plain_losses(trainer.model, r, "topk", beta=beta).mean() for r in rows]).mean()
+    )
+
+
 def test_scores_keep_their_precision_where_deepspeed_trains_in_half_of_it(tmp_path, student_dir, table):
     trainer = make_trainer(tmp_path, student_dir, table)
     batch = next(iter(trainer.get_train_dataloader()))
