@@ -100,12 +100,13 @@ def add_digits(number: str) -> tuple[list[str], int]:
 
 def make_claim(rng: random.Random) -> str:
     """`017,219,825=`: a name and two numbers. Of the one on its side, the digits add up to the larger last digit."""
-    name = f"{rng.randrange(len(SIDES)):03}"
+    name = rng.randrange(len(SIDES))
+    side = SIDES[name]
     while True:
         numbers = [f"{rng.randrange(1000):03}" for _ in range(2)]
         ends = [add_digits(number)[1] for number in numbers]
-        if ends[SIDES[int(name)]] > ends[1 - SIDES[int(name)]]:
-            return ",".join([name, *numbers]) + "="
+        if ends[side] > ends[1 - side]:
+            return f"{name:03},{','.join(numbers)}="
 
 
 def larger_end(problem: str) -> str:
