@@ -159,7 +159,7 @@ def online() -> Claim:
     lines = [SFT, Line("online, TRL", ONLINE, 150)]
     lines += [Line(f"offline, beta {b:g}, {n} steps", topk(b), n) for b in (BEST, 1.0) for n in (150, 600)]
     lines.insert(3, Line(f"offline, beta {BEST:g}, 400 steps", topk(BEST, steps=(400,)), 400))
-    return Claim("Offline and online", lines, "online, TRL")
+    return Claim("Offline and online", lines, "online, TRL", tasks=("addition", "sums", "claims"))
 
 
 def schedule() -> Claim:
