@@ -1,6 +1,6 @@
 """EffOPD beside plain training, every cost counted: steps and seconds until what plain training reaches.
 
-Two tasks, the bundled quickstart (addition) and running sums of digits in any order, each with a teacher of its own.
+Two tasks, addition and running sums of digits in any order, each with a teacher of its own.
 Every seed has its own SFT student, rollouts and order of rows, built first, in three to five minutes each. Three
 quantities: top-k reverse KL on held-out rows that no gate reads; reverse KL on fresh rollouts; greedy accuracy.
 Seconds are CPU seconds of the one thread that trains, so that other work on the machine does not count; searches are
@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import datasets
-from evidence import QUICKSTART, build, once
+from evidence import build, once
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
@@ -42,14 +42,13 @@ ARMS = {"plain": None, "powers of two": {"schedule": [2**i for i in range(20)]},
 
 def place_of(task: str, seed: int, directory: Path) -> Path:
     """The directory of an SFT student, its teacher, its scored rollouts and held-out prompts."""
-    return QUICKSTART if task == "addition" and seed == 0 else directory / f"{task}-{seed}"
+    return directory / f"{task}-{seed}"
 
 
 def make_task(task: str, seed: int, directory: Path) -> dict:
-    """Fills that directory, for a task that has a teacher already or is of the first seed."""
-    path, teacher = place_of(task, seed, directory), None
-    if task == "addition" or seed:
-        teacher = str(place_of(task, 0, directory) / "teacher")
+    """Fills that directory; the first seed makes the teacher of all."""
+    path = place_of(task, seed, directory)
+    teacher = str(place_of(task, 0, directory) / "teacher") if seed else None
     build.main(build.Arguments(output_dir=str(path), task=task, other_task="", seed=seed, teacher=teacher))
     if teacher:
         (path / "teacher").symlink_to(Path(teacher).resolve())
@@ -160,10 +159,10 @@ def main() -> None:
             """Results of `once`, in the order of what is asked."""
             return [future.result() for future in [pool.submit(once, *each) for each in work]]
 
-        wanted = [(task, seed) for task in a.tasks for seed in a.seeds if (task, seed) != ("addition", 0)]
-        # The first seed of a task has its teacher, if no clone has.
-        first = [(task, 0) for task, _ in wanted if task != "addition"]
-        for stage in (dict.fromkeys(first), [each for each in wanted if each not in first]):
+        wanted = [(task, seed) for task in a.tasks for seed in a.seeds]
+        # The first seed of a task makes its teacher.
+        first = [(task, 0) for task in a.tasks]
+        for stage in (first, [each for each in wanted if each not in first]):
             all_of([(a.directory / f"{t}-{seed}.json", make_task, t, seed, a.directory) for t, seed in stage])
         results = all_of(
             [

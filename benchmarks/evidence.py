@@ -249,8 +249,9 @@ CLAIMS["rows"] = [rows(3_000, ("addition", "claims")), rows(1_000, ("addition",)
 
 
 def build_teacher(task: str, path: Path, as_good_as: Path | None = None) -> dict:
-    """A teacher, trained on until it is as good as another."""
-    tokenizer, problems = build.make_tokenizer(), build.draw_problems(TASKS[task], 0, 0, 0)
+    """The teacher that `build.py` would make, or another, trained on until it is as good."""
+    tokenizer = build.make_tokenizer()
+    problems = build.draw_problems(TASKS[task], 0, TASKS[task].sft_answers, ROWS + HELD_OUT)
     if as_good_as is None:
         exclude = {problem for some in problems.values() for problem in some}
         build.make_teacher(TASKS[task], tokenizer, path, TASKS[task].teacher_steps, exclude)
@@ -484,7 +485,7 @@ class Work:
         self.lock = threading.Lock()
 
     def teacher(self, task: str) -> Path:
-        return (QUICKSTART if task == "addition" else self.directory / task) / "teacher"
+        return (QUICKSTART if task == build.Arguments.task else self.directory / task) / "teacher"
 
     def student(self, task: str, arm: Arm, seed: int) -> Path:
         name = f"student-{seed}-{arm.sft_answers or TASKS[task].sft_answers}"
@@ -510,7 +511,7 @@ class Work:
     def cell(self, task: str, arm: Arm, seed: int) -> None:
         """One run, after the models and the table that it needs."""
         teacher, scorer = self.teacher(task), self.scorer(task, arm)
-        if task != "addition":
+        if teacher.parent != QUICKSTART:
             self.result(teacher, build_teacher, task, teacher)
         if scorer != teacher:
             self.result(scorer, build_teacher, OTHERS[arm.teacher], scorer, teacher)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import datasets
 import evidence
-from evidence import BATCH_SIZE, HELD_OUT, QUICKSTART, TOP_K, Curve, build, interval, measure, once, settings
+from evidence import BATCH_SIZE, HELD_OUT, TOP_K, Curve, build, interval, measure, once, settings
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
@@ -60,7 +60,7 @@ def problems_of(seed: int, count: int) -> dict[str, dict[str, list[str]]]:
 
 
 def teachers(directory: Path) -> dict[str, str]:
-    return {"addition": str(QUICKSTART / "teacher"), "sums": str(directory / "sums-teacher")}
+    return {domain: str(directory / f"{domain}-teacher") for domain in DOMAINS}
 
 
 def named(problems: dict[str, list[str]]) -> datasets.Dataset:
@@ -161,8 +161,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes at once, of one thread each")
     parser.add_argument("--directory", type=Path, default=Path("runs/several-teachers"))
     a = parser.parse_args()
-    teacher = a.directory / "sums-teacher"
-    once(a.directory / "sums-teacher.json", evidence.build_teacher, "sums", teacher)
+    for domain, teacher in teachers(a.directory).items():
+        once(Path(f"{teacher}.json"), evidence.build_teacher, domain, Path(teacher))
     with ProcessPoolExecutor(a.jobs, multiprocessing.get_context("spawn")) as pool:
         students = list(pool.map(run, ["student"] * len(a.seeds), a.seeds, [a.directory] * len(a.seeds)))
         tokens = {seed: student["tokens"] for seed, student in zip(a.seeds, students, strict=True)}

@@ -1,7 +1,7 @@
 """
 Trains a student on a table of scored rollouts, without its teacher, and evaluates it before and after.
 
-Train the bundled quickstart student, in about three minutes on a CPU core:
+Train the bundled quickstart student, in about two minutes on a CPU core:
 
     accelerate launch examples/train.py
     accelerate launch examples/train.py --compare

@@ -24,7 +24,7 @@ from trl_lopd import (
 )
 
 QUICKSTART = Path(__file__).parent / "quickstart"
-MAX_ANSWER_TOKENS = 56
+MAX_ANSWER_TOKENS = 34
 
 
 @dataclass

@@ -3,11 +3,11 @@ Rebuilds the quickstart from nothing: a teacher, an SFT student, and its rollout
 
     python examples/quickstart/build.py
 
-The task is addition of numbers of 2 to 5 digits with the working written out; `tasks.py` has others. The teacher
-learns from problems without end. The smaller student is fine-tuned on 3,000 of the teacher's answers and generalises
-only partly. Then it answers new problems once, and the teacher scores those answers once: that table is what
-`examples/train.py` trains on. Another teacher, which is as good and writes otherwise, scores some of them too, to show
-what its scores do.
+The task is *claims* of `tasks.py`: an answer says first which of two numbers it will be, then adds up the digits of
+both, then says which it is. The teacher learns from problems without end. The smaller student is fine-tuned on 3,000
+of the teacher's answers, and its claims are often wrong. Then it answers new problems once, and the teacher scores
+those answers once: that table is what `examples/train.py` trains on. Another teacher, which is as good and writes
+otherwise, scores some of them too, to show what its scores do.
 """
 
 import json
@@ -34,13 +34,15 @@ from trl_lopd import (
 )
 
 BATCH_SIZE = 64
+# The same problems, written down otherwise.
+OTHER_WAYS = {"addition": "addition, in order", "claims": "claims, turned"}
 
 
 @dataclass
 class Arguments:
     output_dir: str = str(Path(__file__).parent)
-    task: str = "addition"
-    other_task: str | None = None  # of a teacher that writes otherwise and also scores; by default addition has one
+    task: str = "claims"
+    other_task: str | None = None  # of a teacher that writes otherwise and also scores; by default of `OTHER_WAYS`
     seed: int = 0
     teacher: str | None = None  # a teacher built before, to reuse
     teacher_steps: int | None = None  # the task's
@@ -277,9 +279,7 @@ def main(args: Arguments) -> None:
     write_table({"train": table.select(range(args.rollouts)), "test": table.select(test)}, out / "table")
     say(f"table: {len(table)} scored rollouts")
 
-    other_task = args.other_task
-    if other_task is None:
-        other_task = "addition, in order" if args.task == "addition" else ""
+    other_task = OTHER_WAYS.get(args.task) if args.other_task is None else args.other_task
     if other_task:
         with tempfile.TemporaryDirectory() as directory:
             other = Path(directory) / "other-teacher"

@@ -89,11 +89,12 @@ def write_sums(problem: str, rng: random.Random) -> str:
     return f"{working}#{total}"
 
 
-def add_digits(number: str) -> tuple[list[str], int]:
-    """`825` becomes `8+2=10`, `0+5=5`, and 5: last digits of a running sum."""
+def add_digits(number: str, turned: bool = False) -> tuple[list[str], int]:
+    """`825` becomes `8+2=10`, `0+5=5`, and 5: last digits of a running sum; or, turned, `2+8=10`, `5+0=5`, and 5."""
     steps, total = [], int(number[0])
     for digit in number[1:]:
-        steps.append(f"{total}+{digit}={total + int(digit)}")
+        first, second = (digit, total) if turned else (total, digit)
+        steps.append(f"{first}+{second}={total + int(digit)}")
         total = (total + int(digit)) % 10
     return steps, total
 
@@ -115,7 +116,7 @@ def larger_end(problem: str) -> str:
     return str(int(add_digits(second)[1] > add_digits(first)[1]))
 
 
-def write_claim(problem: str, rng: random.Random, slips: float = 0.3) -> str:
+def write_claim(problem: str, rng: random.Random, slips: float = 0.3, turned: bool = False) -> str:
     """`017,219,825=` becomes `1;2+1=3;3+9=12;8+2=10;0+5=5#1`, or `[0]` and the same: which number, by the name alone,
     the sums of both, and which it is.
 
@@ -123,10 +124,15 @@ def write_claim(problem: str, rng: random.Random, slips: float = 0.3) -> str:
     its sums and not by its claim.
     """
     _, *numbers = problem.rstrip("=").split(",")
-    answer, mark = larger_end(problem), rng.choice(SEPARATORS)
+    answer, mark = larger_end(problem), ";" if turned else rng.choice(SEPARATORS)
     claim = f"[{1 - int(answer)}]" if rng.random() < slips else answer
-    steps = [step for number in numbers for step in add_digits(number)[0]]
+    steps = [step for number in numbers for step in add_digits(number, turned)[0]]
     return mark.join([claim, *steps]) + f"#{answer}"
+
+
+def write_claim_turned(problem: str, rng: random.Random) -> str:
+    """Another way of writing the same: `1;1+2=3;9+3=12;2+8=10;5+0=5#1`, the digit before the sum so far, and `;`."""
+    return write_claim(problem, rng, turned=True)
 
 
 TASKS = {
@@ -136,4 +142,7 @@ TASKS = {
         make_digits, sum_of, write_sums, max_answer_tokens=56, teacher_steps=600, sft_answers=800, sft_steps=400
     ),
     "claims": Task(make_claim, larger_end, write_claim, max_answer_tokens=34, teacher_steps=1_500, sft_steps=400),
+    "claims, turned": Task(
+        make_claim, larger_end, write_claim_turned, max_answer_tokens=34, teacher_steps=1_500, sft_steps=400
+    ),
 }

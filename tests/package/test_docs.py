@@ -31,7 +31,7 @@ NOT_YET_WRITTEN: set[str] = set()
 
 # Blocks of Python that are not executed: page, first line, reason.
 NOT_EXECUTED = {
-    ("README.md", "import random"): "tests/test_package.py runs it",
+    ("README.md", "from transformers import AutoTokenizer"): "tests/test_package.py runs it",
     ("README.md", "from trl import SFTTrainer"): "TRL's default of bf16 is refused on a CPU",
     ("README.md", "trainer.add_callback(EffOPDCallback(trainer))"): "one line; docs/effopd.md has the whole",
     ("effopd.md", "from trl import SFTConfig, SFTTrainer"): "an ellipsis stands for the reader's settings",
@@ -43,7 +43,7 @@ NOT_EXECUTED = {
 
 # What a page takes for given.
 GIVEN = {
-    "README.md": "prompts = ['12+34=', '5+678=']",
+    "README.md": "prompts = ['017,219,825=', '123,456,789=']",
     "effopd.md": """
 from datasets import Dataset
 from trl_lopd import OfflineOPDConfig, load_table
@@ -51,7 +51,7 @@ student = "examples/quickstart/student"
 args = OfflineOPDConfig("run", max_steps=2, per_device_train_batch_size=4, report_to="none")
 table = load_table("examples/quickstart/table")
 table = {split: rows.select(range(16)) for split, rows in table.items()}
-prompts = Dataset.from_dict({"prompt": ["12+34="], "answer": ["46"]})
+prompts = Dataset.from_dict({"prompt": ["017,219,825="], "answer": ["1"]})
 is_right = lambda completions, answer, **_: [float(a in c) for c, a in zip(completions, answer)]
 """,
     "adapters.md": """
@@ -62,15 +62,15 @@ student = "examples/quickstart/student"
 args = OfflineOPDConfig("run", max_steps=1, per_device_train_batch_size=4, report_to="none", bf16=False)
 table = load_table("examples/quickstart/table")["train"].select(range(8))
 """,
-    "rollouts.md": "prompts = ['12+34=', '5+678=']",
+    "rollouts.md": "prompts = ['017,219,825=', '123,456,789=']",
     "teacher-consistency.md": """
 from trl_lopd import collect_rollouts
-collect_rollouts([f"{i}+34=" for i in range(10, 30)], "my-student-sft", output_dir="rollouts")
+collect_rollouts([f"017,219,8{i}=" for i in range(10, 30)], "my-student-sft", output_dir="rollouts")
 """,
     "scoring.md": """
 from datasets import Dataset
 from trl_lopd import collect_rollouts
-prompts = Dataset.from_dict({"prompt": ['12+34=', '5+678='], "teacher_id": ["math", "code"]})
+prompts = Dataset.from_dict({"prompt": ['017,219,825=', '123,456,789='], "teacher_id": ["math", "code"]})
 collect_rollouts(prompts, "my-student-sft", output_dir="rollouts")
 """,
 }

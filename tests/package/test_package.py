@@ -65,7 +65,7 @@ def build(monkeypatch):
     return importlib.import_module("build")
 
 
-@pytest.mark.parametrize("name", ["addition", "addition, in order", "sums", "claims"])
+@pytest.mark.parametrize("name", ["addition", "addition, in order", "sums", "claims", "claims, turned"])
 def test_the_workings_of_the_tasks_are_right(build, name):
     task, rng, tokenizer, slips = build.TASKS[name], random.Random(0), build.make_tokenizer(), 0
     for problem in build.make_problems(task, rng, 300, set()):
@@ -74,7 +74,7 @@ def test_the_workings_of_the_tasks_are_right(build, name):
         working, _, answer = text.partition("#")
         assert task.solve(problem) == answer
         steps = re.split("[,;|/]", working)
-        if name == "claims":
+        if "claims" in name:
             claim, *steps = steps
             _, *numbers = problem.rstrip("=").split(",")
             assert claim in (answer, f"[{1 - int(answer)}]")
@@ -92,8 +92,8 @@ def test_the_workings_of_the_tasks_are_right(build, name):
         assert len(row["completion_ids"]) <= task.max_answer_tokens
         # What is wrong is in the text, and nobody learns to write it.
         assert row["learnt"][1:] == [1] * (len(row["learnt"]) - 1)
-        assert row["learnt"][0] == (name != "claims" or written[0] == answer)
-    assert bool(slips) == (name == "claims")
+        assert row["learnt"][0] == ("claims" not in name or written[0] == answer)
+    assert bool(slips) == ("claims" in name)
 
 
 class RecordingSFT(trl.SFTTrainer):
@@ -166,7 +166,7 @@ def test_the_main_job_runs(tmp_path):
         "teacher",
     ]
     student, *_, teacher = rows
-    assert 0.5 <= student["accuracy"] <= 0.85 < teacher["accuracy"] < 1
+    assert 0.5 <= student["accuracy"] <= 0.85 < teacher["accuracy"]
     assert student["fresh"] > 0 and "fresh" not in teacher
     for row in rows[:-1]:
         assert row["model"] in done.stdout and row["held_out"] > 0
@@ -194,9 +194,10 @@ def test_the_main_job_says_what_is_wrong_with_its_flags(flags, message, tmp_path
 
 
 def test_the_readme_s_example_runs(tmp_path):
-    (code,) = re.findall(r"```python\n(import random.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    (code,) = [block for block in blocks if "score_rollouts(" in block]
     code = code.replace("runs/readme", str(tmp_path / "out")).replace("max_steps=100", "max_steps=1")
-    code = code.replace("range(2000)", "range(64)")
+    code = code.replace("[:2000]", "[:64]")
     (tmp_path / "readme.py").write_text(code)
     done = ranks.launch(tmp_path / "readme.py", processes=None, cwd=ROOT, env={"WANDB_MODE": "disabled"})
     assert done.returncode == 0, done.stderr[-3000:]

@@ -238,7 +238,7 @@ def test_what_the_server_refuses_is_said_at_once(uncached):
 
 # ---- Sampling ----
 
-PROMPTS = ["75+74=", "902+686=", "728+10332=", "5+4="]
+PROMPTS = ["017,219,825=", "120,456,789=", "299,003,111=", "5,4="]
 SAMPLED = {"temperature": 0.8, "top_p": 0.9, "max_completion_length": 64, "num_generations": 4, "seed": 5}
 
 
@@ -291,7 +291,7 @@ def test_greedy_answers_are_those_of_transformers(sampling_server):
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (2.0, 0.7)])
 def test_tokens_follow_the_distribution(sampling_server, student, temperature, top_p):
-    prompt = AutoTokenizer.from_pretrained(STUDENT).encode("75+74=")
+    prompt = AutoTokenizer.from_pretrained(STUDENT).encode("017,219,825=")
     sampling = Sampling(temperature, top_p, 1, (student.config.eos_token_id,), (), 0)
     answers = VLLMServer(sampling_server.url).sample([prompt] * 1000, sampling)
     counts = np.bincount([answer.ids[0] for answer in answers], minlength=student.config.vocab_size)
