@@ -51,6 +51,7 @@ def make_task(task: str, seed: int, directory: Path) -> dict:
     teacher = str(place_of(task, 0, directory) / "teacher") if seed else None
     build.main(build.Arguments(output_dir=str(path), task=task, other_task="", seed=seed, teacher=teacher))
     if teacher:
+        (path / "teacher").unlink(missing_ok=True)
         (path / "teacher").symlink_to(Path(teacher).resolve())
     return {}
 

@@ -1,7 +1,7 @@
 """
 Trains a student on a table of scored rollouts, without its teacher, and evaluates it before and after.
 
-Train the bundled quickstart student, in about two minutes on a CPU core:
+Train the bundled quickstart student, in a few minutes on a CPU core:
 
     accelerate launch examples/train.py
     accelerate launch examples/train.py --compare
@@ -31,6 +31,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 
 from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer, compare_models, load_benchmark, load_table
 from trl_lopd.launch import refuse_unknown_options
+from trl_lopd.models import config_of
 
 QUICKSTART = Path(__file__).parent / "quickstart"
 
@@ -72,6 +73,14 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
     }
     if script_args.teacher and not script_args.eval_prompts:
         raise SystemExit("`--teacher` is what models are compared with on `--eval_prompts`: give both, or neither.")
+    # What is only needed at the end is looked for before training.
+    problems = load_benchmark(script_args.eval_prompts) if script_args.eval_prompts else None
+    trust_remote_code = training_args.model_init_kwargs.get("trust_remote_code", training_args.trust_remote_code)
+    if script_args.teacher:
+        try:
+            config_of(script_args.teacher, {"trust_remote_code": trust_remote_code})
+        except OSError as error:
+            raise SystemExit(f"`--teacher {script_args.teacher}` cannot be read: {error}") from None
     defaults = vars(ModelConfig())
     changed = [name for name, value in vars(model_args).items() if "lora" in name and value != defaults[name]]
     if changed and not model_args.use_peft:
@@ -125,20 +134,18 @@ def main(script_args: TrainScriptArguments, training_args: OfflineOPDConfig, mod
                 table,
             )
 
-    if script_args.eval_prompts:
+    if problems is not None:
         unset_hf_deepspeed_config()  # otherwise ZeRO-3 would shard these models too
         compare_models(
             models | ({"teacher": script_args.teacher} if script_args.teacher else {}),
-            load_benchmark(script_args.eval_prompts),
+            problems,
             training_args.output_dir,
             name=Path(script_args.eval_prompts).stem,
             answer_after=script_args.answer_after,
             teacher=script_args.teacher,
             held_out=held_out,
             revisions={"SFT student": training_args.model_init_kwargs["revision"]},
-            trust_remote_code=training_args.model_init_kwargs.get(
-                "trust_remote_code", training_args.trust_remote_code
-            ),
+            trust_remote_code=trust_remote_code,
             max_completion_length=script_args.eval_max_completion_length,
         )
     trainer.accelerator.wait_for_everyone()

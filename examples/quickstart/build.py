@@ -15,7 +15,7 @@ import random
 import re
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -41,8 +41,14 @@ OTHER_WAYS = {"addition": "addition, in order", "claims": "claims, turned"}
 @dataclass
 class Arguments:
     output_dir: str = str(Path(__file__).parent)
-    task: str = "claims"
-    other_task: str | None = None  # of a teacher that writes otherwise and also scores; by default of `OTHER_WAYS`
+    task: str = field(default="claims", metadata={"choices": [*TASKS]})
+    other_task: str | None = field(
+        default=None,
+        metadata={
+            "help": "Task of a teacher that writes otherwise and also scores; `''` is none.",
+            "choices": [*OTHER_WAYS.values(), ""],
+        },
+    )
     seed: int = 0
     teacher: str | None = None  # a teacher built before, to reuse
     teacher_steps: int | None = None  # the task's
@@ -248,6 +254,11 @@ def main(args: Arguments) -> None:
 
     out = Path(args.output_dir)
     task, tokenizer = TASKS[args.task], make_tokenizer()
+    other_task = OTHER_WAYS.get(args.task) if args.other_task is None else args.other_task
+    if other_task and TASKS[other_task].make_problem is not task.make_problem:
+        raise SystemExit(f"`--other_task {other_task}` is not about the problems of {args.task!r}.")
+    if other_task and args.other_rollouts > args.rollouts:
+        raise SystemExit(f"Another teacher cannot score {args.other_rollouts} of {args.rollouts} rollouts.")
     problems = draw_problems(
         task, args.seed, args.sft_answers or task.sft_answers, args.rollouts + args.held_out_rollouts
     )
@@ -279,7 +290,6 @@ def main(args: Arguments) -> None:
     write_table({"train": table.select(range(args.rollouts)), "test": table.select(test)}, out / "table")
     say(f"table: {len(table)} scored rollouts")
 
-    other_task = OTHER_WAYS.get(args.task) if args.other_task is None else args.other_task
     if other_task:
         with tempfile.TemporaryDirectory() as directory:
             other = Path(directory) / "other-teacher"

@@ -31,7 +31,7 @@ NOT_YET_WRITTEN: set[str] = set()
 
 # Blocks of Python that are not executed: page, first line, reason.
 NOT_EXECUTED = {
-    ("README.md", "from transformers import AutoTokenizer"): "tests/test_package.py runs it",
+    ("README.md", "from transformers import AutoTokenizer"): "test_package.py runs it",
     ("README.md", "from trl import SFTTrainer"): "TRL's default of bf16 is refused on a CPU",
     ("README.md", "trainer.add_callback(EffOPDCallback(trainer))"): "one line; docs/effopd.md has the whole",
     ("effopd.md", "from trl import SFTConfig, SFTTrainer"): "an ellipsis stands for the reader's settings",
@@ -43,7 +43,7 @@ NOT_EXECUTED = {
 
 # What a page takes for given.
 GIVEN = {
-    "README.md": "prompts = ['017,219,825=', '123,456,789=']",
+    "README.md": "prompts = ['017,219,825=', '052,905,228=']",
     "effopd.md": """
 from datasets import Dataset
 from trl_lopd import OfflineOPDConfig, load_table
@@ -62,7 +62,12 @@ student = "examples/quickstart/student"
 args = OfflineOPDConfig("run", max_steps=1, per_device_train_batch_size=4, report_to="none", bf16=False)
 table = load_table("examples/quickstart/table")["train"].select(range(8))
 """,
-    "rollouts.md": "prompts = ['017,219,825=', '123,456,789=']",
+    "quickstart.md": """
+from pathlib import Path
+Path("runs").mkdir()
+Path("runs/quickstart").symlink_to(Path("examples/quickstart/student").resolve())
+""",
+    "rollouts.md": "prompts = ['017,219,825=', '052,905,228=']",
     "teacher-consistency.md": """
 from trl_lopd import collect_rollouts
 collect_rollouts([f"017,219,8{i}=" for i in range(10, 30)], "my-student-sft", output_dir="rollouts")
@@ -70,7 +75,7 @@ collect_rollouts([f"017,219,8{i}=" for i in range(10, 30)], "my-student-sft", ou
     "scoring.md": """
 from datasets import Dataset
 from trl_lopd import collect_rollouts
-prompts = Dataset.from_dict({"prompt": ['017,219,825=', '123,456,789='], "teacher_id": ["math", "code"]})
+prompts = Dataset.from_dict({"prompt": ['017,219,825=', '052,905,228='], "teacher_id": ["math", "code"]})
 collect_rollouts(prompts, "my-student-sft", output_dir="rollouts")
 """,
 }

@@ -96,6 +96,18 @@ def test_the_workings_of_the_tasks_are_right(build, name):
     assert bool(slips) == ("claims" in name)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"other_task": "addition, in order"}, "not about the problems of 'claims'"),
+        ({"rollouts": 500}, "cannot score 600 of 500 rollouts"),
+    ],
+)
+def test_another_teacher_has_rollouts_to_score(build, tmp_path, options, message):
+    with pytest.raises(SystemExit, match=message):
+        build.main(build.Arguments(output_dir=str(tmp_path), **options))
+
+
 class RecordingSFT(trl.SFTTrainer):
     """Keeps what it would train on, and does not train."""
 
@@ -186,6 +198,11 @@ def test_the_main_job_runs(tmp_path):
          "no split 'trian'.*test.*train"),
         (["--model_name_or_path", "m", "--dataset_name", str(QUICKSTART / "table" / "train.parquet"),
           "--dataset_train_split", "trian"], "no split 'trian', only .'train'."),
+        # Before the model is loaded: there is none.
+        (["--model_name_or_path", "m", "--dataset_name", str(QUICKSTART / "table"), "--eval_prompts", "nope.jsonl"],
+         "No such file.*nope.jsonl"),
+        (["--model_name_or_path", "m", "--dataset_name", str(QUICKSTART / "table"), "--teacher", "no-teacher",
+          "--eval_prompts", str(QUICKSTART / "prompts.jsonl")], "no-teacher"),
     ],
 )  # fmt: skip
 def test_the_main_job_says_what_is_wrong_with_its_flags(flags, message, tmp_path):
