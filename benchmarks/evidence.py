@@ -615,7 +615,7 @@ def show_selection(claim: Claim, task: str, work: Work, seeds: list[int], consol
     console.print(table)
 
 
-def draw(work: Work, seeds: list[int], path: Path) -> None:
+def draw(work: Work, task: str, seeds: list[int], path: Path) -> None:
     """Accuracy against cost, for the first page."""
     lines = {line.name: line for line in online().lines}
     matplotlib.rcParams.update({"svg.hashsalt": "trl-lopd", "font.size": 11})
@@ -623,7 +623,7 @@ def draw(work: Work, seeds: list[int], path: Path) -> None:
     axes = figure.add_subplot()
 
     def add(names: list[str], label: str, color: str) -> None:
-        points = [[work.point("addition", lines[name], seed) for seed in seeds] for name in names]
+        points = [[work.point(task, lines[name], seed) for seed in seeds] for name in names]
         seconds = [statistics.fmean(p.get("seconds", 0.0) for p in own) for own in points]
         accuracy = [statistics.fmean(p["reported"]["accuracy"] for p in own) for own in points]
         axes.plot(seconds, accuracy, "o-", color=color, label=label, linewidth=2, markersize=7)
@@ -645,7 +645,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=2, help="processes at once, of one thread each")
     parser.add_argument("--directory", type=Path, default=Path("runs/evidence"))
-    parser.add_argument("--figure", type=Path, help="SVG of the table `online`, to write")
+    parser.add_argument("--figure", type=Path, help="SVG of the table `online`, of the last task, to write")
     a = parser.parse_args()
     work, console = Work(a.directory, a.jobs), Console(width=200)
     claims = [(table, claim) for table in a.tables for claim in CLAIMS[table]]
@@ -660,7 +660,7 @@ def main() -> None:
             if table == "divergences":
                 show_selection(claim, task, work, a.seeds, console)
     if a.figure:
-        draw(work, a.seeds, a.figure)
+        draw(work, (a.tasks or online().tasks)[-1], a.seeds, a.figure)
     work.pool.shutdown()
 
 
