@@ -13,6 +13,9 @@ ONE := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend 
 # In the order of the files: pytest-xdist would leave those of few tests, which are the launches, for the end.
 XDIST := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
+# Where it is set, every process would compile again what is imported.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: train test test-slow test-vllm
 
 train: $(VENV)/.installed

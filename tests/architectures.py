@@ -15,7 +15,7 @@ import warnings
 import numpy as np
 import torch
 import transformers
-from conftest import make_tokenizer
+from tiny import make_tokenizer
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

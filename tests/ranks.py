@@ -10,8 +10,11 @@ from __future__ import annotations
 import atexit
 import functools
 import gc
+import importlib.metadata
 import json
 import os
+import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,20 +26,31 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 # From the end of the first rank that fails until the others are told to end.
 GRACE = 10
+# The environment variable with the address of the one that is shared.
+SHARED = "TRL_LOPD_TESTS_RANKS"
 
 
 @functools.cache
-def warm() -> subprocess.Popen:
-    """The process that has imported everything."""
+def warm() -> str:
+    """The address of the process that has imported everything: of this test's own, if there is none that is shared."""
+    if SHARED in os.environ:
+        return os.environ[SHARED]
+    address = str(Path(tempfile.mkdtemp(), "ranks"))
     # Against no accelerator, and one thread a process.
     env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     # Not where the test that comes first has gone: `PYTHONPATH` may be relative.
-    server = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd=TESTS.parent
-    )
+    command, pipe = [sys.executable, __file__, address], subprocess.PIPE
+    server = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env, cwd=TESTS.parent)
     # It ends when its standard input does.
     atexit.register(server.communicate)
-    return server
+    # It listens before it imports.
+    server.stdout.readline()
+    return address
+
+
+def share() -> None:
+    """Starts the process that has imported everything, for this process and all that it starts."""
+    os.environ[SHARED] = warm()
 
 
 def launch(script, *arguments, processes: int | None = 2, timeout: float = 400, env=None, cwd=None):
@@ -46,14 +60,16 @@ def launch(script, *arguments, processes: int | None = 2, timeout: float = 400, 
     Returns:
         `subprocess.CompletedProcess`: with the output of all ranks, and 0 or what the first that failed ended with.
     """
-    server = warm()
     argv = [str(word) for word in (script, *arguments)]
     with tempfile.TemporaryDirectory() as out:
         request = {"argv": argv, "processes": processes, "timeout": timeout, "out": out, "cwd": str(cwd or Path.cwd())}
         request["env"] = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | (env or {})
-        server.stdin.write(json.dumps(request).encode() + b"\n")
-        server.stdin.flush()
-        reply = json.loads(server.stdout.readline())
+        with socket.socket(socket.AF_UNIX) as server:
+            server.connect(warm())
+            with server.makefile("rw") as stream:
+                stream.write(json.dumps(request) + "\n")
+                stream.flush()
+                reply = json.loads(stream.readline())
         stdout, stderr = (Path(out, name).read_text(errors="replace") for name in ("stdout", "stderr"))
     assert not reply["timed_out"], f"{argv} ran for more than {timeout} s:\n{stdout[-2000:]}\n{stderr[-5000:]}"
     return subprocess.CompletedProcess(argv, reply["code"], stdout, stderr)
@@ -95,7 +111,7 @@ def run_rank(request: dict, environment: dict[str, str]) -> None:
         os.chdir(request["cwd"])
         module = request["argv"][0] == "-m"
         sys.argv = request["argv"][module:]
-        # Of the script, and of what imports `conftest`.
+        # Of the script, and of what imports `tiny`.
         sys.path[:1] = [os.getcwd() if module else str(Path(sys.argv[0]).parent), str(TESTS)]
         if module:
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
@@ -151,14 +167,19 @@ def serve(request: dict) -> dict:
     return {"code": code, "timed_out": timed_out}
 
 
-def main() -> None:
+def main(address: str) -> None:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen()
+    print("listening", flush=True)
     # What the ranks print is not for the one who asks.
-    replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    os.set_inheritable(replies.fileno(), False)
 
     # No launch quantizes, and PEFT would import what does, which takes longer than all of PEFT.
     sys.modules["bitsandbytes"] = None
+
+    # accelerate and datasets read the metadata of installed packages again and again.
+    importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 
     import torch  # noqa: F401, I001
     import datasets
@@ -176,11 +197,17 @@ def main() -> None:
     import trl_lopd
     import trl_lopd.cli  # noqa: F401
 
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
     try:
-        import deepspeed  # noqa: F401
+        # ZeRO imports it when it starts, and with it what compiles models.
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     except ImportError:
         pass
     import peft  # noqa: F401
+
+    # Built when it is first asked for, of all models.
+    get_checkpoint_conversion_mapping("llama")
 
     for name in trl_lopd.__all__:
         getattr(trl_lopd, name)
@@ -191,10 +218,19 @@ def main() -> None:
     # Of what was imported nothing is garbage, and nothing is copied because it was looked at.
     gc.collect()
     gc.freeze()
-    for line in sys.stdin:
-        replies.write(json.dumps(serve(json.loads(line))) + "\n")
-        replies.flush()
+    serving = []
+    while sys.stdin not in (ready := select.select([sys.stdin, listener], [], [], 1)[0]):
+        serving = [pid for pid in serving if os.waitpid(pid, os.WNOHANG) == (0, 0)]
+        if ready:
+            test, _ = listener.accept()
+            with test, test.makefile("rw") as stream:
+                if (pid := os.fork()) == 0:
+                    stream.write(json.dumps(serve(json.loads(stream.readline()))) + "\n")
+                    stream.flush()
+                    os._exit(0)
+            serving.append(pid)
+    shutil.rmtree(Path(address).parent)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-from conftest import make_tokenizer
+from tiny import make_tokenizer
 
 
 def full_logprobs(model, ids: list[int]) -> torch.Tensor:

@@ -6,8 +6,8 @@ import sys
 
 import httpx
 from accelerate import PartialState
-from conftest import make_rollouts, make_tokenizer
 from huggingface_hub.errors import HfHubHTTPError
+from tiny import make_rollouts, make_tokenizer
 
 import trl_lopd
 from trl_lopd.processes import on_main_process, processes

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import ranks
-from conftest import make_args
+from tiny import make_args
 
 from trl_lopd import OfflineOPDTrainer
 

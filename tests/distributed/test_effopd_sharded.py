@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_rollouts
 from launcher import Launcher, parameters
+from tiny import make_rollouts
 
 from trl_lopd import score_rollouts
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_rollouts
 from launcher import Launcher, parameters
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
+from tiny import make_rollouts
 from transformers import AutoModelForCausalLM
 
 from trl_lopd import score_rollouts

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCAB, make_experts, save_student
 from datasets import Dataset
 from launcher import Launcher, parameters
 from safetensors.torch import load_file
 from test_engines import assert_same_log, assert_same_weights
+from tiny import VOCAB, make_experts, save_student
 from transformers import AutoModelForCausalLM
 
 from trl_lopd import fingerprint_teacher, read_model_card, score_rollouts

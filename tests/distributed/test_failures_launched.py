@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import ranks
-from conftest import make_rollouts
 from datasets import Dataset, load_from_disk
+from tiny import make_rollouts
 
 from trl_lopd import score_rollouts
 
@@ -88,16 +88,17 @@ def test_a_bad_row_that_one_process_reads_is_named(tmp_path, student_dir, rows):
     )
 
 
-def test_sigterm_saves_a_checkpoint_from_which_training_goes_on_exactly(tmp_path, student_dir, rows):
-    whole = launch("zero3", "nothing", student_dir, rows, tmp_path / "whole")
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_sigterm_saves_a_checkpoint_from_which_training_goes_on_exactly(tmp_path, student_dir, rows, engine):
+    whole = launch(engine, "nothing", student_dir, rows, tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr[-3000:]
-    killed = launch("zero3", "sigterm", student_dir, rows, tmp_path / "out", torchrun=True)
+    killed = launch(engine, "sigterm", student_dir, rows, tmp_path / "out", torchrun=True)
     assert killed.returncode != 0 and "TRAINED" not in killed.stdout
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
     assert not (tmp_path / "out" / "final").exists()
     step = int(checkpoint.name.split("-")[1])
     assert 2 <= step < 8  # batches are read one ahead
-    resumed = launch("zero3", "sigterm_resumed", student_dir, rows, tmp_path / "out")
+    resumed = launch(engine, "sigterm_resumed", student_dir, rows, tmp_path / "out")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert losses(killed) | losses(resumed) == losses(whole)
     assert list(losses(resumed)) == [str(i) for i in range(step + 1, 9)]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from conftest import make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
+from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from trl_lopd.identity.fingerprint import TeacherFingerprint, fingerprint_teacher

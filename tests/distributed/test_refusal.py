@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import ranks
-from conftest import make_model, make_rollouts
+from tiny import make_model, make_rollouts
 
 from trl_lopd import score_rollouts
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import ranks
-from conftest import make_model, make_rollouts
 from datasets import load_from_disk
+from tiny import make_model, make_rollouts
 
 from trl_lopd import read_model_card, score_rollouts
 

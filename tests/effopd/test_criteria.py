@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from conftest import make_args, make_trainer
 from test_effopd import make_quadratic
+from tiny import make_args, make_trainer
 
 from trl_lopd import EffOPDCallback, OfflineOPDTrainer
 from trl_lopd.effopd.gates import MetricGate

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_args, make_experts, make_model, make_rollouts, save_student, without_topk
 from datasets import Dataset
+from tiny import make_args, make_experts, make_model, make_rollouts, save_student, without_topk
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -408,7 +408,7 @@ def test_sft_of_trl_with_its_own_metric(tmp_path):
             for p, c in zip(rows["prompt_ids"], rows["completion_ids"], strict=True)
         ]
     )
-    from conftest import make_tokenizer
+    from tiny import make_tokenizer
 
     args = SFTConfig(
         str(tmp_path), max_steps=8, learning_rate=1e-4, use_cpu=True, bf16=False, report_to="none", max_length=None,

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import ranks
 import wandb
-from conftest import make_model
 from servers import stub_server
+from tiny import make_model
 
 from trl_lopd import (
     ShardError,

@@ -14,7 +14,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from tiny import make_model, make_tokenizer
 
 import trl_lopd.evaluation.metrics
 from trl_lopd import collect_rollouts, score_rollouts

@@ -9,9 +9,9 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import make_rollouts
 from datasets import Dataset, Value
 from rich.console import Console
+from tiny import make_rollouts
 
 from trl_lopd import OfflineOPDConfig, TableError
 from trl_lopd.evaluation import inspect as overview

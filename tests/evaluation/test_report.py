@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_rollouts, without_topk
 from datasets import DatasetDict, concatenate_datasets
+from tiny import make_model, make_rollouts, without_topk
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from conftest import make_model, make_rollouts
 from datasets import Dataset
 from servers import stub_server
+from tiny import make_model, make_rollouts
 
 from trl_lopd import (
     ServerError,

@@ -9,9 +9,9 @@ import types
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_model, make_rollouts
 from datasets import Dataset
 from servers import stub_server
+from tiny import make_model, make_rollouts
 
 from trl_lopd import cli, collect_rollouts, score_rollouts
 from trl_lopd.generation import costs

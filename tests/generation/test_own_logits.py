@@ -7,8 +7,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, make_model, make_rollouts, make_tokenizer, without_topk
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from tiny import VOCAB, make_model, make_rollouts, make_tokenizer, without_topk
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
 
 from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer, collect_rollouts, score_rollouts

@@ -6,8 +6,8 @@ import logging
 
 import numpy as np
 import pytest
-from conftest import VOCAB, make_model, make_rollouts, make_tokenizer
 from datasets import Dataset
+from tiny import VOCAB, make_model, make_rollouts, make_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer, TableError, collect_rollouts, score_rollouts

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import make_model, make_tokenizer
 from datasets import Dataset
+from tiny import make_model, make_tokenizer
 from trl import SFTConfig, SFTTrainer
 from trl.data_utils import apply_chat_template
 

@@ -7,8 +7,8 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
-from conftest import make_model, make_rollouts, without_topk
 from datasets import Dataset, concatenate_datasets
+from tiny import make_model, make_rollouts, without_topk
 
 from trl_lopd import (
     TableError,

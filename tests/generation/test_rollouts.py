@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 import vllm_stub
-from conftest import make_model, make_tokenizer
 from datasets import Dataset, load_dataset
 from servers import stub_server
+from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from trl_lopd import (

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import VOCAB, make_model, make_rollouts, make_tokenizer
 from datasets import Dataset, load_dataset
 from servers import stub_server
+from tiny import VOCAB, make_model, make_rollouts, make_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaModel
 

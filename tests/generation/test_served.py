@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import servers
 import torch
-from conftest import VOCAB, make_model, make_rollouts
 from servers import changed, honest, status, stub_server, trl_client
+from tiny import VOCAB, make_model, make_rollouts
 
 from trl_lopd import score_rollouts
 from trl_lopd.generation import servers as served

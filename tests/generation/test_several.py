@@ -9,9 +9,9 @@ import kills
 import numpy as np
 import pytest
 import yaml
-from conftest import make_args, make_model, make_rollouts, make_tokenizer
 from datasets import Dataset, concatenate_datasets, load_dataset
 from servers import stub_server
+from tiny import make_args, make_model, make_rollouts, make_tokenizer
 from trl import SFTConfig, SFTTrainer
 
 from trl_lopd import (

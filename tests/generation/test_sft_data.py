@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from conftest import make_model, make_tokenizer
 from datasets import Dataset
+from tiny import make_model, make_tokenizer
 from trl import SFTConfig, SFTTrainer
 
 from trl_lopd import TeacherStampCallback, cli, generate_sft_data, load_table

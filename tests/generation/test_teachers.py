@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import make_model
+from tiny import make_model
 from transformers import modeling_flash_attention_utils as flash
 
 from trl_lopd.generation import teachers

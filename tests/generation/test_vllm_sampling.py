@@ -18,8 +18,8 @@ import pytest
 import servers
 import torch
 import vllm_stub
-from conftest import VOCAB, make_model
 from servers import changed, full_logprobs, honest, status, stub_server
+from tiny import VOCAB, make_model
 
 from trl_lopd.generation import servers as served
 from trl_lopd.generation.samplers import Sampling

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from conftest import make_model
 from datasets import Dataset
 from hub import Hub
+from tiny import make_model
 from transformers import Trainer, TrainingArguments
 
 from trl_lopd import (
@@ -123,7 +123,7 @@ def test_any_trainer_stamps_every_checkpoint_with_its_own_weights(tmp_path, answ
     table = score_rollouts(
         collect_rollouts(["w5"] * 4, str(tmp_path / "final"), max_completion_length=4), str(teacher_dir), top_k=2
     )
-    from conftest import make_args
+    from tiny import make_args
 
     OfflineOPDTrainer(str(tmp_path / "final"), make_args(tmp_path / "opd"), table)
 
@@ -157,7 +157,7 @@ def test_what_was_not_verified_stays_so_through_training(
     tmp_path, teacher_dir, student_dir, tokenizer, table, answers
 ):
     """Neither a round that was let pass nor SFT on top of it makes a claim stronger than it was."""
-    from conftest import make_args
+    from tiny import make_args
 
     copied = tmp_path / "copied"
     make_model(seed=8).save_pretrained(copied)
@@ -187,7 +187,7 @@ def test_an_adapter_s_history_is_that_of_its_directory(tmp_path, student_dir, te
 @pytest.mark.parametrize("mode", ["warn", "off"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_is_no_fingerprint_is_recorded_as_somebody_s_word(tmp_path, student_dir, table, mode, stream):
-    from conftest import make_args
+    from tiny import make_args
 
     rows = table.map(lambda row: {"teacher_fingerprint": "gpt-4", "student_fingerprint": "mine"})
     rows = rows.to_iterable_dataset() if stream else rows
@@ -201,7 +201,7 @@ def test_what_is_no_fingerprint_is_recorded_as_somebody_s_word(tmp_path, student
 
 
 def test_the_students_of_a_stream_are_looked_at_too(tmp_path, student_dir, table):
-    from conftest import make_args
+    from tiny import make_args
 
     own = fingerprint_teacher(student_dir).id
     other = own.replace("-908ed06d-", "-00000000-")
@@ -249,7 +249,7 @@ def test_rollouts_inherit_the_students_stamp_and_are_signed(student_dir, teacher
 def test_off_policy_rollouts_are_a_warning_with_the_measured_weights(
     tmp_path, teacher_dir, student_dir, tokenizer, caplog
 ):
-    from conftest import make_args
+    from tiny import make_args
 
     other = tmp_path / "other"
     make_model(seed=8).save_pretrained(other)

@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import make_experts
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import make_experts
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,

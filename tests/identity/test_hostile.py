@@ -9,9 +9,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_args, make_model, make_rollouts, make_tokenizer, make_trainer, save_student
 from datasets import concatenate_datasets
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import make_args, make_model, make_rollouts, make_tokenizer, make_trainer, save_student
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import ranks
 import torch
-from conftest import make_model, save_student
 from hub import Hub
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import make_model, save_student
 from transformers import AutoModelForCausalLM
 
 from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer, TeacherConsistencyError, read_model_card, score_rollouts

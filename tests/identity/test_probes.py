@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 import yaml
-from conftest import make_model, make_tokenizer
 from servers import changed, full_logprobs, stub_server
+from tiny import make_model, make_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 

@@ -6,8 +6,8 @@ import logging
 import shutil
 
 import pytest
-from conftest import make_model
 from datasets import Dataset, concatenate_datasets
+from tiny import make_model
 from trl import SFTConfig, SFTTrainer
 
 from trl_lopd import TeacherStampCallback, read_model_card

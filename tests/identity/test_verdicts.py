@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import make_model, make_tokenizer
 from datasets import Dataset, concatenate_datasets, load_dataset
 from safetensors.torch import load_file, save_file
+from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_lopd import (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import VOCAB, make_model, make_tokenizer, save_student
+from tiny import VOCAB, make_model, make_tokenizer, save_student
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

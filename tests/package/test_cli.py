@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_model, make_rollouts
+from tiny import make_model, make_rollouts
 
 from trl_lopd import fingerprint_teacher, read_model_card, score_rollouts, stamp_dataset_card
 from trl_lopd.cli import main

@@ -10,9 +10,9 @@ import pytest
 import ranks
 import wandb
 import yaml
-from conftest import make_model, make_tokenizer
 from datasets import Dataset
 from servers import stub_server
+from tiny import make_model, make_tokenizer
 from trl import TrlParser
 
 from trl_lopd import cli, commands, fingerprint_teacher, load_table
@@ -190,7 +190,7 @@ def test_the_recipe_runs_from_prompts_to_a_student(tmp_path, chat_models, monkey
 
 
 def test_a_served_teacher_is_declared_or_answers_the_student_s_card(tmp_path, teacher_dir, student_dir, capsys):
-    from conftest import make_rollouts
+    from tiny import make_rollouts
 
     make_rollouts(6).to_parquet(tmp_path / "rollouts.parquet")
     with stub_server("vllm", make_model(seed=1)) as server:
@@ -203,7 +203,7 @@ def test_a_served_teacher_is_declared_or_answers_the_student_s_card(tmp_path, te
 
 
 def test_a_declared_revision_is_the_one_that_is_fingerprinted(tmp_path, teacher_dir, monkeypatch):
-    from conftest import make_rollouts
+    from tiny import make_rollouts
 
     make_rollouts(4).to_parquet(tmp_path / "rollouts.parquet")
     asked = []

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import make_model, make_rollouts, make_tokenizer
 from datasets import Dataset, DatasetDict
+from tiny import make_model, make_rollouts, make_tokenizer
 
 from trl_lopd import (
     OfflineOPDConfig,

@@ -7,7 +7,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from conftest import make_args, make_model, make_trainer, save_student, without_topk
+from tiny import make_args, make_model, make_trainer, save_student, without_topk
 from transformers import TrainerCallback, TrainingArguments
 
 from trl_lopd import OfflineOPDConfig

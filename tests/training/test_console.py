@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import ranks
-from conftest import make_model, make_trainer, save_student, without_topk
 from peft import LoraConfig
+from tiny import make_model, make_trainer, save_student, without_topk
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 

@@ -10,7 +10,7 @@ import shlex
 import numpy as np
 import pytest
 import torch
-from conftest import make_trainer
+from tiny import make_trainer
 
 from trl_lopd.commands import RolloutArguments, ScoreArguments
 from trl_lopd.training.monitoring.drift import MIN_ESS, has_left

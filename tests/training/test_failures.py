@@ -9,8 +9,8 @@ import signal
 import pytest
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from conftest import make_trainer
 from datasets import concatenate_datasets
+from tiny import make_trainer
 from transformers import TrainerCallback
 
 from trl_lopd.training.collator import OfflineOPDCollator

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import VOCAB, make_model
+from tiny import VOCAB, make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trl_lopd import logits

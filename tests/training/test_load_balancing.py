@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from conftest import make_args, make_experts, make_rollouts, make_tokenizer, make_trainer, save_student
+from tiny import make_args, make_experts, make_rollouts, make_tokenizer, make_trainer, save_student
 from transformers import AutoModelForCausalLM
 
 from trl_lopd import OfflineOPDTrainer, read_model_card, score_rollouts

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import make_args, make_tokenizer, make_trainer
 from test_collator import random_rows
+from tiny import make_args, make_tokenizer, make_trainer
 from transformers import TrainerCallback
 
 from trl_lopd import OfflineOPDTrainer, TableError

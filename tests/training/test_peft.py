@@ -8,9 +8,9 @@ import pytest
 import ranks
 import torch
 from accelerate import ParallelismConfig
-from conftest import make_args, make_experts, make_model, make_trainer, save_student
 from hub import Hub
 from peft import AutoPeftModelForCausalLM, LoraConfig
+from tiny import make_args, make_experts, make_model, make_trainer, save_student
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_lopd import OfflineOPDTrainer, fingerprint_teacher, read_model_card

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 
 import pytest
-from conftest import make_args, make_model, make_rollouts, make_trainer
 from datasets import IterableDataset
 from test_trainer import check_gradient, plain_loss
+from tiny import make_args, make_model, make_rollouts, make_trainer
 
 from trl_lopd import (
     OfflineOPDTrainer,

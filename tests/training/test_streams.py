@@ -6,8 +6,8 @@ import logging
 
 import pytest
 import torch
-from conftest import make_args, make_model, make_rollouts, without_topk
 from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
+from tiny import make_args, make_model, make_rollouts, without_topk
 
 from trl_lopd import (
     OfflineOPDTrainer,

@@ -6,8 +6,8 @@ import re
 
 import numpy as np
 import pytest
-from conftest import make_args, make_trainer, without_topk
 from test_trainer import check_gradient, plain_loss
+from tiny import make_args, make_trainer, without_topk
 
 from trl_lopd import EffOPDCallback, OfflineOPDTrainer, TableError, read_model_card
 from trl_lopd.identity.cards import signatures

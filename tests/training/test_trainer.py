@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_args, make_model, make_rollouts, make_tokenizer, make_trainer, without_topk
 from datasets import Dataset, concatenate_datasets
+from tiny import make_args, make_model, make_rollouts, make_tokenizer, make_trainer, without_topk
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_lopd import (

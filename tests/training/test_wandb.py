@@ -7,7 +7,7 @@ import struct
 
 import pytest
 import wandb
-from conftest import make_trainer
+from tiny import make_trainer
 from wandb.proto import wandb_internal_pb2
 
 from trl_lopd import EffOPDCallback, fingerprint_teacher
