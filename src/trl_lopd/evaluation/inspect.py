@@ -306,11 +306,11 @@ def _token_scores(rows: Dataset, relative: bool, top_k: int) -> tuple[np.ndarray
     Of the tokens of a valid table that are trained on: the advantage, or the teacher's score, of each, `(tokens,)`;
     how many each row has, `(rows,)`; and what the top-k columns cover, `None` without them.
     """
-    from ..table.schema import TOKEN_COLUMNS, flat_values, score_column
+    from ..table.schema import TOKEN_COLUMNS, batches, flat_values, score_column
 
     parts, counts, mass, among = [], [], 0.0, 0
     names = [name for name in TOKEN_COLUMNS if name in rows.column_names]
-    for batch in rows.select_columns(names).with_format("arrow").iter(256):
+    for batch in batches(rows, names, 256):
         sizes, ids = flat_values("completion_ids", batch)
         values = {name: flat_values(name, batch)[1] for name in names}
         trained = values.get("completion_mask", slice(None))

@@ -23,6 +23,7 @@ from ..identity.consistency import check_rows
 from ..table.schema import (
     RESIDUAL,
     TOPK_COLUMNS,
+    batches,
     digest_columns,
     flat_values,
     prompt_and_row_hashes,
@@ -202,9 +203,8 @@ def _check(table: Dataset, floor: float | None) -> None:
 def _read(table: Dataset, row_folds: np.ndarray, grid: _Grid, floor: float | None) -> Iterator[_Tokens]:
     """Reads the tokens of a valid table, batch by batch."""
     names = ("completion_ids", "teacher_logprobs", "ref_logprobs", "completion_mask")
-    rows = table.select_columns([name for name in names if name in table.column_names]).with_format("arrow")
     start = 0
-    for batch in rows.iter(_BATCH_ROWS):
+    for batch in batches(table, [name for name in names if name in table.column_names], _BATCH_ROWS):
         sizes, token = flat_values("completion_ids", batch)
         teacher, ref = (flat_values(name, batch)[1].astype(np.float64) for name in names[1:3])
         if floor is not None:

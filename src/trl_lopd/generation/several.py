@@ -22,7 +22,7 @@ from datasets import Dataset, concatenate_datasets
 from ..errors import TableError
 from ..identity.cards import attach_record, read_dataset_card, write_record
 from ..processes import on_main_process, processes, wait_for_everyone
-from ..table.schema import TEACHER_ID, holds_names, lengths
+from ..table.schema import TEACHER_ID, batches, holds_names, lengths
 from ..table.store import HIDDEN
 from .runs import ShardedRun, take
 
@@ -121,7 +121,9 @@ def row_numbers(dataset: Dataset) -> np.ndarray:
     """The numbers of rows in the whole input, of which they may be a part: `(rows,)` int."""
     if _ROW not in dataset.column_names:
         return np.arange(len(dataset))
-    return dataset.select_columns([_ROW]).with_format("arrow")[:][_ROW].to_numpy()
+    return np.concatenate(
+        [np.empty(0, np.int64), *(batch[_ROW].to_numpy() for batch in batches(dataset, [_ROW], 10_000))]
+    )
 
 
 def run_parts(

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
-from ..table.schema import teacher_counts
+from ..table.schema import batches, teacher_counts
 from .cards import Signature, count_teachers, read_model_card, record_of, signatures, stamp_model_card
 from .consistency import inherited_teachers
 from .fingerprint import (
@@ -314,7 +314,7 @@ def _share_of_sampled(sampled: Dataset, trained: Dataset) -> float:
     for length, parts in hashes.items():
         wanted = np.unique(np.concatenate(parts))
         is_found = np.zeros(len(wanted), bool)
-        for batch in trained.select_columns(["input_ids"]).with_format("arrow").iter(100):
+        for batch in batches(trained, ["input_ids"], 100):
             tokens = batch["input_ids"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
             there = _run_hashes(tokens, length)
             places = np.minimum(np.searchsorted(wanted, there), len(wanted) - 1)

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..models import load_tokenizer
+from ..table.schema import batches
 from .fingerprint import tokenizer_digest
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def distinct_ids(dataset: Dataset) -> np.ndarray:
     """The token ids that prompts and completions hold, each once, ascending."""
     found = np.empty(0, np.int64)
     names = ["prompt_ids", "completion_ids"]
-    for batch in dataset.select_columns(names).with_format("arrow").iter(1000):
+    for batch in batches(dataset, names, 1000):
         parts = [pc.unique(batch[name].combine_chunks().flatten()).to_numpy(zero_copy_only=False) for name in names]
         found = np.union1d(found, np.concatenate(parts))
     return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from blake3 import blake3
 from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets.formatting import query_table
+from datasets.table import InMemoryTable
 
 from ..errors import TableError
 
@@ -112,11 +114,19 @@ def table_features(top_k: int = 0, ref_logprobs: bool = False, completion_mask: 
     return Features(features)
 
 
+def batches(dataset: Dataset, names: Iterable[str], rows: int) -> Iterator[pa.Table]:
+    """Yields columns of a dataset, `rows` at a time. `select_columns` and `with_format` would compute a fingerprint
+    of the result each, which takes longer than to read a small table."""
+    columns = InMemoryTable(dataset.data.table.select(list(names)))
+    for start in range(0, len(dataset), rows):
+        yield query_table(columns, range(start, min(start + rows, len(dataset))), dataset._indices)
+
+
 def lengths(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Prompt and completion lengths, in tokens, of a valid table: two int64 arrays of shape `(rows,)`."""
     names = ("prompt_ids", "completion_ids")
     parts = {name: [np.empty(0, np.int64)] for name in names}
-    for batch in dataset.select_columns(list(names)).with_format("arrow").iter(1000):
+    for batch in batches(dataset, names, 1000):
         for name in names:
             parts[name].append(_numpy(pc.list_value_length(batch[name].combine_chunks())).astype(np.int64))
     return np.concatenate(parts["prompt_ids"]), np.concatenate(parts["completion_ids"])
@@ -137,7 +147,7 @@ def column_counts(dataset: Dataset, column: str) -> Counter[str | None]:
     counts: Counter[str | None] = Counter()
     if column not in dataset.column_names:
         return counts
-    for batch in dataset.select_columns([column]).with_format("arrow").iter(10_000):
+    for batch in batches(dataset, [column], 10_000):
         for pair in pc.value_counts(batch[column].combine_chunks()):
             counts[pair["values"].as_py()] += pair["counts"].as_py()
     return counts
@@ -152,7 +162,7 @@ def teacher_counts(dataset: Dataset) -> Counter[tuple[str | None, str | None]]:
         return Counter({(id, None): rows for id, rows in column_counts(dataset, "teacher_fingerprint").items()})
     counts: Counter[tuple[str | None, str | None]] = Counter()
     names = ["teacher_fingerprint", TEACHER_ID]
-    for batch in dataset.select_columns(names).with_format("arrow").iter(10_000):
+    for batch in batches(dataset, names, 10_000):
         counts.update(zip(*(batch[name].to_pylist() for name in names), strict=True))
     return counts
 
@@ -191,7 +201,7 @@ def rows_digest(dataset: Dataset, columns: list[str] | None = None) -> str:
     """
     columns = digest_columns(dataset.column_names) if columns is None else columns
     total = 0
-    for batch in dataset.select_columns(columns).with_format("arrow").iter(256):
+    for batch in batches(dataset, columns, 256):
         values = [_row_bytes(name, batch[name]) for name in columns]
         for row in zip(*values, strict=True):
             hasher = blake3()
@@ -206,7 +216,7 @@ def rows_digest(dataset: Dataset, columns: list[str] | None = None) -> str:
 def content_digest(dataset: Dataset) -> str:
     """Digest of all columns of any `Dataset`, in the order of its rows; 64 hexadecimal digits."""
     hasher = blake3(repr(sorted(dataset.features.items(), key=lambda item: item[0])).encode())
-    for batch in dataset.with_format("arrow").iter(256):
+    for batch in batches(dataset, dataset.column_names, 256):
         for name in sorted(dataset.column_names):
             if name in _DIGEST_DTYPES:
                 for row in _row_bytes(name, batch[name]):
@@ -303,7 +313,7 @@ def prompt_and_row_hashes(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
         TableError: If there are nulls among the ids.
     """
     hashes = [(np.empty(0, np.uint64),) * 2]
-    for batch in dataset.select_columns(["prompt_ids", "completion_ids"]).with_format("arrow").iter(1000):
+    for batch in batches(dataset, ["prompt_ids", "completion_ids"], 1000):
         of_prompts = _hash(*flat_values("prompt_ids", batch))
         hashes.append((of_prompts, _mix(of_prompts) + _hash(*flat_values("completion_ids", batch))))
     of_prompts, of_rows = zip(*hashes, strict=True)
@@ -433,9 +443,9 @@ def validate_table(
         )
     _check_schema(dataset.data.schema, len(dataset))
     vocab_size, topk_vocab_size = vocab_limits(tokenizer, model_config)
-    ours = dataset.select_columns([name for name in _TYPES if name in dataset.column_names])
+    names = [name for name in _TYPES if name in dataset.column_names]
     summary = TableSummary(0, 0, 0, 0, 0, {})
-    for batch in ours.with_format("arrow").iter(batch_rows):
+    for batch in batches(dataset, names, batch_rows):
         summary += validate_rows(
             batch,
             first_row=summary.rows,
@@ -521,9 +531,9 @@ def validate_rollouts(dataset: Dataset) -> None:
     names = [name for name in (*ids, "completion_mask", "ref_logprobs") if name in dataset.column_names]
     if missing := [name for name in ids if name not in names]:
         raise TableError(f"Missing column {_quoted(missing)}. `collect_rollouts` makes it from prompts.")
-    rollouts, first_row = dataset.select_columns(names), 0
-    _check_types(rollouts.data.schema)
-    for batch in rollouts.with_format("arrow").iter(1000):
+    first_row = 0
+    _check_types(dataset.data.schema, names)
+    for batch in batches(dataset, names, 1000):
         _columns(batch, first_row)
         first_row += len(batch)
 
@@ -671,14 +681,14 @@ def _check_schema(schema: pa.Schema, rows: int) -> None:
         absent = [name for name in TOPK_COLUMNS if name not in present]
         remedy = f"Score with `score_rollouts` and a top-k, which writes both, or remove {_quoted(present)}."
         raise TableError(f"Missing column {_quoted(absent)}, which {_quoted(present)} needs. {remedy}")
-    _check_types(schema)
+    _check_types(schema, [name for name in _TYPES if name in schema.names])
     if not rows:
         raise TableError("The table has no rows. Check the filter or split that made it, or run `score_rollouts`.")
 
 
-def _check_types(schema: pa.Schema) -> None:
-    """Raises a `TableError` for a column of another type."""
-    for name in [name for name in _TYPES if name in schema.names]:
+def _check_types(schema: pa.Schema, names: list[str]) -> None:
+    """Raises a `TableError` for one of the columns if it has another type."""
+    for name in names:
         depth, is_leaf, leaf_name = _TYPES[name]
         leaf = schema.field(name).type
         nested = 0
