@@ -5,9 +5,12 @@ PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
-# pip would compile all that it installs, on one core, which takes as long as to install it. Python compiles what
-# `make train` imports when it does; for the processes of the tests, all cores compile it once.
+# An older pip, such as comes with Python, takes twice as long. pip would compile all that it installs, on one core,
+# which takes as long as to install it. Python compiles what `make train` imports when it does; for the processes of
+# the tests, all cores compile most of it once.
 PIP := $(BIN)/pip install -q --no-compile -c constraints-cpu.txt
+# Packages of which most is never imported.
+RARE := transformers/models|/tests?/|/torch/testing|/(pip|setuptools|fontTools|pygments)/
 # Its defaults, which accelerate would list on every start, and a second thread.
 ONE := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 2
 # In the order of the files: pytest-xdist would leave those of few tests, which are the launches, for the end.
@@ -38,12 +41,12 @@ $(VLLM_VENV)/.installed: tests/real_vllm/setup.sh
 	touch $@
 
 $(VENV)/.installed: pyproject.toml constraints-cpu.txt
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --upgrade-deps $(VENV)
 	$(PIP) -e .
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints-cpu.txt
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --upgrade-deps $(VENV)
 	$(PIP) -e '.[dev]'
-	$(BIN)/python -m compileall -qq -j 0 -x transformers/models $(VENV)/lib || true
+	$(BIN)/python -m compileall -qq -j 0 -x '$(RARE)' $(VENV)/lib || true
 	touch $(VENV)/.installed $@
