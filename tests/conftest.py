@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def pytest_sessionstart(session):
     """Starts one source of ranks for all processes that the tests are handed out to."""
     if session.config.getoption("tx", None) and not hasattr(session.config, "workerinput"):
-        ranks.share()
+        ranks.warm()
 
 
 def pytest_collection_finish():

@@ -29,10 +29,13 @@ GRACE = 10
 # The environment variable with the address of the one that is shared.
 SHARED = "TRL_LOPD_TESTS_RANKS"
 
+# accelerate and datasets read the metadata of installed packages again and again, which takes a tenth of all tests.
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 
-@functools.cache
+
 def warm() -> str:
-    """The address of the process that has imported everything: of this test's own, if there is none that is shared."""
+    """The address of the process that has imported everything. One is started, for this process and all that it
+    starts, if there is none."""
     if SHARED in os.environ:
         return os.environ[SHARED]
     address = str(Path(tempfile.mkdtemp(), "ranks"))
@@ -45,12 +48,8 @@ def warm() -> str:
     atexit.register(server.communicate)
     # It listens before it imports.
     server.stdout.readline()
+    os.environ[SHARED] = address
     return address
-
-
-def share() -> None:
-    """Starts the process that has imported everything, for this process and all that it starts."""
-    os.environ[SHARED] = warm()
 
 
 def launch(script, *arguments, processes: int | None = 2, timeout: float = 400, env=None, cwd=None):
@@ -177,9 +176,6 @@ def main(address: str) -> None:
 
     # No launch quantizes, and PEFT would import what does, which takes longer than all of PEFT.
     sys.modules["bitsandbytes"] = None
-
-    # accelerate and datasets read the metadata of installed packages again and again.
-    importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 
     import torch  # noqa: F401, I001
     import datasets

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import re
 
 import numpy as np
@@ -20,10 +18,6 @@ from transformers import (
 
 from trl_lopd import OfflineOPDConfig, OfflineOPDTrainer, stamp_model_card
 from trl_lopd.identity.fingerprint import fingerprint_teacher
-
-# accelerate and datasets read the metadata of installed packages again and again, which takes a tenth of all tests.
-importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
-
 
 # What a reader of a training that failed is waited for before it is ended, where one is left behind.
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5

@@ -249,17 +249,10 @@ def test_rollouts_inherit_the_students_stamp_and_are_signed(student_dir, teacher
 def test_off_policy_rollouts_are_a_warning_with_the_measured_weights(
     tmp_path, teacher_dir, student_dir, tokenizer, caplog
 ):
-    from tiny import make_args
+    from tiny import make_args, save_student
 
     other = tmp_path / "other"
-    make_model(seed=8).save_pretrained(other)
-    tokenizer.save_pretrained(other)
-    stamp_model_card(
-        other,
-        sft_teachers=[fingerprint_teacher(teacher_dir)],
-        evidence="verified",
-        checkpoint=fingerprint_teacher(other),
-    )
+    save_student(other, make_model(seed=8), tokenizer, teacher_dir)
     rollouts = collect_rollouts(["w5", "w6"] * 4, str(student_dir), max_completion_length=4)
     table = score_rollouts(rollouts, str(teacher_dir), top_k=2)
     with caplog.at_level(logging.WARNING):

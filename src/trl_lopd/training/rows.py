@@ -33,7 +33,9 @@ from ..table.schema import (
     TEACHER_ID,
     TOKEN_COLUMNS,
     TableSummary,
+    batches,
     column_counts,
+    flat_values,
     lengths,
     numpy_rows,
     prompt_and_row_hashes,
@@ -420,11 +422,9 @@ def _advise(table: Dataset, loss_type: str, args: OfflineOPDConfig, items: int) 
 
 def _spread_of_advantages(table: Dataset, clip: float) -> float:
     """Standard deviation of the clipped advantages before training, in nats a token, of the first rows."""
-    columns = table.select(range(min(len(table), 2000))).with_format("arrow")[:]
-    teacher, ref = (
-        columns[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(float)
-        for name in ("teacher_logprobs", "ref_logprobs")
-    )
+    names = ("teacher_logprobs", "ref_logprobs")
+    batch = next(batches(table, names, 2000))
+    teacher, ref = (flat_values(name, batch)[1].astype(float) for name in names)
     return float((teacher - ref).clip(-clip, clip).std())
 
 
